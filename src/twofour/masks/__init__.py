@@ -1,0 +1,6 @@
+"""Which weights survive."""
+
+from .check import PatternCheck as PatternCheck
+from .check import check_pattern as check_pattern
+from .scores import magnitude as magnitude
+from .select import nm_mask as nm_mask
