@@ -1,0 +1,1 @@
+"""Other libraries' formats, one neighbour per file; import the file you need."""
