@@ -1,0 +1,97 @@
+// The only file that knows Python. Addresses and sizes in, nothing owned, the GIL released: kernels/cpu.py checks.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/linear.h"
+#include "cpu/pack.h"
+#include "cpu/threads.h"
+#include "nm/layout.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace twofour;
+
+thread_local const char* last_kernel = "";
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check_weight(int64_t out_features, int64_t in_features) {
+  if (out_features < 1 || in_features < nm::kGroup || in_features % nm::kGroup != 0) {
+    throw std::invalid_argument("weight of " + std::to_string(out_features) + " x " + std::to_string(in_features) +
+                                ": out_features must be positive and in_features a positive multiple of 4");
+  }
+}
+
+void check_itemsize(int itemsize) {
+  if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("itemsize must be 2 or 4");
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::isa_count(); ++i) names.emplace_back(cpu::isa_name(i));
+  return names;
+}
+
+void pack_linear(uintptr_t values, uintptr_t metadata, uintptr_t packed_values, uintptr_t packed_metadata,
+                 int64_t out_features, int64_t in_features, int itemsize) {
+  check_weight(out_features, in_features);
+  check_itemsize(itemsize);
+  const nb::gil_scoped_release nogil;
+  cpu::pack_linear(at<const void>(values), at<const uint8_t>(metadata), at<void>(packed_values),
+                   at<uint8_t>(packed_metadata), out_features, in_features, itemsize);
+}
+
+void unpack_linear(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t values, uintptr_t metadata,
+                   int64_t out_features, int64_t in_features, int itemsize) {
+  check_weight(out_features, in_features);
+  check_itemsize(itemsize);
+  const nb::gil_scoped_release nogil;
+  cpu::unpack_linear(at<const void>(packed_values), at<const uint8_t>(packed_metadata), at<void>(values),
+                     at<uint8_t>(metadata), out_features, in_features, itemsize);
+}
+
+void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
+            int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
+            int kernel, const std::optional<std::string>& isa) {
+  check_weight(out_features, in_features);
+  if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
+    throw std::invalid_argument("tokens must not be negative, nor rows overlap");
+  }
+  if (dtype < 0 || dtype > 1 || kernel < 0 || kernel > 2) throw std::invalid_argument("dtype is 0..1, kernel 0..2");
+  const cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata),
+                                at<const float>(bias), at<void>(y), tokens, out_features, in_features, x_stride,
+                                y_stride};
+  const nb::gil_scoped_release nogil;
+  last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), threads, isa ? isa->c_str() : nullptr,
+                            static_cast<cpu::Family>(kernel));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "CPU kernels of twofour. Takes raw addresses; use twofour.kernels instead.";
+  m.def("isa", [] { return std::string(cpu::default_isa()); }, "Instruction set that runs by default.");
+  m.def("isas", &isas, "Instruction sets that are compiled in and run here, plainest first.");
+  m.def("threads_source", [] { return std::string(cpu::threads_source()); }, "\"libgomp\" or \"pool\".");
+  m.def("last_kernel", [] { return std::string(last_kernel); }, "What the calling thread ran last, as \"isa/family\".");
+  m.def("pack_linear", &pack_linear, "values"_a, "metadata"_a, "packed_values"_a, "packed_metadata"_a,
+        "out_features"_a, "in_features"_a, "itemsize"_a);
+  m.def("unpack_linear", &unpack_linear, "packed_values"_a, "packed_metadata"_a, "values"_a, "metadata"_a,
+        "out_features"_a, "in_features"_a, "itemsize"_a);
+  m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
+        "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none());
+}

@@ -1,0 +1,227 @@
+// Chooses the instruction set and the kernel family, cuts the work and lends scratch memory.
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/linear.h"
+#include "cpu/threads.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+// ---- the table -----------------------------------------------------------------------------------------------------
+
+bool always() { return true; }
+#if defined(TWOFOUR_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+struct Isa {
+  const char* name;
+  bool (*runs_here)();
+  const LinearKernels* kernels;
+  // The many-token kernel runs from this number of tokens on: [fp32, bf16]. Measured on Zen 5.
+  int64_t many_from[2];
+  const char* few_name;
+  const char* many_name;
+};
+
+// Plainest first; the last one that runs here is the default.
+constexpr Isa kIsas[] = {
+    {"baseline", always, &linear_baseline, {16, 16}, "baseline/few", "baseline/many"},
+#if defined(TWOFOUR_X86)
+    {"avx2", has_avx2, &linear_avx2, {16, 16}, "avx2/few", "avx2/many"},
+    {"avx512", has_avx512, &linear_avx512, {24, 24}, "avx512/few", "avx512/many"},
+    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {24, 24}, "avx512bf16/few", "avx512bf16/many"},
+#endif
+};
+
+// Rows of a block of the many-token kernel: 1024 rows of 96 sums in fp32 are 384 KiB of an L2 cache.
+constexpr int64_t kBlockTiles = 64;
+// Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
+constexpr int64_t kAlone = 1 << 18;
+
+const Isa& find_isa(const std::string& name) {
+  std::string known, here;
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name && isa.runs_here()) return isa;
+    known += std::string(known.empty() ? "" : ", ") + isa.name;
+    if (isa.runs_here()) here += std::string(here.empty() ? "" : ", ") + isa.name;
+  }
+  for (const char* of_x86 : {"avx2", "avx512", "avx512bf16"}) {
+    if (name != of_x86 && name != "baseline") continue;
+    throw std::invalid_argument("instruction set '" + name + "' does not run on this machine; it has: " + here);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is unknown; this build has: " + known);
+}
+
+// Not cached on failure: the error must reach every caller, not only the first.
+const Isa& chosen_isa() {
+  static const Isa* chosen = [] {
+    const char* asked = std::getenv("TWOFOUR_ISA");
+    if (asked != nullptr && *asked != '\0') {
+      try {
+        return &find_isa(asked);
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument(std::string("TWOFOUR_ISA: ") + error.what());
+      }
+    }
+    const Isa* best = &kIsas[0];
+    for (const Isa& isa : kIsas) {
+      if (isa.runs_here()) best = &isa;
+    }
+    return best;
+  }();
+  return *chosen;
+}
+
+// ---- scratch memory ------------------------------------------------------------------------------------------------
+
+// Memory of one thread that is kept from call to call and grows when asked for more.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  void* get(size_t bytes) {
+    if (bytes > bytes_) {
+      std::free(memory_);
+      bytes_ = 0;
+      const size_t rounded = (bytes + 4095) / 4096 * 4096;
+      memory_ = std::aligned_alloc(4096, rounded);
+      if (memory_ == nullptr) throw std::bad_alloc();
+      bytes_ = rounded;
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Two, because the thread that prepares x for the others also works with them.
+Scratch& shared_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+Scratch& own_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+// Bytes of the L1 data cache; 32 KiB where the system does not say.
+int l1_bytes() {
+  static const int bytes = [] {
+    long l1 = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return l1 < 16 * 1024 || l1 > 256 * 1024 ? 32 * 1024 : static_cast<int>(l1);
+  }();
+  return bytes;
+}
+
+// ---- cutting the work ----------------------------------------------------------------------------------------------
+
+// Units of work go to whichever thread is free. Each output is computed inside one unit, in an order that the cut does
+// not change: the bits are the same for any number of threads.
+template <class Unit>
+struct Job {
+  const Unit* unit;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+
+  static void body(void* context) {
+    Job& job = *static_cast<Job*>(context);
+    try {
+      for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) (*job.unit)(i);
+    } catch (const std::bad_alloc&) {  // nothing may leave an OpenMP region
+      job.failed = true;
+    }
+  }
+};
+
+template <class Unit>
+void for_each_unit(int threads, int64_t count, const Unit& unit) {
+  Job<Unit> job{&unit, count};
+  run_on_threads(static_cast<int>(count < threads ? count : threads), Job<Unit>::body, &job);
+  if (job.failed) throw std::bad_alloc();
+}
+
+// Where part `index` of `parts` even parts of `whole` begins.
+int64_t part(int64_t whole, int64_t parts, int64_t index) { return whole / parts * index + whole % parts * index / parts; }
+
+void run_few(const LinearKernel& kernel, const LinearArgs& args, int threads) {
+  void* prepared = shared_scratch().get(kernel.few_scratch_bytes(args));
+  kernel.few_prepare(args, prepared);
+  const int64_t tiles = nm::tiles_of(args.out_features);
+  // A few long runs per thread: each is one stream of memory, and a slow thread leaves its last ones to others.
+  const int64_t wanted = threads == 1 ? 1 : 4 * static_cast<int64_t>(threads);
+  const int64_t units = wanted < tiles ? wanted : tiles;
+  for_each_unit(threads, units, [&](int64_t i) {
+    kernel.few(args, prepared, part(tiles, units, i), part(tiles, units, i + 1));
+  });
+}
+
+void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
+  const int64_t tiles = nm::tiles_of(args.out_features);
+  const int64_t vectors = (args.tokens + kernel.lanes - 1) / kernel.lanes;
+  const int64_t panel_vectors = kernel.panel_tokens / kernel.lanes;
+  const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
+  // Every block packs its panel again, so no more blocks than the cache asks for, unless threads would stand idle.
+  int64_t blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
+  while (blocks < tiles && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
+  const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
+  for_each_unit(threads, panels * blocks, [&](int64_t i) {
+    const int64_t panel = i / blocks, block = i % blocks;
+    const int64_t token0 = part(vectors, panels, panel) * kernel.lanes;
+    const int64_t end = part(vectors, panels, panel + 1) * kernel.lanes;
+    const int64_t token1 = end < args.tokens ? end : args.tokens;
+    const int64_t tile0 = part(tiles, blocks, block), tile1 = part(tiles, blocks, block + 1);
+    void* scratch = own_scratch().get(kernel.many_scratch_bytes(panel_bytes, tile1 - tile0));
+    kernel.many(args, scratch, panel_bytes, token0, static_cast<int>(token1 - token0), tile0, tile1);
+  });
+}
+
+}  // namespace
+
+const char* default_isa() { return chosen_isa().name; }
+
+int isa_count() {
+  int count = 0;
+  for (const Isa& isa : kIsas) count += isa.runs_here() ? 1 : 0;
+  return count;
+}
+
+const char* isa_name(int index) {
+  for (const Isa& isa : kIsas) {
+    if (isa.runs_here() && index-- == 0) return isa.name;
+  }
+  throw std::invalid_argument("no such instruction set");
+}
+
+const char* linear(const LinearArgs& args, DType dtype, int threads, const char* isa, Family family) {
+  const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
+  const LinearKernel& kernel = dtype == DType::kFp32 ? chosen.kernels->fp32 : chosen.kernels->bf16;
+  const bool many = family == Family::kAuto ? args.tokens >= chosen.many_from[static_cast<int>(dtype)]
+                                            : family == Family::kMany;
+  if (args.tokens > 0) {
+    const bool small = args.tokens * args.out_features * args.in_features / 2 < kAlone;
+    const int used = threads < 1 || small ? 1 : threads;
+    (many ? run_many : run_few)(kernel, args, used);
+  }
+  return many ? chosen.many_name : chosen.few_name;
+}
+
+}  // namespace twofour::cpu

@@ -1,0 +1,23 @@
+// AVX-512 F, BW, VL, DQ. bf16 runs on fp32 arithmetic.
+#include <immintrin.h>
+
+#include "cpu/linear.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/simd_avx512.inl.h"
+#include "cpu/linear_few.inl.h"
+#include "cpu/linear_many.inl.h"
+#include "cpu/linear_kernels.inl.h"
+
+}  // namespace
+
+const LinearKernels linear_avx512 = {
+    kernel_of<FewWide<float>, ManyWide<float>>(),
+    kernel_of<FewWide<bf16>, ManyWide<bf16>>(),
+};
+
+}  // namespace twofour::cpu

@@ -1,0 +1,24 @@
+// AVX-512 with vdpbf16ps: bf16 pairs are multiplied and added as they are; fp32 as on AVX-512.
+#include <immintrin.h>
+
+#include "cpu/linear.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/simd_avx512.inl.h"
+#include "cpu/linear_few.inl.h"
+#include "cpu/linear_many.inl.h"
+#include "cpu/linear_pairs.inl.h"
+#include "cpu/linear_kernels.inl.h"
+
+}  // namespace
+
+const LinearKernels linear_avx512bf16 = {
+    kernel_of<FewWide<float>, ManyWide<float>>(),
+    kernel_of<FewPairs, ManyPairs>(),
+};
+
+}  // namespace twofour::cpu

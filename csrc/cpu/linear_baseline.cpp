@@ -1,0 +1,21 @@
+// Portable C++: any architecture.
+#include "cpu/linear.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/simd_baseline.inl.h"
+#include "cpu/linear_few.inl.h"
+#include "cpu/linear_many.inl.h"
+#include "cpu/linear_kernels.inl.h"
+
+}  // namespace
+
+const LinearKernels linear_baseline = {
+    kernel_of<FewWide<float>, ManyWide<float>>(),
+    kernel_of<FewWide<bf16>, ManyWide<bf16>>(),
+};
+
+}  // namespace twofour::cpu

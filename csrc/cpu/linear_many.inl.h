@@ -1,0 +1,224 @@
+// Many tokens: y = x @ W.T + bias with tokens in lanes. Included inside an unnamed namespace.
+//
+// The tokens of a panel (NV vectors) run along the lanes, M = output rows, K = in_features. For each K-chunk the
+// activations are packed so that they fill most of the L1 cache; then every row of the block adds its kept values:
+//
+//   panel of a chunk     k0:    [ token 0 .. token NV * lanes - 1 ]
+//                        k1:    [ ..                              ]
+//                        ..
+//   row r, kept (k, w):  sums[r][v] += w * panel[k][v]      for v in 0 .. NV - 1
+//
+// Where k comes from the metadata, decoded once per (tile, chunk) into 16-bit byte offsets. R rows by NV vectors stay in
+// registers; the sums of the whole block of rows stay in the L2 cache between chunks, and the epilogue transposes them to
+// [tokens, out]. The load of the activation is the limit: one per FMA, whereas a dense kernel shares it between rows.
+
+constexpr int kMaxChunkGroups = 64;
+constexpr int kChunkStep = 4;  // groups; so that packing works on whole vectors of K
+
+// Activations as fp32 rows; weights of fp32 or bf16.
+template <class Item>
+struct ManyWide {
+  using Output = Item;
+  using WeightItem = Item;
+  using Weight = float;     // as the inner loop reads it
+  using Offset = uint32_t;  // i0's byte offset in the low half, i1's in the high half
+  static constexpr int kPanelRows = nm::kGroup;  // rows of tokens per group
+  static constexpr int kPanelPercent = 65;       // of the L1 cache; more, and the weights passing through evict it
+
+  template <int NV>
+  static void pack(const LinearArgs& args, int64_t token0, int tokens, int64_t group0, int groups, char* panel) {
+    const Item* x = static_cast<const Item*>(args.x) + token0 * args.x_stride + group0 * nm::kGroup;
+    const int columns = groups * nm::kGroup;
+    float* rows = reinterpret_cast<float*>(panel);
+    for (int v = 0; v < NV; ++v) {
+      for (int k = 0; k < columns; k += kLanes) {
+        const int count = columns - k < kLanes ? columns - k : kLanes;
+        F block[kLanes];
+        for (int t = 0; t < kLanes; ++t) {
+          const int token = v * kLanes + t;
+          const Item* from = x + token * args.x_stride + k;
+          block[t] = token >= tokens ? zero() : count == kLanes ? load(from) : load_first(from, count);
+        }
+        transpose(block);
+        for (int j = 0; j < count; ++j) store(rows + ((k + j) * NV + v) * kLanes, block[j]);
+      }
+    }
+  }
+
+  template <int NV>
+  static void offsets(const uint8_t* metadata, Offset* offsets) {
+    row_offsets(metadata, NV * kLanes * static_cast<int>(sizeof(float)), offsets);
+  }
+
+  // [groups, 2, 16] fp32 weights of a tile's chunk: the packed ones, or converted ones.
+  static const float* weights(const float* values, int, float*) { return values; }
+  static const float* weights(const bf16* values, int groups, float* converted) {
+    constexpr int kSlots = nm::kTileRows * nm::kKeep;
+    for (int g = 0; g < groups; ++g) {
+      for (int r = 0; r < nm::kTileRows; r += kLanes) {
+        store(converted + g * kSlots + r, first_of_pairs(values + g * kSlots + r * nm::kKeep));
+        store(converted + g * kSlots + nm::kTileRows + r, second_of_pairs(values + g * kSlots + r * nm::kKeep));
+      }
+    }
+    return converted;
+  }
+
+  template <int R, int NV>
+  TWOFOUR_INLINE static void step(const char* panel, const Offset* offsets, const float* weights, int row, int groups,
+                                  const char* next_weights, F (&sums)[R][NV]) {
+    constexpr int kQuads = R < 4 ? R : 4;  // rows per quad of weights
+    weights += row;
+    offsets += row;
+    for (int g = 0; g < groups; ++g) {
+      __builtin_prefetch(next_weights);
+      next_weights += R * nm::kKeep * sizeof(Item);
+      unroll<R / kQuads>([&](auto q) TWOFOUR_INLINE {
+        const Quad w0 = load_quad(weights + q * kQuads), w1 = load_quad(weights + nm::kTileRows + q * kQuads);
+        uint64_t two_rows[kQuads / 2];  // one load serves the offsets of two rows
+        __builtin_memcpy(two_rows, offsets + q * kQuads, sizeof two_rows);
+        unroll<kQuads>([&](auto i) TWOFOUR_INLINE {
+          const int row_of_step = q * kQuads + i;
+          const char* x0 = panel + (two_rows[i / 2] >> (32 * (i % 2)) & 0xffff);
+          const char* x1 = panel + (two_rows[i / 2] >> (32 * (i % 2) + 16) & 0xffff);
+          const F w0r = splat<i>(w0), w1r = splat<i>(w1);
+          F(&to)[NV] = sums[row_of_step];
+          unroll<NV>([&](auto v) TWOFOUR_INLINE {
+            to[v] = fma(w0r, load(reinterpret_cast<const float*>(x0) + v * kLanes), to[v]);
+          });
+          unroll<NV>([&](auto v) TWOFOUR_INLINE {
+            to[v] = fma(w1r, load(reinterpret_cast<const float*>(x1) + v * kLanes), to[v]);
+          });
+        });
+      });
+      panel += kPanelRows * NV * sizeof(F);
+      offsets += nm::kTileRows;
+      weights += nm::kTileRows * nm::kKeep;
+    }
+  }
+};
+
+// Rows per step: R * NV accumulators, enough to hide the latency of the FMA, few enough for the registers.
+constexpr int rows_per_step(int vectors) {
+  return kLanes == 16 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4) : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
+}
+
+// Adds the chunk's part of R rows to the sums in memory. The part is summed from zero: that starts without waiting for
+// memory, and shorter chains of additions round less.
+template <class Core, int R, int NV>
+TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Offset* offsets,
+                                     const typename Core::Weight* weights, int row, int groups,
+                                     const char* next_weights, float* tile_sums, bool first) {
+  F sums[R][NV];
+  float* memory = tile_sums + row * NV * kLanes;
+  unroll<R>([&](auto r) TWOFOUR_INLINE { unroll<NV>([&](auto v) TWOFOUR_INLINE { sums[r][v] = zero(); }); });
+  Core::template step<R, NV>(panel, offsets, weights, row, groups, next_weights, sums);
+  if (!first) {
+    unroll<R>([&](auto r) TWOFOUR_INLINE {
+      unroll<NV>([&](auto v) TWOFOUR_INLINE { sums[r][v] = add(sums[r][v], load(memory + (r * NV + v) * kLanes)); });
+    });
+  }
+  unroll<R>([&](auto r) TWOFOUR_INLINE {
+    unroll<NV>([&](auto v) TWOFOUR_INLINE { store(memory + (r * NV + v) * kLanes, sums[r][v]); });
+  });
+}
+
+// [rows][NV * lanes] sums of one tile -> y, + bias.
+template <class Output, int NV>
+void many_epilogue(const LinearArgs& args, const float* tile_sums, int64_t tile, int64_t token0, int tokens) {
+  Output* y = static_cast<Output*>(args.y) + token0 * args.y_stride;
+  for (int r = 0; r < nm::kTileRows; r += kLanes) {
+    const int64_t row = tile * nm::kTileRows + r;
+    const int rows = static_cast<int>(smaller(kLanes, args.out_features - row));
+    if (rows <= 0) return;
+    const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
+    for (int v = 0; v < NV; ++v) {
+      F block[kLanes];
+      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(tile_sums + ((r + i) * NV + v) * kLanes); });
+      transpose(block);
+      for (int t = 0; t < kLanes && v * kLanes + t < tokens; ++t) {
+        store_first(y + (v * kLanes + t) * args.y_stride + row, add(block[t], bias), rows);
+      }
+    }
+  }
+}
+
+template <class Core>
+struct Many {
+  static constexpr int kPanelVectors = 6;
+  static constexpr int64_t kSlots = nm::kTileRows * nm::kKeep;
+  static constexpr size_t kOffsetBytes = kMaxChunkGroups * nm::kTileRows * sizeof(uint32_t);
+  static constexpr size_t kWeightBytes = kMaxChunkGroups * kSlots * sizeof(float);
+
+  static size_t scratch_bytes(int panel_bytes, int64_t tiles) {
+    const size_t sums = static_cast<size_t>(tiles) * nm::kTileRows * kPanelVectors * sizeof(F);
+    return static_cast<size_t>(panel_bytes) + kOffsetBytes + kWeightBytes + sums;
+  }
+
+  // The next chunk's part of a row of x into the L2 cache: rows are far apart, and packing would wait for each of them.
+  static void prefetch_x(const LinearArgs& args, int64_t token, int64_t group0, int groups) {
+    constexpr int64_t kSize = sizeof(typename Core::Output);
+    const char* x = static_cast<const char*>(args.x) + (token * args.x_stride + group0 * nm::kGroup) * kSize;
+    for (int64_t b = 0; b < groups * nm::kGroup * kSize; b += 64) __builtin_prefetch(x + b, 0, 2);
+  }
+
+  template <int NV>
+  static void panel(const LinearArgs& args, char* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
+                    int64_t tile1) {
+    using Item = typename Core::WeightItem;
+    constexpr int R = rows_per_step(NV);
+    constexpr int kGroupBytes = Core::kPanelRows * NV * static_cast<int>(sizeof(F));
+    const int64_t groups = nm::groups_of(args.in_features);
+    const int64_t fitting = smaller(panel_bytes / kGroupBytes / kChunkStep * kChunkStep, kMaxChunkGroups);
+
+    char* const packed = scratch;
+    auto* const offsets = reinterpret_cast<typename Core::Offset*>(scratch + panel_bytes);
+    auto* const converted = reinterpret_cast<float*>(scratch + panel_bytes + kOffsetBytes);
+    auto* const sums = reinterpret_cast<float*>(scratch + panel_bytes + kOffsetBytes + kWeightBytes);
+
+    for (int64_t group0 = 0; group0 < groups; group0 += fitting) {
+      const int chunk = static_cast<int>(smaller(fitting, groups - group0));
+      Core::template pack<NV>(args, token0, tokens, group0, chunk, packed);
+      for (int64_t tile = tile0; tile < tile1; ++tile) {
+        const int64_t cell = tile * groups + group0;
+        const Item* values = static_cast<const Item*>(args.values) + cell * kSlots;
+        const uint8_t* metadata = args.metadata + cell * nm::kTileMetadataBytes;
+        for (int b = 0; b < chunk * nm::kTileMetadataBytes; b += 64) {
+          __builtin_prefetch(metadata + groups * nm::kTileMetadataBytes + b);
+        }
+        const int64_t share0 = (tile - tile0) * tokens / (tile1 - tile0);
+        const int64_t share1 = (tile - tile0 + 1) * tokens / (tile1 - tile0);
+        for (int64_t t = share0; t < share1; ++t) prefetch_x(args, token0 + t, group0 + chunk, chunk);
+        for (int g = 0; g < chunk; ++g) {
+          Core::template offsets<NV>(metadata + g * nm::kTileMetadataBytes, offsets + g * nm::kTileRows);
+        }
+        const typename Core::Weight* weights = Core::weights(values, chunk, converted);
+        float* tile_sums = sums + (tile - tile0) * nm::kTileRows * NV * kLanes;
+        for (int row = 0; row < nm::kTileRows; row += R) {
+          // The next tile is pages away, where no prefetcher of the machine looks. Each step fetches its share of it, a
+          // line per group at most: in one burst the requests stand in front of the loads of the step itself (fp32:
+          // 270 instead of 340 GFLOP/s).
+          const Item* next_weights = values + groups * kSlots + row * chunk * nm::kKeep;
+          many_step<Core, R, NV>(packed, offsets, weights, row, chunk, reinterpret_cast<const char*>(next_weights),
+                                 tile_sums, group0 == 0);
+        }
+      }
+    }
+    for (int64_t tile = tile0; tile < tile1; ++tile) {
+      const float* tile_sums = sums + (tile - tile0) * nm::kTileRows * NV * kLanes;
+      many_epilogue<typename Core::Output, NV>(args, tile_sums, tile, token0, tokens);
+    }
+  }
+
+  static void run(const LinearArgs& args, void* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
+                  int64_t tile1) {
+    char* const memory = static_cast<char*>(scratch);
+    switch ((tokens + kLanes - 1) / kLanes) {
+      case 1: return panel<1>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      case 2: return panel<2>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      case 3: return panel<3>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      case 4: return panel<4>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      case 5: return panel<5>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      case 6: return panel<6>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+    }
+  }
+};

@@ -1,0 +1,16 @@
+// Canonical format <-> CPU layout (both drawn in nm/layout.h). Exact bits, any item of 2 or 4 bytes.
+#pragma once
+
+#include <cstdint>
+
+namespace twofour::cpu {
+
+// Bytes of the packed buffers: values tiles * groups * 32 * itemsize, metadata tiles * groups * 8.
+void pack_linear(const void* values, const uint8_t* metadata, void* packed_values, uint8_t* packed_metadata,
+                 int64_t out_features, int64_t in_features, int itemsize);
+
+// The inverse; a last metadata byte with a single group gets a high nibble of 0.
+void unpack_linear(const void* packed_values, const uint8_t* packed_metadata, void* values, uint8_t* metadata,
+                   int64_t out_features, int64_t in_features, int itemsize);
+
+}  // namespace twofour::cpu

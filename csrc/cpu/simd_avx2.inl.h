@@ -1,0 +1,109 @@
+// Vectors of 8 floats on AVX2 and FMA. Included inside an unnamed namespace: see linear_avx2.cpp.
+
+using F = __m256;   // 8 floats
+using I = __m256i;  // 8 32-bit integers
+constexpr int kLanes = 8;
+constexpr int kFewTokens = 4;  // tokens per pass of the few-token kernel
+
+inline F zero() { return _mm256_setzero_ps(); }
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline I first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// The first n (0..8) elements; the other lanes are 0 and their memory is not touched.
+inline F load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+inline void store_first(float* p, F v, int n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+
+inline F widen(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
+inline F load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F load_first(const bf16* p, int n) {
+  if (n >= kLanes) return load(p);
+  bf16 whole[kLanes] = {};
+  for (int i = 0; i < n; ++i) whole[i] = p[i];
+  return load(whole);
+}
+
+// Rounds to nearest even, keeps subnormals and NaN.
+inline void store_first(bf16* p, F v, int n) {
+  const I bits = _mm256_castps_si256(v);
+  const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const I rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const I quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  if (n >= kLanes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  } else {
+    bf16 whole[kLanes];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(whole), packed);
+    for (int i = 0; i < n; ++i) p[i] = whole[i];
+  }
+}
+
+// 8 pairs of bf16 -> their first and second members.
+inline I load_pairs(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline F first_of_pairs(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_pairs(p), 16)); }
+inline F second_of_pairs(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_and_si256(load_pairs(p), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Lane r: the nibble of row 8 * kHalf + r of the tile in the low bits, the nibbles of other rows above it.
+template <int kHalf>
+inline I nibbles(const uint8_t* metadata) {
+  const int s = 16 * kHalf;
+  const I words = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(metadata)));
+  return _mm256_srlv_epi32(words, _mm256_setr_epi32(s, s, s + 4, s + 4, s + 8, s + 8, s + 12, s + 12));
+}
+inline I second_index(I nibbles) { return _mm256_srli_epi32(nibbles, 2); }
+
+// The four activations of a group in every 128-bit block; then, per lane, the one that its index names.
+inline F group_of(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+inline F select(F group, I index) { return _mm256_permutevar_ps(group, index); }
+
+// Four neighbouring weights, and one of them in all lanes (a broadcast load needs no shuffle here).
+using Quad = const float*;
+inline Quad load_quad(const float* p) { return p; }
+template <int kIndex>
+inline F splat(Quad quad) {
+  return _mm256_broadcast_ss(quad + kIndex);
+}
+
+template <int kHalf>
+inline void half_row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
+  const I n = nibbles<kHalf>(metadata);
+  const I three = _mm256_set1_epi32(3);
+  const I i0 = _mm256_and_si256(n, three), i1 = _mm256_and_si256(_mm256_srli_epi32(n, 2), three);
+  const I both = _mm256_or_si256(i0, _mm256_slli_epi32(i1, 16));
+  const I scaled = _mm256_mullo_epi16(both, _mm256_set1_epi16(static_cast<short>(row_bytes)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + kLanes * kHalf), scaled);
+}
+
+// Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
+inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
+  half_row_offsets<0>(metadata, row_bytes, offsets);
+  half_row_offsets<1>(metadata, row_bytes, offsets);
+}
+
+inline void transpose(F (&v)[8]) {
+  F t[8];
+  TWOFOUR_UNROLL
+  for (int i = 0; i < 8; i += 4) {  // 4x4 blocks inside the 128-bit blocks
+    const F a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    const F c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(c)));
+    t[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(c)));
+    t[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(b), _mm256_castps_pd(d)));
+    t[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(b), _mm256_castps_pd(d)));
+  }
+  TWOFOUR_UNROLL
+  for (int j = 0; j < 4; ++j) {  // then the 2x2 of 128-bit blocks
+    v[j] = _mm256_permute2f128_ps(t[j], t[j + 4], 0x20);
+    v[j + 4] = _mm256_permute2f128_ps(t[j], t[j + 4], 0x31);
+  }
+}

@@ -1,0 +1,91 @@
+// Vectors of 16 floats on AVX-512 (F, BW, VL, DQ). Included inside an unnamed namespace: see linear_avx512.cpp.
+
+using F = __m512;   // 16 floats
+using I = __m512i;  // 16 32-bit integers
+constexpr int kLanes = 16;
+constexpr int kFewTokens = 8;  // tokens per pass of the few-token kernel
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+// The first n (0..16) elements; the other lanes are 0 and their memory is not touched.
+inline F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store_first(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+
+inline F widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+inline F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F load_first(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+
+// Rounds to nearest even, keeps subnormals (vcvtneps2bf16 flushes them) and NaN.
+inline void store_first(bf16* p, F v, int n) {
+  const I bits = _mm512_castps_si512(v);
+  const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const I quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const I kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+
+// 16 pairs of bf16 -> their first and second members.
+inline F first_of_pairs(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline F second_of_pairs(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Lane r: the nibble of row r of the tile in the low bits, the nibbles of other rows above it.
+template <int kHalf>
+inline I nibbles(const uint8_t* metadata) {
+  static_assert(kHalf == 0, "one vector holds the 16 rows");
+  const I shifts = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  const I words = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(metadata)));
+  return _mm512_srlv_epi32(words, shifts);
+}
+inline I second_index(I nibbles) { return _mm512_srli_epi32(nibbles, 2); }
+
+// The four activations of a group in every 128-bit block; then, per lane, the one that its index names.
+inline F group_of(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+inline F select(F group, I index) { return _mm512_permutevar_ps(group, index); }
+
+// Four neighbouring weights, and one of them in all lanes.
+using Quad = __m512;
+inline Quad load_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+template <int kIndex>
+inline F splat(Quad quad) {
+  return _mm512_permute_ps(quad, kIndex * 0x55);
+}
+
+// Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
+inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
+  const I n = nibbles<0>(metadata);
+  const I three = _mm512_set1_epi32(3);
+  const I i0 = _mm512_and_si512(n, three), i1 = _mm512_and_si512(_mm512_srli_epi32(n, 2), three);
+  const I both = _mm512_or_si512(i0, _mm512_slli_epi32(i1, 16));
+  _mm512_storeu_si512(offsets, _mm512_mullo_epi16(both, _mm512_set1_epi16(static_cast<short>(row_bytes))));
+}
+
+inline void transpose(F (&v)[16]) {
+  F t[16];
+  TWOFOUR_UNROLL
+  for (int i = 0; i < 16; i += 4) {  // 4x4 blocks inside the 128-bit blocks
+    const F a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    const F c = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(c)));
+    t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(c)));
+    t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b), _mm512_castps_pd(d)));
+    t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b), _mm512_castps_pd(d)));
+  }
+  TWOFOUR_UNROLL
+  for (int j = 0; j < 4; ++j) {  // then the 4x4 of 128-bit blocks
+    const F a = _mm512_shuffle_f32x4(t[j], t[j + 4], 0x88), b = _mm512_shuffle_f32x4(t[j], t[j + 4], 0xdd);
+    const F c = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0x88), d = _mm512_shuffle_f32x4(t[j + 8], t[j + 12], 0xdd);
+    v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}

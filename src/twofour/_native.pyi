@@ -1,0 +1,53 @@
+"""CPU kernels (csrc/bindings.cpp). Addresses and sizes in, nothing checked that needs the tensors: use kernels.cpu."""
+
+def isa() -> str:
+    """Instruction set that runs by default: the best one here, or TWOFOUR_ISA (ValueError when that cannot run)."""
+
+def isas() -> list[str]:
+    """Instruction sets that are compiled in and run here, plainest first."""
+
+def threads_source() -> str:
+    """Whose threads run the kernels: "libgomp" (torch's own workers) or "pool"."""
+
+def last_kernel() -> str:
+    """What the calling thread ran last, as "isa/few" or "isa/many"; "" before its first call."""
+
+def pack_linear(
+    values: int,
+    metadata: int,
+    packed_values: int,
+    packed_metadata: int,
+    out_features: int,
+    in_features: int,
+    itemsize: int,
+) -> None:
+    """Canonical format -> CPU layout (csrc/nm/layout.h)."""
+
+def unpack_linear(
+    packed_values: int,
+    packed_metadata: int,
+    values: int,
+    metadata: int,
+    out_features: int,
+    in_features: int,
+    itemsize: int,
+) -> None:
+    """CPU layout -> canonical format."""
+
+def linear(
+    x: int,
+    values: int,
+    metadata: int,
+    bias: int,
+    y: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    dtype: int,
+    threads: int,
+    kernel: int = 0,
+    isa: str | None = None,
+) -> None:
+    """y = x @ W.T + bias; dtype 0 fp32, 1 bf16; bias fp32 or 0; kernel 0 automatic, 1 few, 2 many; strides in elements."""

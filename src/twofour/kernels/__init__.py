@@ -1,0 +1,42 @@
+"""The same maths as `format`, fast: one table of kernels, one function that runs them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..format import SparseMatrix
+from . import ops
+from .registry import KERNELS as KERNELS
+from .registry import Choice as Choice
+from .registry import Kernel as Kernel
+from .registry import LinearSpec as LinearSpec
+from .registry import choose as choose
+
+
+def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """y = x @ W.T + bias, skipping the zeros of W.
+
+    Args:
+        x: [..., in_features], any strides, of the matrix's dtype (any floating dtype for int8 and float8 matrices).
+        matrix: the weight, [out_features, in_features].
+        bias: [out_features], or None.
+        backend: "cpu", "reference", or None for the first that applies; `kernels.choose` tells which and why.
+    Returns:
+        [..., out_features] of x's dtype, accumulated in float32. An input at a dropped place never reaches y, not even
+        NaN or infinity. Differentiable in x and bias.
+    Raises:
+        ShapeError: x or bias of another size.
+        UnsupportedError: dtypes or devices that differ, a backend that cannot run this matrix.
+    Cost: the first call packs the matrix for the backend and keeps the packed copy with it; SparseLinear keeps one only.
+
+    >>> import torch
+    >>> matrix = SparseMatrix.from_dense(torch.tensor([[0., 3., 0., -1.]]))
+    >>> linear(torch.tensor([[1., 2., 3., 4.]]), matrix).tolist()
+    [[2.0]]
+    """
+    kernel = choose(LinearSpec.of(matrix), backend).kernel
+    operands = matrix.prepared.get(kernel.backend)
+    if operands is None:
+        operands = kernel.pack(matrix)
+        matrix.prepared[kernel.backend] = operands
+    return ops.linear(kernel.backend, x, operands, bias, matrix.pattern, matrix.out_features, matrix.in_features)

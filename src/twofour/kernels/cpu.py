@@ -1,0 +1,244 @@
+"""The CPU kernels: 2:4 linear layers on the native module, torch tensors in and out.
+
+The kernels read a layout of their own (`pack`, drawn in csrc/nm/layout.h), which holds the same bits as the canonical
+format with the rows rounded up to whole tiles of 16. The instruction set is chosen at run time; `TWOFOUR_ISA` (baseline,
+avx2, avx512, avx512bf16) overrides the choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, UnsupportedError
+
+TILE_ROWS = 16
+"""Output rows of a tile of the CPU layout."""
+
+Family = Literal["few", "many"]
+"""Kernels for few tokens (output rows in the vector lanes) and for many (tokens in the lanes)."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
+
+_native: ModuleType | None
+try:
+    _native = importlib.import_module("twofour._native")
+    _missing = ""
+except ImportError as _error:
+    _native = None
+    _missing = f"this build of twofour has no native kernels ({_error}); reinstall it without TWOFOUR_NO_NATIVE"
+
+
+def _why_unavailable() -> str | None:
+    if _native is None:
+        return _missing
+    try:
+        _native.isa()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+_UNAVAILABLE = _why_unavailable()
+
+
+def available() -> str | None:
+    """None where the native kernels can run, otherwise the reason why they cannot. Found once, at import."""
+    return _UNAVAILABLE
+
+
+def isa() -> str:
+    """The instruction set that runs by default: the best one of this machine, or the one TWOFOUR_ISA names.
+
+    Raises:
+        UnsupportedError: no native kernels in this build, or TWOFOUR_ISA names a set that this machine lacks.
+    """
+    try:
+        name: str = _module().isa()
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    return name
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build holds and this machine runs, plainest first."""
+    names: list[str] = _module().isas()
+    return names
+
+
+def threads_source() -> str:
+    """Where threads come from: "libgomp" (torch's own workers) or "pool"."""
+    source: str = _module().threads_source()
+    return source
+
+
+def packed_shapes(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the values and of the metadata (uint8) in the CPU layout.
+
+    >>> packed_shapes(100, 64, torch.float32)
+    ((7, 16, 2, 16), (7, 16, 8))
+    >>> packed_shapes(100, 64, torch.bfloat16)
+    ((7, 16, 16, 2), (7, 16, 8))
+    """
+    tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
+    tile = (TILE_ROWS, 2) if dtype == torch.bfloat16 else (2, TILE_ROWS)
+    return (tiles, groups, *tile), (tiles, groups, TILE_ROWS // 2)
+
+
+def pack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The canonical values and metadata of a 2:4 matrix in the CPU layout.
+
+    Args:
+        values: [out_features, in_features / 2] float32 or bfloat16.
+        metadata: [out_features, ceil(in_features / 8)] uint8, as in SparseMatrix.
+    Returns:
+        values and metadata of `packed_shapes`; the bits of every kept value as they were.
+    Raises:
+        ShapeError: tensors of other shapes, in_features not a multiple of 4.
+        UnsupportedError: another dtype, a tensor that is not on the CPU.
+    Cost: reads and writes the matrix once, on one thread.
+    """
+    native = _module()
+    _require_weight(values, metadata, out_features, in_features)
+    _require_shape("values", values, (out_features, in_features // 2))
+    _require_shape("metadata", metadata, (out_features, -(-in_features // 8)))
+    values, metadata = values.detach().contiguous(), metadata.contiguous()
+    values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype)
+    packed = torch.empty(values_shape, dtype=values.dtype), torch.empty(metadata_shape, dtype=torch.uint8)
+    native.pack_linear(
+        values.data_ptr(),
+        metadata.data_ptr(),
+        packed[0].data_ptr(),
+        packed[1].data_ptr(),
+        out_features,
+        in_features,
+        values.itemsize,
+    )
+    return packed
+
+
+def unpack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: canonical values [out_features, in_features / 2] and metadata, bit for bit."""
+    native = _module()
+    _require_packed(values, metadata, out_features, in_features)
+    values, metadata = values.detach().contiguous(), metadata.contiguous()
+    canonical = (
+        torch.empty((out_features, in_features // 2), dtype=values.dtype),
+        torch.empty((out_features, -(-in_features // 8)), dtype=torch.uint8),
+    )
+    native.unpack_linear(
+        values.data_ptr(),
+        metadata.data_ptr(),
+        canonical[0].data_ptr(),
+        canonical[1].data_ptr(),
+        out_features,
+        in_features,
+        values.itemsize,
+    )
+    return canonical
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    *,
+    isa: str | None = None,
+    kernel: Family | None = None,
+) -> Tensor:
+    """y = x @ W.T + bias for a 2:4 matrix W in the CPU layout, on torch.get_num_threads() threads.
+
+    Sums are float32 and y is rounded once. inf and NaN in x at dropped positions do not reach y. The bits of y do not
+    depend on the number of threads.
+
+    Args:
+        x: [tokens, in_features], dtype of `values`; any strides, though only a contiguous last axis avoids a copy.
+        values, metadata: what `pack` returned.
+        bias: [out_features] float32 or bfloat16, or None.
+        isa: instruction set, one of `isas()`; None for `isa()`.
+        kernel: "few" or "many"; None for the faster one at this number of tokens.
+    Returns:
+        [tokens, out_features], contiguous, dtype of `values`.
+    Raises:
+        ShapeError: shapes that do not fit each other.
+        UnsupportedError: another dtype or device; an instruction set that this machine lacks; no native kernels.
+    """
+    native = _module()
+    _require_packed(values, metadata, out_features, in_features)
+    if x.ndim != 2 or x.shape[1] != in_features:
+        raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, {in_features}]. Flatten it with x.flatten(0, -2).")
+    if x.dtype != values.dtype or x.device.type != "cpu":
+        raise UnsupportedError(
+            f"x is {x.dtype} on {x.device} and the weight {values.dtype} on the CPU: convert one with .to(...)."
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (out_features,):
+            raise ShapeError(f"bias is {list(bias.shape)}: it must be [{out_features}], one for each output.")
+        if bias.dtype not in _DTYPES or bias.device.type != "cpu":
+            raise UnsupportedError(f"bias is {bias.dtype} on {bias.device}: it must be float32 or bfloat16 on the CPU.")
+        bias = bias.detach().to(torch.float32).contiguous()
+    tokens = x.shape[0]
+    if x.stride(1) != 1 or (tokens > 1 and x.stride(0) < in_features):
+        x = x.contiguous()
+    y = torch.empty((tokens, out_features), dtype=x.dtype)
+    try:
+        native.linear(
+            x.data_ptr(),
+            values.data_ptr(),
+            metadata.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            out_features,
+            in_features,
+            x.stride(0),
+            out_features,
+            _DTYPES[x.dtype],
+            torch.get_num_threads(),
+            _FAMILIES[kernel],
+            isa,
+        )
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    return y
+
+
+def _module() -> ModuleType:
+    if _native is None:
+        raise UnsupportedError(_missing)
+    return _native
+
+
+def _require_packed(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> None:
+    _require_weight(values, metadata, out_features, in_features)
+    values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype)
+    _require_shape("packed values", values, values_shape)
+    _require_shape("packed metadata", metadata, metadata_shape)
+    if not (values.is_contiguous() and metadata.is_contiguous()):
+        raise ShapeError("packed values and metadata must be contiguous: pass what pack() returned.")
+
+
+def _require_weight(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> None:
+    if out_features < 1 or in_features < 4 or in_features % 4:
+        raise ShapeError(
+            f"the weight is [{out_features}, {in_features}]: it needs an output, and in_features a multiple of 4."
+        )
+    if values.dtype not in _DTYPES or metadata.dtype != torch.uint8:
+        raise UnsupportedError(
+            f"values are {values.dtype}, metadata {metadata.dtype}: the CPU kernels take float32 or bfloat16, and uint8."
+        )
+    if values.device.type != "cpu" or metadata.device.type != "cpu":
+        raise UnsupportedError(f"values are on {values.device}, metadata on {metadata.device}: move both to the CPU.")
+
+
+def _require_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ShapeError(f"{what} are {list(tensor.shape)}: this weight needs {list(shape)}.")

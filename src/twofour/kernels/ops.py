@@ -1,0 +1,179 @@
+"""The operations as torch knows them: schemas, shapes for tracing, gradients.
+
+One operation has one name in six places: here, in reference.py, in csrc/cpu, in csrc/cuda, in tests/kernels and in
+benchmarks/kernels. `define` + `impl` on a Library costs 2 us a call, `custom_op` 4 to 7 (torch 2.13), hence this form; the
+gradient is an autograd.Function around the operation for the same reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, UnsupportedError
+from ..pattern import Pattern
+from . import cpu, reference
+
+_LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
+
+_LIBRARY.define(
+    "linear_reference(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
+    " int in_features) -> Tensor"
+)
+_LIBRARY.define(
+    "linear_cpu(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
+    " int in_features) -> Tensor"
+)
+_LIBRARY.define(
+    "to_dense_reference(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
+)
+_LIBRARY.define(
+    "to_dense_cpu(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
+)
+_LIBRARY.define(
+    "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features) -> (Tensor, Tensor)"
+)
+
+
+def _linear_reference(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    return reference.linear(x, values, metadata, bias, Pattern.parse(pattern), in_features)
+
+
+def _linear_cpu(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    y = cpu.linear(x.reshape(-1, in_features), values, metadata, bias, out_features, in_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
+
+
+def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    canonical = cpu.unpack(values, metadata, out_features, in_features)
+    return reference.to_dense(*canonical, Pattern.parse(pattern), in_features)
+
+
+def _linear_fake(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return values.new_empty(out_features, in_features)
+
+
+def _pack_fake(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, values.dtype)
+    return values.new_empty(values_shape), metadata.new_empty(metadata_shape)
+
+
+_LIBRARY.impl("linear_reference", _linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("to_dense_reference", _to_dense_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_cpu", _linear_cpu, "CPU")
+_LIBRARY.impl("to_dense_cpu", _to_dense_cpu, "CPU")
+_LIBRARY.impl("pack_linear_cpu", cpu.pack, "CPU")
+for _name in ("linear_reference", "linear_cpu"):
+    torch.library.register_fake(f"twofour::{_name}", _linear_fake, lib=_LIBRARY)
+for _name in ("to_dense_reference", "to_dense_cpu"):
+    torch.library.register_fake(f"twofour::{_name}", _to_dense_fake, lib=_LIBRARY)
+torch.library.register_fake("twofour::pack_linear_cpu", _pack_fake, lib=_LIBRARY)
+
+_LINEAR = {
+    "reference": torch.ops.twofour.linear_reference.default,
+    "cpu": torch.ops.twofour.linear_cpu.default,
+}
+_TO_DENSE = {
+    "reference": torch.ops.twofour.to_dense_reference.default,
+    "cpu": torch.ops.twofour.to_dense_cpu.default,
+}
+
+
+class _Linear(torch.autograd.Function):
+    """Gradients of the input and the bias; the kept values are constants here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        metadata: Tensor,
+        bias: Tensor | None,
+        backend: str,
+        pattern: str,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        ctx.save_for_backward(values, metadata)
+        ctx.backend, ctx.pattern, ctx.shape = backend, pattern, (out_features, in_features)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y: Tensor = _LINEAR[backend](x, values, metadata, bias, pattern, out_features, in_features)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        values, metadata = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = _TO_DENSE[ctx.backend](values, metadata, ctx.pattern, *ctx.shape)
+            grad_x = grad @ weight.to(grad.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.ndim > 1 else grad.to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None, None, None, None
+
+
+def linear(
+    backend: str,
+    x: Tensor,
+    operands: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    pattern: Pattern,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """x @ W.T + bias through one backend, differentiable in x and bias.
+
+    Args:
+        backend: "reference" or "cpu"; `operands` must be that backend's layout (registry: `Kernel.pack`).
+        x: [..., in_features] of the values' dtype (any floating dtype where the values are int8 or float8).
+        bias: [out_features] or None.
+    Returns:
+        [..., out_features] of x's dtype.
+    Raises:
+        ShapeError, UnsupportedError: an input that does not fit.
+    """
+    values, metadata = operands
+    _require_input(x, values, bias, out_features, in_features)
+    arguments = (pattern_text(pattern), out_features, in_features)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y: Tensor = _Linear.apply(x, values, metadata, bias, backend, *arguments)  # type: ignore[no-untyped-call]
+        return y
+    return cast(Tensor, _LINEAR[backend](x, values, metadata, bias, *arguments))
+
+
+def pattern_text(pattern: Pattern) -> str:
+    """`str(pattern)`, short enough to be traced by torch.compile."""
+    return f"{pattern.keep}:{pattern.group}"
+
+
+def _require_input(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ShapeError(f"x is {list(x.shape)}: its last axis must be in_features {in_features}.")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ShapeError(f"bias is {list(bias.shape)}: it must be [{out_features}], one for each output.")
+    if not x.dtype.is_floating_point:
+        raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
+    if values.dtype.itemsize > 1 and x.dtype != values.dtype:
+        raise UnsupportedError(
+            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype."
+            f" Pass x.to({values.dtype}), or convert the weight with matrix.to({x.dtype})."
+        )
+    if x.device != values.device:
+        raise UnsupportedError(f"x is on {x.device} and the weight on {values.device}: move one of them.")

@@ -1,0 +1,136 @@
+"""The table: which kernels there are for a linear layer, where each applies, and why not where it does not.
+
+Decided once per layer, stored in the layer, printable (`twofour.explain`). A slow path is allowed, a silent one is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..format import SparseMatrix
+from ..pattern import Pattern
+from . import cpu
+
+Operands = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """What a kernel must know of a weight to say whether it can run it."""
+
+    out_features: int
+    in_features: int
+    pattern: Pattern
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(matrix: SparseMatrix) -> LinearSpec:
+        """The spec of a matrix."""
+        return LinearSpec(matrix.out_features, matrix.in_features, matrix.pattern, matrix.dtype, matrix.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One row of the table.
+
+    `why_not(spec)` is None where the kernel applies. `pack` makes the kernel's own layout from the canonical matrix and
+    `unpack` gives the matrix back, bit for bit, so that a layer needs to hold only one of them.
+    """
+
+    backend: str
+    why_not: Callable[[LinearSpec], str | None]
+    pack: Callable[[SparseMatrix], Operands]
+    unpack: Callable[[Operands, LinearSpec], SparseMatrix]
+    label: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kernel that serves a spec, and why each faster one in the table does not: ((backend, reason), ...)."""
+
+    kernel: Kernel
+    rejected: tuple[tuple[str, str], ...]
+
+    @property
+    def reason(self) -> str:
+        """The rejections as one line; empty where the fastest kernel runs."""
+        return "; ".join(f"{backend}: {reason}" for backend, reason in self.rejected)
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _cpu_why_not(spec: LinearSpec) -> str | None:
+    if spec.device.type != "cpu":
+        return f"the weight is on {spec.device}"
+    missing = cpu.available()
+    if missing is not None:
+        return missing
+    if spec.out_features == 0 or spec.in_features == 0:
+        return "the weight is empty"
+    if (spec.pattern.keep, spec.pattern.group) != (2, 4):
+        return f"pattern {spec.pattern} has no native kernel, only 2:4"
+    if spec.dtype not in _CPU_DTYPES:
+        return f"{str(spec.dtype).removeprefix('torch.')} has no native kernel, only float32 and bfloat16"
+    return None
+
+
+def _cpu_pack(matrix: SparseMatrix) -> Operands:
+    values, metadata = torch.ops.twofour.pack_linear_cpu(
+        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features
+    )
+    return values, metadata
+
+
+def _cpu_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    values, metadata = cpu.unpack(*operands, spec.out_features, spec.in_features)
+    return SparseMatrix(values, metadata, spec.pattern, (spec.out_features, spec.in_features))
+
+
+def _reference_why_not(spec: LinearSpec) -> str | None:
+    return None
+
+
+def _reference_pack(matrix: SparseMatrix) -> Operands:
+    return matrix.values, matrix.metadata
+
+
+def _reference_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    return SparseMatrix(*operands, spec.pattern, (spec.out_features, spec.in_features))
+
+
+KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel("cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}"),
+    "reference": Kernel("reference", _reference_why_not, _reference_pack, _reference_unpack, lambda: "reference"),
+}
+"""All kernels, fastest first."""
+
+
+def choose(spec: LinearSpec, backend: str | None = None) -> Choice:
+    """The first kernel of the table that applies, or the one asked for.
+
+    Raises:
+        UnsupportedError: an unknown backend, or one that does not apply; says why.
+    """
+    if backend is not None:
+        if backend not in KERNELS:
+            raise UnsupportedError(f"unknown backend {backend!r}: the kernels are {', '.join(KERNELS)}.")
+        reason = KERNELS[backend].why_not(spec)
+        if reason is not None:
+            raise UnsupportedError(
+                f"backend {backend!r} cannot run this layer: {reason}. backend=None picks one that can."
+            )
+        return Choice(KERNELS[backend], ())
+    rejected: list[tuple[str, str]] = []
+    for kernel in KERNELS.values():
+        reason = kernel.why_not(spec)
+        if reason is None:
+            return Choice(kernel, tuple(rejected))
+        rejected.append((kernel.backend, reason))
+    raise UnsupportedError("no kernel applies: " + "; ".join(f"{name}: {reason}" for name, reason in rejected))
