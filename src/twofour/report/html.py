@@ -1,0 +1,278 @@
+"""Report -> one self-contained HTML page: no scripts, nothing fetched, for file://, paper and phones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+from xml.etree import ElementTree
+
+import jinja2
+from markupsafe import Markup
+
+from ..errors import FormatError, UnsupportedError
+from . import plots
+from .record import Column, Report, format_value
+from .table import _short
+
+Tone = Literal["plain", "good", "bad"]
+
+_SVG = "http://www.w3.org/2000/svg"
+_SVG_SHAPES = {"path", "rect", "circle", "ellipse", "line", "polyline", "polygon", "text", "tspan", "use"}
+_SVG_FRAMES = {"svg", "g", "defs", "symbol", "marker", "mask", "pattern", "clipPath", "title", "desc"}
+_SVG_PAINTS = {"linearGradient", "radialGradient", "stop"}
+_SVG_TAGS = _SVG_SHAPES | _SVG_FRAMES | _SVG_PAINTS
+_MOST_BARS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """A paragraph of plain text."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number that matters: what it is, the number as it is shown, one line about it.
+
+    Args:
+        tone: "good" and "bad" set a colour and a word for readers who do not see it; "plain" neither.
+    """
+
+    label: str
+    value: str
+    detail: str = ""
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Key numbers side by side."""
+
+    kind: ClassVar[str] = "tiles"
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of a report, or any rows with the same columns. Columns without a value in any row are left out.
+
+    Args:
+        caption: what the table shows; read aloud before it.
+        signal: key of a ratio column whose numbers take the colour of a loss below 1x and of a gain above.
+        even: ratios nearer to 1 than this take no colour.
+    """
+
+    kind: ClassVar[str] = "table"
+    columns: tuple[Column, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    caption: str
+    signal: str = ""
+    even: float = 1.0
+
+    def tone(self, column: Column, row: Mapping[str, Any]) -> Tone:
+        """The colour of a cell."""
+        value = row.get(column.key)
+        if column.key != self.signal or not isinstance(value, int | float):
+            return "plain"
+        shown = round(float(value), 2)
+        return "plain" if shown == 1 else "good" if shown >= self.even else "bad" if shown <= 1 / self.even else "plain"
+
+    @property
+    def shown(self) -> tuple[Column, ...]:
+        """The columns that hold something."""
+        return tuple(column for column in self.columns if any(row.get(column.key) is not None for row in self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """An SVG picture with the words that stand for it where it cannot be seen.
+
+    Args:
+        svg: as `report.plots` makes it; elements that could run or fetch anything are refused (FormatError).
+        alt: what the picture says.
+        caption: shown below.
+        wide: takes the whole width of the page; otherwise two plots that follow each other stand side by side.
+    """
+
+    kind: ClassVar[str] = "plot"
+    svg: str
+    alt: str
+    caption: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names and what they are: a summary, an environment."""
+
+    kind: ClassVar[str] = "facts"
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """Sentences that a reader must see."""
+
+    kind: ClassVar[str] = "notes"
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Blocks that open on a click (and on paper)."""
+
+    kind: ClassVar[str] = "folded"
+    title: str
+    blocks: tuple[Block, ...]
+
+
+Block = Paragraph | Tiles | Table | Plot | Facts | Notes | Folded
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading and what stands below it."""
+
+    heading: str
+    blocks: tuple[Block, ...]
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section], *, footer: str = "") -> str:
+    """One HTML document as text. All texts are escaped; styles and plots are inside; a policy forbids fetching.
+
+    Args:
+        title: the heading and the name of the window.
+        subtitle: one or two sentences below it.
+        sections: the content, in order.
+        footer: a line at the end, for instance when and where the numbers were made.
+    Raises:
+        FormatError: a plot that is not harmless SVG.
+    """
+    return _template("page.html").render(title=title, subtitle=subtitle, sections=sections, footer=footer)
+
+
+def table_html(report: Report) -> str:
+    """A report as a piece of HTML for notebooks: table, summary, notes. Takes the notebook's own colours."""
+    table = Table(report.columns, report.rows, f"twofour {report.verb}")
+    facts = Facts(report.summary) if report.summary else None
+    return _template("fragment.html").render(table=table, facts=facts, notes=report.notes)
+
+
+def report_page(report: Report) -> str:
+    """A report as a page: summary, notes, bars of its first ratio column (where altair is installed), rows, machine."""
+    sections = []
+    overview: list[Block] = []
+    if report.summary:
+        overview.append(Facts(report.summary))
+    if report.notes:
+        overview.append(Notes(report.notes))
+    if overview:
+        sections.append(Section("Summary", tuple(overview)))
+    layers: list[Block] = []
+    picture = _ratio_plot(report)
+    if picture is not None:
+        layers.append(picture)
+    if report.rows:
+        layers.append(Table(report.columns, report.rows, f"twofour {report.verb}, row by row"))
+        sections.append(Section("Layers" if report.columns[0].key == "layer" else "Rows", tuple(layers)))
+    if report.environment:
+        sections.append(Section("Where this was made", (Facts(report.environment),)))
+    version = report.environment.get("twofour")
+    footer = f"Made by twofour {version}." if version else "Made by twofour."
+    return page(f"twofour {report.verb}", _count(len(report.rows), "row"), sections, footer=footer)
+
+
+def safe_svg(svg: str, prefix: str, alt: str) -> str:
+    """`svg` as an element of an HTML page: its ids begin with `prefix`, it is one image whose name is `alt`.
+
+    Raises:
+        FormatError: not well-formed, not SVG, or with elements or attributes that run or fetch something.
+    """
+    if "<!" in svg.replace("<!--", ""):
+        raise FormatError("a plot must be plain SVG, without a document type or CDATA.")
+    try:
+        root = ElementTree.fromstring(svg)
+    except ElementTree.ParseError as error:
+        raise FormatError(f"a plot must be well-formed SVG: {error}.") from None
+    if _local(root.tag) != "svg":
+        raise FormatError(f"a plot must be an <svg> element, not <{_local(root.tag)}>.")
+    for element in root.iter():
+        tag = _local(element.tag) if isinstance(element.tag, str) else "?"
+        if tag not in _SVG_TAGS:
+            raise FormatError(f"a plot must not hold <{tag}>: only shapes and text.")
+        element.tag = tag
+        for key in list(element.attrib):
+            name, value = _local(key), element.attrib.pop(key)
+            if name.startswith("on") or _reaches_out(name, value):
+                raise FormatError(f"a plot must not hold {name}={value[:60]!r}: it would run or fetch something.")
+            if name.startswith("aria-") or name in ("role", "pointer-events", "class"):
+                continue  # the picture is one image with one name; its parts have none
+            if name == "id":
+                value = prefix + value
+            element.attrib[name] = (
+                re.sub(r"url\(#", f"url(#{prefix}", re.sub(r"^#(?=.*)", f"#{prefix}", value))
+                if (name == "href" or "url(#" in value)
+                else value
+            )
+    root.attrib.pop("version", None)
+    root.attrib.update({"role": "img", "aria-label": alt, "focusable": "false", "xmlns": _SVG})
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _reaches_out(name: str, value: str) -> bool:
+    if name in ("href", "src"):
+        return not value.startswith("#")
+    return bool(re.search(r"url\(\s*['\"]?(?!#)|javascript:|expression\(|@import", value, re.IGNORECASE))
+
+
+def _local(tag: str) -> str:
+    return tag.rsplit("}", 1)[-1]
+
+
+def _ratio_plot(report: Report) -> Plot | None:
+    ratio = next((column for column in report.columns if column.kind == "ratio"), None)
+    name = next((column for column in report.columns if not column.is_number), None)
+    if ratio is None or name is None or not plots.available():
+        return None
+    measured = [row for row in report.rows if isinstance(row.get(ratio.key), int | float)]
+    if len(measured) < 2 or len({str(row.get(name.key)) for row in measured}) != len(measured):
+        return None
+    caption = f"{ratio.title}; the full line is 1x, the dashed one 2x."
+    if len(measured) > _MOST_BARS:
+        measured = sorted(measured, key=lambda row: float(row[ratio.key]))[:_MOST_BARS]
+        caption = f"The {_MOST_BARS} lowest. {caption}"
+    ratios = {str(row.get(name.key)): float(row[ratio.key]) for row in measured}
+    low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+    alt = f"{ratio.title} of {len(ratios)} rows: from {ratios[low]:.2f}x ({low}) to {ratios[high]:.2f}x ({high})."
+    try:
+        return Plot(plots.ratio_bars(ratios, x_title=ratio.title), alt, caption, wide=True)
+    except UnsupportedError:  # installed, but it cannot be imported
+        return None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("twofour.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = format_value
+    environment.globals["short"] = lambda name, value: _short(str(name), value)
+    environment.globals["svg"] = lambda plot, prefix: Markup(safe_svg(plot.svg, prefix, plot.alt))
+    return environment
+
+
+def _template(name: str) -> jinja2.Template:
+    return _environment().get_template(name)
