@@ -1,0 +1,9 @@
+"""The whole-model verbs."""
+
+from .compress import compress as compress
+from .compress import explain as explain
+from .files import load as load
+from .files import save as save
+from .measure import measure as measure
+from .prune import check as check
+from .prune import prune as prune

@@ -1,0 +1,306 @@
+"""save and load: a whole model in one safetensors file, compressed weights as values and metadata."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, UnsupportedError
+from ..format import SparseMatrix, file
+from ..kernels import LinearSpec, choose
+from ..masks import check_pattern
+from ..nn import SparseLinear
+from ..nn.swap import replace_module, why_not_swappable
+from ..pattern import Pattern
+from ..report import Column, Report, environment
+from .layers import is_linear_like, survey
+
+_RUN_DENSE = "dense"
+_RUN_SPARSE = "sparse"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | str = "2:4") -> Report:
+    """Writes every parameter and persistent buffer of `model` to one safetensors file; see format/SPEC.md.
+
+    SparseLinear weights, and Linear weights that hold `pattern`, are stored compressed; the file remembers which of them
+    ran dense. Shared weights are stored once. The file appears whole or not at all.
+
+    Args:
+        model: any nn.Module; not on the meta device.
+        path: usually "….safetensors".
+        pattern: what a Linear that runs dense is checked for.
+    Returns:
+        Report with a row per compressed weight (bytes dense and stored), and the file's size.
+    Raises:
+        ModelError: a tensor without storage. UnsupportedError: a module with extra state that is no tensor.
+        TwofourError: the file cannot be written (says why; an existing file is left as it was).
+    Cost: a pass over the Linear weights for the check, and the writing.
+    """
+    pattern = Pattern.parse(pattern)
+    tensors, aliases = _own_tensors(model)
+    matrices: dict[str, SparseMatrix] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    stored: dict[int, str] = {}
+    for layer in survey(model, pattern, skip_heads=False):
+        if not is_linear_like(layer):
+            continue
+        name = _join(layer.names[0], "weight")
+        for other in layer.names[1:]:
+            aliases[_join(other, "weight")] = name
+        if isinstance(layer.module, SparseLinear):
+            key = layer.module.values.data_ptr()
+            if key and key in stored:
+                aliases[name] = stored[key]
+                continue
+            stored[key] = name
+            matrices[name], notes[name] = layer.module.matrix, {"run": _RUN_SPARSE}
+        elif layer.skip is None and name in tensors and check_pattern(layer.weight, pattern).holds:
+            matrices[name] = SparseMatrix.from_dense(tensors.pop(name), pattern, name=name)
+            notes[name] = {"run": _RUN_DENSE}
+    file.write(path, matrices, tensors, notes=notes, aliases=aliases)
+    rows = tuple(
+        {
+            "weight": name,
+            "shape": "x".join(map(str, matrix.shape)),
+            "run": notes[name]["run"],
+            "dense_bytes": matrix.out_features * matrix.in_features * matrix.dtype.itemsize,
+            "bytes": matrix.nbytes,
+        }
+        for name, matrix in matrices.items()
+    )
+    dense_bytes = sum(row["dense_bytes"] for row in rows)
+    summary = {
+        "file": os.fspath(path),
+        "file bytes": os.path.getsize(path),
+        "compressed weights": len(rows),
+        "their bytes dense": dense_bytes,
+        "their bytes stored": sum(row["bytes"] for row in rows),
+    }
+    return Report("save", _COLUMNS, rows, summary, (), environment())
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> Report:
+    """Fills `model`, in place, from a file that `save` wrote; every tensor takes the file's dtype.
+
+    Compressed weights become SparseLinear layers, except those that ran dense when they were saved. Tensors are mapped
+    from the file and read when first used; a model on the meta device is filled without being allocated first.
+
+    Args:
+        model: the same architecture, dense or compressed, with any weights; each layer keeps its device (meta -> CPU).
+        path: the file.
+        strict: raise when the file and the model do not have the same tensors; False reports them instead.
+    Returns:
+        Report with a row per compressed weight.
+    Raises:
+        FormatError: a malformed file; names the fault.
+        ModelError: tensors missing from the file or from the model, shapes that differ, tensors that would stay on the
+            meta device. The model is unchanged then.
+    """
+    contents = file.read(path)
+    slots = _slots(model)
+    plan: dict[str, str] = {name: name for name in (*contents.matrices, *contents.tensors)}
+    plan.update(contents.aliases)
+    missing = sorted(set(slots) - set(plan))
+    unexpected = sorted(set(plan) - set(slots))
+    if strict and (missing or unexpected):
+        raise ModelError(
+            f"{os.fspath(path)} does not fit the model: {_some('missing from the file', missing)}"
+            f"{'; ' if missing and unexpected else ''}{_some('not in the model', unexpected)}."
+            " The model is unchanged; strict=False loads what fits."
+        )
+    plan = {name: source for name, source in plan.items() if name in slots}
+    for name, source in plan.items():
+        shape = (
+            contents.matrices[source].shape if source in contents.matrices else tuple(contents.tensors[source].shape)
+        )
+        if shape != slots[name].shape:
+            raise ModelError(
+                f"'{name}' is {list(shape)} in {os.fspath(path)} and {list(slots[name].shape)} in the model."
+            )
+    left = [name for name, tensor in _meta_tensors(model) if name not in plan]
+    if left:
+        raise ModelError(
+            f"{_some('would stay on the meta device', left)}: the file does not have them. Build the model on the CPU."
+        )
+    rows = _fill(model, slots, plan, contents)
+    notes = tuple(_some(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names)
+    summary = {"file": os.fspath(path), "tensors": len(plan), "compressed weights": len(rows)}
+    return Report("load", _COLUMNS, tuple(rows), summary, notes, environment())
+
+
+_COLUMNS = (
+    Column("weight", "weight"),
+    Column("shape", "shape"),
+    Column("run", "runs"),
+    Column("kernel", "kernel"),
+    Column("dense_bytes", "dense", "bytes"),
+    Column("bytes", "stored", "bytes"),
+    Column("reason", "why"),
+)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place in a model that a tensor of the file goes to."""
+
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters and persistent buffers by name (without SparseLinear weights), and aliases of those that are shared."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise UnsupportedError(
+                f"'{module_name}' ({type(module).__name__}) has extra state that is not a tensor: a safetensors file cannot"
+                " hold it. Save it on its own."
+            )
+        for attribute, tensor in _persistent(module):
+            name = _join(module_name, attribute)
+            if tensor.is_meta:
+                raise ModelError(f"'{name}' is on the meta device: there is nothing to save yet. Load the model first.")
+            if id(tensor) in first:
+                aliases[name] = first[id(tensor)]
+            else:
+                first[id(tensor)] = name
+                tensors[name] = tensor.detach()
+    return tensors, aliases
+
+
+def _persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    buffers = [
+        (name, tensor)
+        for name, tensor in module._buffers.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [*parameters, *buffers]
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    slots: dict[str, _Slot] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in _persistent(module):
+            slots[_join(module_name, attribute)] = _Slot(module, attribute, tuple(tensor.shape), tensor.device)
+        if isinstance(module, SparseLinear):
+            shape = (module.out_features, module.in_features)
+            slots[_join(module_name, "weight")] = _Slot(module, "weight", shape, module.values.device)
+    return slots
+
+
+def _fill(
+    model: nn.Module, slots: dict[str, _Slot], plan: dict[str, str], contents: file.Contents
+) -> list[dict[str, Any]]:
+    parameters: dict[str, nn.Parameter] = {}
+    sparse: dict[str, SparseLinear] = {}
+    dense: dict[str, nn.Parameter] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    rows: list[dict[str, Any]] = []
+
+    # Plain tensors first: a SparseLinear made below takes over the bias that its layer has then.
+    for name, source in plan.items():
+        slot = slots[name]
+        if source in contents.matrices or (slot.attribute == "weight" and isinstance(slot.module, SparseLinear)):
+            continue
+        tensor = contents.tensors[source].to(_landing(slot))
+        if slot.attribute in slot.module._buffers:
+            slot.module._buffers[slot.attribute] = tensor
+        else:
+            if source not in parameters:
+                old = slot.module._parameters[slot.attribute]
+                wants = old is not None and old.requires_grad and tensor.is_floating_point()
+                parameters[source] = nn.Parameter(tensor, requires_grad=wants)
+            slot.module._parameters[slot.attribute] = parameters[source]
+
+    for name, source in plan.items():
+        slot = slots[name]
+        if slot.module in replaced:
+            continue
+        if source not in contents.matrices:
+            if slot.attribute == "weight" and isinstance(slot.module, SparseLinear):
+                replaced[slot.module] = _densify(model, slot.module, contents.tensors[source].to(_landing(slot)))
+            continue
+        matrix = contents.matrices[source]
+        landing = _landing(slot)
+        if matrix.device != landing:
+            matrix = matrix.to(landing)
+        module = slot.module
+        runs_dense = contents.notes.get(source, {}).get("run") == _RUN_DENSE
+        swappable = isinstance(module, SparseLinear) or (
+            slot.attribute == "weight" and isinstance(module, nn.Linear) and why_not_swappable(module) is None
+        )
+        row: dict[str, Any] = {
+            "weight": name,
+            "shape": "x".join(map(str, matrix.shape)),
+            "run": _RUN_SPARSE if swappable and not runs_dense else _RUN_DENSE,
+            "dense_bytes": matrix.out_features * matrix.in_features * matrix.dtype.itemsize,
+            "bytes": matrix.nbytes,
+        }
+        if row["run"] == _RUN_SPARSE:
+            bias = getattr(module, "bias", None)
+            new = sparse[source].twin(bias) if source in sparse else SparseLinear(matrix, bias)
+            sparse.setdefault(source, new)
+            replace_module_or_adopt(model, module, new)
+            replaced[module] = new
+            choice = choose(LinearSpec.of(matrix))
+            row.update(kernel=choice.kernel.label(), reason=choice.reason)
+        else:
+            if source not in dense:
+                dense[source] = nn.Parameter(matrix.to_dense())
+            if isinstance(module, SparseLinear):
+                replaced[module] = _densify(model, module, dense[source])
+            else:
+                module._parameters[slot.attribute] = dense[source]
+            row.update(
+                kernel="dense (torch)", reason="ran dense when it was saved" if runs_dense else "cannot be swapped"
+            )
+        rows.append(row)
+    return rows
+
+
+def replace_module_or_adopt(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
+    """Puts `new` in the place of `old`; if `old` is the model itself, it must be a SparseLinear and takes new's weight."""
+    if old is model:
+        if not isinstance(old, SparseLinear):
+            raise ModelError("a bare Linear cannot become a SparseLinear in place: load into a module that holds it.")
+        old._set_matrix(new.matrix)
+    else:
+        replace_module(model, old, new)
+
+
+def _densify(model: nn.Module, layer: SparseLinear, weight: Tensor) -> nn.Module:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    linear.register_parameter("bias", layer.bias)
+    if layer is model:
+        raise ModelError("a bare SparseLinear cannot become dense in place: load into a module that holds it.")
+    replace_module(model, layer, linear)
+    return linear
+
+
+def _landing(slot: _Slot) -> torch.device:
+    return torch.device("cpu") if slot.device.type == "meta" else slot.device
+
+
+def _meta_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, tensor) for name, tensor in named if tensor.is_meta]
+
+
+def _join(module_name: str, attribute: str) -> str:
+    return f"{module_name}.{attribute}" if module_name else attribute
+
+
+def _some(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"{what}: {', '.join(repr(name) for name in names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -1,0 +1,67 @@
+"""Model inputs as users have them: a tensor, a tuple, a dict, or several of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ModelError
+
+Batch = Any
+"""One call's arguments: a tensor (one argument), a tuple (positional), a mapping (by name)."""
+
+
+def batches(inputs: Batch | Iterable[Batch]) -> list[Batch]:
+    """`inputs` as a list of batches: one tensor, tuple or mapping is one batch, anything else is iterated.
+
+    Raises:
+        ModelError: no batch, or something that is no batch.
+    """
+    if isinstance(inputs, (Tensor, tuple, Mapping)):
+        return [inputs]
+    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Iterable):
+        raise ModelError(
+            f"inputs is a {type(inputs).__name__}: pass a tensor, a tuple of arguments, a dict of named arguments, or a"
+            " list of these."
+        )
+    found = list(inputs)
+    if not found:
+        raise ModelError("inputs is empty: pass at least one batch.")
+    for batch in found:
+        if not isinstance(batch, (Tensor, tuple, Mapping)):
+            raise ModelError(f"inputs holds a {type(batch).__name__}: a batch is a tensor, a tuple or a dict.")
+    return found
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """model(*batch), model(**batch) or model(batch)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(batch)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The floating point tensors of a model's output, in order; transformers' outputs and dicts are looked into."""
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """eval() and no gradients inside; each module's own training flag comes back afterwards."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training

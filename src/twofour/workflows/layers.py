@@ -1,0 +1,256 @@
+"""The survey of a model: every layer with a weight matrix, and what may be done with it, or why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..nn import SparseLinear
+from ..nn.swap import why_not_swappable
+from ..pattern import Pattern
+
+HEAD_NAMES = ("lm_head", "classifier", "score", "head", "qa_outputs", "output_projection")
+"""Last part of a module's name that marks an output head, beside what transformers itself calls output embeddings."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of one module.
+
+    Args:
+        name: the module's name; "in_proj_weight" and its like are appended for weights that are not called "weight".
+        names: all names of the module, when it is used under several.
+        module: the module.
+        kind: its class name.
+        attribute: the weight's attribute name.
+        input_axis: the axis of the weight that groups run along.
+        skip: why the weight cannot be pruned, or None.
+        keep_dense: why the layer cannot run compressed although its weight may hold the pattern, or None.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    module: nn.Module
+    kind: str
+    attribute: str
+    input_axis: int
+    skip: str | None = None
+    keep_dense: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter (not for SparseLinear)."""
+        weight = getattr(self.module, self.attribute)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def is_compressed(self) -> bool:
+        """True for a SparseLinear."""
+        return isinstance(self.module, SparseLinear)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        if isinstance(self.module, SparseLinear):
+            return (self.module.out_features, self.module.in_features)
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weight."""
+        return self.module.values.dtype if isinstance(self.module, SparseLinear) else self.weight.dtype
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that begin every report's row: layer, kind, shape, dtype, weights (how many)."""
+        return {
+            "layer": self.name or "(model)",
+            "kind": self.kind,
+            "shape": "x".join(map(str, self.shape)),
+            "dtype": dtype_name(self.dtype),
+            "weights": math.prod(self.shape),
+        }
+
+
+def survey(
+    model: nn.Module,
+    pattern: Pattern,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    *,
+    skip_heads: bool = True,
+) -> list[Layer]:
+    """All layers of `model` with a weight of two or more axes, in the model's order, with reasons where they are left.
+
+    Args:
+        include: shell wildcards over module names; only matching layers are worked on (an output head too).
+        exclude: shell wildcards over module names; matching layers are left alone.
+        skip_heads: leave output heads alone unless they are included.
+    Raises:
+        ModelError: not a module, or a wildcard that matches no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} is not a model: pass a torch.nn.Module.")
+    include, exclude = _wildcards(include), _wildcards(exclude)
+    found = _find(model)
+    _require_matches(found, include, "include")
+    _require_matches(found, exclude, "exclude")
+    heads = _output_heads(model) if skip_heads else set()
+    layers = []
+    for layer in found:
+        skip = layer.skip
+        if _matches(layer, exclude):
+            skip = "excluded"
+        elif include and not _matches(layer, include):
+            skip = "not included"
+        elif skip is None and not include and layer.module in heads:
+            skip = "output head (name it in include= to prune it)"
+        elif skip is None and not layer.is_compressed:
+            skip = _why_not(layer, pattern)
+        layers.append(replace(layer, skip=skip))
+    return _respect_sharing(layers)
+
+
+def is_linear_like(layer: Layer) -> bool:
+    """True where a SparseLinear could take the place of the layer, or already has."""
+    return isinstance(layer.module, (nn.Linear, SparseLinear)) and layer.attribute == "weight"
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every module of `model` with all the names it has."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {module: tuple(all_names) for module, all_names in names.items()}
+
+
+def _find(model: nn.Module) -> list[Layer]:
+    in_attention: dict[nn.Module, str] = {}
+    layers: list[Layer] = []
+    for module, names in names_of(model).items():
+        name = names[0]
+        kind = type(module).__name__
+        if isinstance(module, nn.MultiheadAttention):
+            in_attention[module.out_proj] = name
+            reason = "nn.MultiheadAttention reads its packed projection itself: prunable, but it cannot run compressed"
+            for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if isinstance(getattr(module, attribute, None), Tensor):
+                    path = f"{name}.{attribute}" if name else attribute
+                    layers.append(Layer(path, names, module, kind, attribute, 1, keep_dense=reason))
+        elif isinstance(module, SparseLinear):
+            layers.append(Layer(name, names, module, kind, "weight", 1))
+        elif isinstance(module, nn.Linear):
+            if nn.utils.parametrize.is_parametrized(module, "weight"):
+                layers.append(
+                    Layer(
+                        name, names, module, kind, "weight", 1, skip="its weight is parametrized (computed from others)"
+                    )
+                )
+                continue
+            keep_dense = why_not_swappable(module)
+            if module in in_attention:
+                keep_dense = f"nn.MultiheadAttention '{in_attention[module]}' reads its weight without calling it"
+            layers.append(Layer(name, names, module, kind, "weight", 1, keep_dense=keep_dense))
+        elif isinstance(module, _CONVOLUTIONS) and not isinstance(module, _TRANSPOSED):
+            skip = f"grouped convolution (groups={module.groups})" if module.groups != 1 else None
+            layers.append(
+                Layer(name, names, module, kind, "weight", 1, skip=skip, keep_dense="no kernel for convolutions yet")
+            )
+        elif kind == "Conv1D" and hasattr(module, "nf"):  # transformers' Linear with the axes the other way round
+            reason = "transformers' Conv1D holds its weight as [in, out]: no compressed twin yet"
+            layers.append(Layer(name, names, module, kind, "weight", 0, keep_dense=reason))
+        else:
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim >= 2:
+                    path = name if attribute == "weight" else f"{name}.{attribute}" if name else attribute
+                    layers.append(
+                        Layer(path, names, module, kind, attribute, 1, skip=_foreign_reason(module, parameter))
+                    )
+    return layers
+
+
+def _foreign_reason(module: nn.Module, parameter: Tensor) -> str:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if isinstance(module, _TRANSPOSED):
+        return "transposed convolution"
+    return f"{type(module).__name__} is not a Linear or convolution"
+
+
+def _respect_sharing(layers: list[Layer]) -> list[Layer]:
+    """A weight that is shared with a layer that must not change must not change either."""
+    untouchable = {id(layer.weight): layer for layer in layers if not layer.is_compressed and layer.skip is not None}
+    return [
+        replace(layer, skip=f"weight is shared with '{owner.name}' ({owner.kind}), which is left as it is")
+        if layer.skip is None and not layer.is_compressed and (owner := untouchable.get(id(layer.weight))) is not None
+        else layer
+        for layer in layers
+    ]
+
+
+def _why_not(layer: Layer, pattern: Pattern) -> str | None:
+    weight = layer.weight
+    if isinstance(weight, nn.UninitializedParameter):
+        return "lazy: run the model once before"
+    if weight.is_meta:
+        return "weight is on the meta device: load it first"
+    if not weight.dtype.is_floating_point:
+        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
+    channels = weight.shape[layer.input_axis]
+    if channels % pattern.group:
+        axis = "in_features" if weight.ndim == 2 else "input channels"
+        return f"{axis} {channels} is not a multiple of {pattern.group}"
+    if weight.numel() == 0:
+        return "weight is empty"
+    rows_needed = pattern.group if pattern.transposable else pattern.rows
+    if rows_needed > 1 and weight.ndim != 2:
+        return f"{pattern} is for matrices"
+    if rows_needed > 1 and weight.shape[0] % rows_needed:
+        return f"out_features {weight.shape[0]} is not a multiple of {rows_needed}"
+    return None
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    heads = {module for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES}
+    for module in model.modules():
+        output_embeddings = getattr(module, "get_output_embeddings", None)
+        if callable(output_embeddings):
+            try:
+                head = output_embeddings()
+            except (AttributeError, NotImplementedError):  # transformers raises these for models without a head
+                continue
+            if isinstance(head, nn.Module):
+                heads.add(head)
+    return heads
+
+
+def _wildcards(patterns: Iterable[str] | str | None) -> tuple[str, ...]:
+    if patterns is None:
+        return ()
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _matches(layer: Layer, wildcards: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, wildcard) for wildcard in wildcards for name in (layer.name, *layer.names))
+
+
+def _require_matches(layers: list[Layer], wildcards: Sequence[str], argument: str) -> None:
+    for wildcard in wildcards:
+        if not any(_matches(layer, [wildcard]) for layer in layers):
+            examples = ", ".join(f"'{layer.name}'" for layer in layers[:3]) or "none with a weight matrix"
+            raise ModelError(f"{argument}={wildcard!r} matches no layer. The layers are called {examples} ...")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16, ..."""
+    return str(dtype).removeprefix("torch.")

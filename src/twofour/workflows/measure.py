@@ -1,0 +1,141 @@
+"""measure: what a sparse model gains and what it costs, against a dense one, in the same minutes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..nn import SparseLinear
+from ..nn.swap import to_dense_modules
+from ..report import Column, Report, environment
+from .inputs import Batch, batches, call, evaluating, output_tensors
+from .progress import track
+from .timing import paired
+
+
+def measure(
+    model: nn.Module,
+    inputs: Batch | Sequence[Batch],
+    *,
+    against: nn.Module | None = None,
+    repeats: int = 21,
+    progress: bool | None = None,
+) -> Report:
+    """Speed, bytes and output error of `model` against a dense model, as one record.
+
+    The two models take turns in one process, batch by batch; medians and quartiles are kept. Both run in eval mode
+    without gradients and get their training flags back.
+
+    Args:
+        model: the sparse model.
+        inputs: a tensor, a tuple, a dict, or a list of these; each is one row of the report.
+        against: the dense model to compare with. None takes a copy of `model` with every SparseLinear written out
+            dense: the speed is then compared at equal weights, and the error is rounding alone.
+        repeats: runs of each model per batch.
+        progress: a progress bar; None shows one on a terminal only.
+    Returns:
+        Report with a row per batch (dense_us, sparse_us, quartiles, speedup, largest and mean absolute error of the
+        outputs, and their error relative to the dense outputs' root mean square) and a summary (total speedup, bytes).
+    Raises:
+        ModelError: no inputs, a model without floating point outputs, or outputs of different shapes.
+    """
+    work = batches(inputs)
+    if repeats < 1:
+        raise ModelError(f"repeats={repeats}: measure needs at least one run of each model.")
+    dense = against if against is not None else _dense_copy(model)
+    rows = []
+    with evaluating(model, dense):
+        for index, batch in enumerate(track(work, "measure", progress)):
+            rows.append(
+                {
+                    "batch": index,
+                    **_error(call(dense, batch), call(model, batch)),
+                    **_speed(model, dense, batch, repeats),
+                }
+            )
+    dense_us, sparse_us = sum(row["dense_us"] for row in rows), sum(row["sparse_us"] for row in rows)
+    dense_bytes, sparse_bytes = model_bytes(dense), model_bytes(model)
+    summary = {
+        "speedup": dense_us / sparse_us,
+        "dense ms": dense_us / 1e3,
+        "sparse ms": sparse_us / 1e3,
+        "dense bytes": dense_bytes,
+        "sparse bytes": sparse_bytes,
+        "bytes ratio": sparse_bytes / dense_bytes if dense_bytes else 1.0,
+        "largest error": max(row["largest_error"] for row in rows),
+        "mean error": sum(row["mean_error"] for row in rows) / len(rows),
+        "relative error": max(row["relative_error"] for row in rows),
+    }
+    notes = []
+    if against is None:
+        notes.append("compared with a dense copy of the same weights; pass against= to compare with the original model")
+    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+        notes.append("no layer of the model is compressed: twofour.compress(model) makes it fast")
+    columns = (
+        Column("batch", "batch", "count"),
+        Column("dense_us", "dense µs", "us"),
+        Column("dense_spread", "±", "share"),
+        Column("sparse_us", "sparse µs", "us"),
+        Column("sparse_spread", "±", "share"),
+        Column("speedup", "speed", "ratio"),
+        Column("largest_error", "largest error", "error"),
+        Column("mean_error", "mean error", "error"),
+        Column("relative_error", "relative", "error"),
+    )
+    return Report("measure", columns, tuple(rows), summary, tuple(notes), environment())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage counted once."""
+    seen: dict[tuple[int, int], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        seen[(tensor.data_ptr() or id(tensor), tensor.nbytes)] = tensor.nbytes
+    return sum(seen.values())
+
+
+def _dense_copy(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    if isinstance(twin, SparseLinear):
+        return twin.to_linear()
+    to_dense_modules(twin)
+    return twin
+
+
+def _speed(model: nn.Module, dense: nn.Module, batch: Batch, repeats: int) -> dict[str, Any]:
+    found = paired({"dense": lambda: call(dense, batch), "sparse": lambda: call(model, batch)}, repeats=repeats)
+    record: dict[str, Any] = {"speedup": found["dense"].median_us / found["sparse"].median_us}
+    for name, timing in found.items():
+        record[f"{name}_us"] = timing.median_us
+        record[f"{name}_low_us"], record[f"{name}_high_us"] = timing.low_us, timing.high_us
+        record[f"{name}_spread"] = timing.spread
+    return record
+
+
+def _error(dense_output: Any, sparse_output: Any) -> dict[str, float]:
+    expected, got = output_tensors(dense_output), output_tensors(sparse_output)
+    if not expected:
+        raise ModelError("the model returns no floating point tensor: there is nothing to compare.")
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
+        raise ModelError(
+            f"the models return different shapes: {[list(t.shape) for t in expected]} dense,"
+            f" {[list(t.shape) for t in got]} sparse. against= must be the same model before pruning."
+        )
+    difference = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in zip(got, expected, strict=True)])
+    reference = torch.cat([tensor.double().flatten() for tensor in expected])
+    if difference.numel() == 0:
+        return {"largest_error": 0.0, "mean_error": 0.0, "relative_error": 0.0}
+    scale = _root_mean_square(reference)
+    return {
+        "largest_error": float(difference.max()),
+        "mean_error": float(difference.mean()),
+        "relative_error": _root_mean_square(difference) / scale if scale else float(difference.max() > 0),
+    }
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,205 @@
+"""prune: zeros where the pattern asks for them. check: are they there?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, PatternError, UnsupportedError
+from ..format.pack import numbers
+from ..masks import PatternCheck, check_pattern, magnitude, nm_mask
+from ..nn import SparseLinear
+from ..pattern import Pattern
+from ..report import Column, Report, environment
+from .layers import Layer, survey
+from .progress import track
+
+METHODS = ("magnitude",)
+
+_COLUMNS = (
+    Column("layer", "layer"),
+    Column("kind", "kind"),
+    Column("shape", "shape"),
+    Column("action", "action"),
+    Column("kept_magnitude", "|W|² kept", "share"),
+    Column("reason", "why"),
+)
+
+
+def prune(
+    model: nn.Module,
+    pattern: Pattern | str = "2:4",
+    *,
+    method: str = "magnitude",
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """Sets weights to zero, in place, so that every Linear and convolution holds `pattern` along its input axis.
+
+    The tensors stay dense; `compress` makes them small and fast. Embeddings, norms and, unless named in `include`, the
+    output head are left alone; the report has a line with the reason for each.
+
+    Args:
+        model: any nn.Module. Weights of any floating dtype, ranked by their numbers (ties keep the lower index).
+        pattern: "2:4", "1:4", "4:8", "2:4x4", "2:4t", ...
+        method: "magnitude" keeps the largest |w| of each group.
+        include, exclude: shell wildcards over module names, for instance exclude=["*.decoder.*"].
+        dry_run: report what would be done; change nothing.
+        progress: a progress bar; None shows one on a terminal only.
+    Returns:
+        Report with a row per layer: action ("pruned", "skipped"; "already" where nothing had to change), the share of
+        the sum of squares that is kept, the reason.
+    Raises:
+        ModelError: no layer can be pruned, a wildcard matches nothing, or a weight has NaN or infinities. Nothing is
+            changed then.
+        PatternError, UnsupportedError: unknown pattern or method.
+    Cost: a few passes over the weights.
+    Source: Mishra et al. 2021, arXiv:2104.08378, section 3 (magnitude).
+    """
+    pattern = Pattern.parse(pattern)
+    if method not in METHODS:
+        raise UnsupportedError(f"unknown method {method!r}: this version has {', '.join(map(repr, METHODS))}.")
+    layers = survey(model, pattern, include, exclude)
+    work = [layer for layer in layers if layer.skip is None and not layer.is_compressed]
+    if not work and not any(layer.is_compressed for layer in layers):
+        raise ModelError("there is nothing to prune: " + _why_nothing(layers))
+    for layer in work:
+        _require_finite(layer)
+
+    rows: dict[str, dict[str, Any]] = {}
+    done: dict[int, str] = {}
+    for layer in track(work, f"prune {pattern}", progress):
+        rows[layer.name] = _prune_layer(layer, pattern, dry_run, done)
+    for layer in layers:
+        if layer.is_compressed and layer.skip is None:
+            rows[layer.name] = {"action": "already", "reason": "already compressed", "kept_magnitude": 1.0}
+        elif layer.skip is not None:
+            rows[layer.name] = {"action": "skipped", "reason": layer.skip}
+    ordered = tuple({**layer.identity(), **rows[layer.name]} for layer in layers)
+    pruned = [row for row in ordered if row["action"] in ("pruned", "already")]
+    summary = {
+        "pattern": str(pattern),
+        "method": method,
+        "layers pruned": f"{len(pruned)} of {len(ordered)}",
+        "weights pruned": sum(int(row["weights"]) for row in pruned),
+        "weights in the model": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    notes = ["dry run: nothing was changed"] if dry_run else []
+    return Report("prune", _COLUMNS, ordered, summary, tuple(notes), environment())
+
+
+def check(
+    model: nn.Module,
+    pattern: Pattern | str = "2:4",
+    *,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+) -> Report:
+    """Confirms that every layer `prune` would prune holds `pattern`.
+
+    Args:
+        model, pattern, include, exclude: as in `prune`.
+    Returns:
+        Report with a row per layer: action ("holds", "skipped"), groups, density, reason.
+    Raises:
+        PatternError: a layer does not hold it; the message names the first bad layer, coordinate and values, and the
+            error carries the whole report as `.report`.
+        ModelError: there is no layer to check.
+    """
+    pattern = Pattern.parse(pattern)
+    layers = survey(model, pattern, include, exclude)
+    rows: list[dict[str, Any]] = []
+    first_fault: str | None = None
+    for layer in layers:
+        row = layer.identity()
+        if layer.skip is not None:
+            row.update(action="skipped", reason=layer.skip)
+        else:
+            found = _check_layer(layer, pattern)
+            if isinstance(found, str):
+                row.update(action="broken", reason=found)
+            else:
+                row.update(action="holds" if found.holds else "broken", groups=found.groups, broken=found.broken)
+                row.update(density=found.nonzero / max(1, int(row["weights"])))
+                if not found.holds:
+                    row.update(reason=found.describe())
+            if row["action"] == "broken" and first_fault is None:
+                first_fault = f"'{layer.name}' is not {pattern}: {row['reason']}."
+        rows.append(row)
+    checked = [row for row in rows if row["action"] != "skipped"]
+    if not checked:
+        raise ModelError("there is nothing to check: " + _why_nothing(layers))
+    broken = sum(row["action"] == "broken" for row in checked)
+    summary = {"pattern": str(pattern), "holds": broken == 0, "layers checked": len(checked), "layers broken": broken}
+    columns = (
+        Column("layer", "layer"),
+        Column("kind", "kind"),
+        Column("shape", "shape"),
+        Column("action", "result"),
+        Column("groups", "groups", "count"),
+        Column("broken", "broken", "count"),
+        Column("density", "non-zero", "share"),
+        Column("reason", "why"),
+    )
+    report = Report("check", columns, tuple(rows), summary, (), environment())
+    if first_fault is not None:
+        raise CheckFailed(f"{first_fault}\n  Prune it with twofour.prune(model, '{pattern}'), or leave it out.", report)
+    return report
+
+
+class CheckFailed(PatternError):
+    """PatternError raised by `check`, with the whole report as `.report`."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def _prune_layer(layer: Layer, pattern: Pattern, dry_run: bool, done: dict[int, str]) -> dict[str, Any]:
+    weight = layer.weight
+    if id(weight) in done:
+        return {"action": "pruned", "reason": f"shares its weight with '{done[id(weight)]}'", "weights": 0}
+    done[id(weight)] = layer.name
+    scores = magnitude(weight)
+    mask = nm_mask(scores, pattern, dim=layer.input_axis)
+    squares = scores.double().square()
+    total = float(squares.sum())
+    kept = float(squares[mask].sum()) / total if total else 1.0
+    changes = bool((numbers(weight.detach())[~mask] != 0).any())
+    if not dry_run:
+        with torch.no_grad():
+            weight.copy_(numbers(weight).masked_fill(~mask, 0))  # float8 has no masked_fill; the way there is exact
+    return {"action": "pruned" if changes else "already", "kept_magnitude": kept}
+
+
+def _check_layer(layer: Layer, pattern: Pattern) -> PatternCheck | str:
+    if isinstance(layer.module, SparseLinear):
+        own = layer.module.pattern
+        if own == pattern:
+            groups = layer.module.out_features * layer.module.in_features // pattern.group
+            return PatternCheck(pattern, groups, 0, None, None, int((numbers(layer.module.values) != 0).sum()))
+        return check_pattern(layer.module.matrix.to_dense(), pattern)
+    return check_pattern(layer.weight, pattern, dim=layer.input_axis)
+
+
+def _require_finite(layer: Layer) -> None:
+    weight: Tensor = numbers(layer.weight.detach())
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ModelError(
+            f"'{layer.name}' has {int(bad.sum())} weights that are NaN or infinite, the first at {list(first)}:"
+            " their magnitudes cannot be ranked. Nothing was changed; repair it, or leave it out with exclude=."
+        )
+
+
+def _why_nothing(layers: list[Layer]) -> str:
+    if not layers:
+        return "the model has no layer with a weight matrix."
+    reasons = sorted({layer.skip or "" for layer in layers})
+    return f"all {len(layers)} layers are skipped ({'; '.join(reasons)})."

@@ -1,0 +1,91 @@
+"""measure, and the timing under it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import twofour
+from twofour import ModelError
+from twofour.workflows.measure import model_bytes
+from twofour.workflows.timing import paired
+
+Build = Callable[[], nn.Sequential]
+
+
+def test_measure_reports_speed_bytes_and_error(mlp: Build) -> None:
+    dense = mlp()
+    model = copy.deepcopy(dense)
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    batches = [torch.randn(1, 64), torch.randn(20, 64)]
+    report = twofour.measure(model, batches, against=dense, repeats=5)
+    assert len(report.rows) == 2
+    for row, x in zip(report.rows, batches, strict=True):
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"])
+        assert row["dense_low_us"] <= row["dense_us"] <= row["dense_high_us"]
+        difference = (model(x) - dense(x)).detach().double().abs()
+        assert row["largest_error"] == pytest.approx(float(difference.max()))
+        assert row["mean_error"] == pytest.approx(float(difference.mean()))
+    assert report.summary["dense bytes"] == sum(p.nbytes for p in dense.parameters())
+    assert report.summary["bytes ratio"] < 0.6
+    assert model.training
+
+
+def test_without_against_the_same_weights_run_dense(mlp: Build) -> None:
+    model = mlp()
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    report = twofour.measure(model, torch.randn(4, 64), repeats=2)
+    assert report.summary["largest error"] < 1e-5
+    assert "pass against=" in report.notes[0]
+    lone = twofour.measure(model[0], torch.randn(4, 64), repeats=2)
+    assert lone.summary["largest error"] < 1e-5
+
+
+def test_a_dense_model_is_told_apart(mlp: Build) -> None:
+    report = twofour.measure(mlp(), torch.randn(2, 64), repeats=2)
+    assert "no layer of the model is compressed" in report.notes[-1]
+
+
+def test_bad_requests(mlp: Build) -> None:
+    model = mlp()
+    with pytest.raises(ModelError, match="repeats=0: measure needs at least one run"):
+        twofour.measure(model, torch.randn(1, 64), repeats=0)
+    with pytest.raises(ModelError, match=r"different shapes: \[\[1, 64\]\] dense, \[\[1, 12\]\] sparse"):
+        twofour.measure(model, torch.randn(1, 64), against=model[:4], repeats=1)
+
+    class Silent(nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "nothing"
+
+    with pytest.raises(ModelError, match="returns no floating point tensor"):
+        twofour.measure(Silent(), torch.randn(1, 64), repeats=1)
+
+
+def test_shared_storage_is_counted_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    assert model_bytes(model) == 256
+
+
+def test_paired_takes_turns_and_keeps_medians() -> None:
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.004)
+
+    def fast() -> None:
+        calls.append("fast")
+        time.sleep(0.001)
+
+    found = paired({"slow": slow, "fast": fast}, repeats=5)
+    assert found["slow"].samples == 5
+    assert found["slow"].median_us > 2 * found["fast"].median_us
+    assert calls[-4:] == ["slow", "fast", "slow", "fast"]
