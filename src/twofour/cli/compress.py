@@ -1,0 +1,67 @@
+"""twofour compress"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..workflows import compress
+from . import models
+from .options import (
+    DryRun,
+    Dtype,
+    Exclude,
+    Html,
+    Include,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    PatternText,
+    Threads,
+    parse_counts,
+    parse_dtype,
+    set_threads,
+    show,
+)
+
+NAME = "compress"
+
+
+def run(
+    model: Model,
+    output: Output,
+    pattern: PatternText = "2:4",
+    tokens: Annotated[str, typer.Option(help="Token counts to time each layer at, as in 1,128.")] = "1,128",
+    force: Annotated[
+        bool, typer.Option("--force", help="Run every layer that can be compressed, without timing.")
+    ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    html: Html = None,
+) -> None:
+    """Store every layer that holds the pattern compressed, and note which run faster on the sparse kernel here.
+
+    A folder gets model.twofour.safetensors beside its config; twofour's own commands read it again.
+
+    Example: twofour compress minilm-2of4 minilm-small --dtype bfloat16
+    """
+    counts, wanted = parse_counts(tokens, "--tokens"), parse_dtype(dtype)
+    set_threads(threads)
+    models.require_target(model, output, overwrite or dry_run)
+    loaded = models.open_model(model, wanted)
+    report = compress(
+        loaded, pattern=pattern, tokens=counts, force=force, include=include, exclude=exclude, dry_run=dry_run
+    )
+    if not dry_run:
+        saved = models.write_compressed(loaded, model, output, overwrite, pattern)
+        report.summary.update(  # type: ignore[attr-defined]
+            {key: value for key, value in saved.summary.items() if key != "file"}
+        )
+    show(report, json, html)

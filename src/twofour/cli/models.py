@@ -1,0 +1,228 @@
+"""Models on disk: a transformers folder or a .safetensors file, read into an nn.Module and written back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import FormatError, ModelError, TwofourError, UnsupportedError
+from ..format import file
+from ..workflows import load, save
+
+COMPRESSED_NAME = "model.twofour.safetensors"
+"""The compressed weights inside a folder; not a name that transformers would try to load."""
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.h5", "*.msgpack", "*.onnx")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|tok_embeddings)$|embed")
+
+
+def open_model(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a folder or file, on the CPU, in eval mode, in the file's dtype or in `dtype`.
+
+    Raises:
+        TwofourError: missing path, neither folder with config.json nor .safetensors, transformers not installed, an
+            architecture transformers does not know, a damaged file.
+    """
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder.")
+    if path.is_dir():
+        model = _open_folder(path)
+    elif path.suffix == ".safetensors":
+        model = _open_file(path)
+    else:
+        raise ModelError(f"{path} is not a model: give a folder with config.json, or a .safetensors file.")
+    return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+def write_dense(model: nn.Module, source: Path, target: Path, overwrite: bool) -> None:
+    """Writes a pruned, dense model: a folder that transformers loads as it is, or a plain safetensors file."""
+    if source.is_dir():
+        with _new_folder(source, target, overwrite) as folder:
+            model.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        with _new_file(target, overwrite) as temporary:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary, {"format": "pt"}
+            )
+
+
+def write_compressed(model: nn.Module, source: Path, target: Path, overwrite: bool, pattern: str) -> Any:
+    """Writes a compressed model and returns the report of `save`."""
+    if source.is_dir():
+        with _new_folder(source, target, overwrite) as folder:
+            return save(model, folder / COMPRESSED_NAME, pattern=pattern)
+    _require_free(target, overwrite)
+    return save(model, target, pattern=pattern)
+
+
+def require_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Checks, before any work is done, that the result can go to `target`."""
+    if source.exists() and target.exists() and source.samefile(target):
+        raise TwofourError(f"{target} is the model itself: give the result another name.")
+    _require_free(target, overwrite)
+    if not target.absolute().parent.is_dir():
+        raise TwofourError(f"{target.absolute().parent}: no such folder. Make it first.")
+    if source.is_file() and target.suffix != ".safetensors":
+        raise TwofourError(
+            f"{target}: the result of a .safetensors file is one too. Name it {target.name}.safetensors."
+        )
+
+
+def _open_folder(path: Path) -> nn.Module:
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"{path} has no config.json: it is not a transformers model folder.")
+    transformers = _transformers()
+    try:
+        architectures = json.loads(config_path.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{config_path} is not a JSON object: {error}.") from None
+    builder = getattr(transformers, architectures[0], None) if architectures else transformers.AutoModel
+    if builder is None:
+        raise UnsupportedError(
+            f"{config_path} asks for {architectures[0]}, which transformers {transformers.__version__} does not have."
+        )
+    compressed = path / COMPRESSED_NAME
+    try:
+        if compressed.is_file():
+            model: nn.Module = builder(transformers.AutoConfig.from_pretrained(path, local_files_only=True))
+            load(model, compressed)
+        else:
+            model = builder.from_pretrained(path, local_files_only=True, dtype="auto")
+    except TwofourError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many kinds for a damaged folder
+        reason = str(error).strip().splitlines()
+        raise ModelError(f"{path} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
+    return model
+
+
+def _open_file(path: Path) -> nn.Module:
+    """A tree of modules with the file's names; it holds weights for the verbs to work on, and cannot be run."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if "twofour" not in metadata:
+                return _tree({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    except SafetensorError as error:
+        raise FormatError(f"{path} is not a safetensors file, or is damaged: {error}.") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    contents = file.read(path)
+    tensors: dict[str, Tensor] = dict(contents.tensors)
+    for name, matrix in contents.matrices.items():
+        tensors[name] = torch.empty(matrix.shape, dtype=matrix.dtype, device="meta")
+    for alias, source in contents.aliases.items():
+        tensors[alias] = tensors[source]
+    model = _tree(tensors)
+    load(model, path)
+    return model
+
+
+def _tree(tensors: dict[str, Tensor]) -> nn.Module:
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, attribute = name.split(".")
+        parent = root
+        for part in path[:-1]:
+            parent = _child(parent, part, nn.Module())
+        if path:
+            kind = _module_for(".".join(path), tensor) if attribute == "weight" else nn.Module()
+            module = _child(parent, path[-1], kind)
+        else:
+            module = root
+        if tensor.is_floating_point():
+            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module.register_buffer(attribute, tensor)
+    return root
+
+
+def _child(parent: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """The child of that name; a plain container that came first is turned into `new`, with what it has."""
+    child = parent._modules.get(name)
+    if child is None or (type(child) is nn.Module and type(new) is not nn.Module):
+        if child is not None:
+            new._parameters.update(child._parameters)
+            new._modules.update(child._modules)
+        parent._modules[name] = new
+        return new
+    return child
+
+
+def _module_for(name: str, weight: Tensor) -> nn.Module:
+    """The kind of layer that a bare tensor called `weight` most likely belongs to."""
+    module: nn.Module
+    if weight.ndim == 2 and _EMBEDDING.search(name):
+        module = nn.Embedding(1, 1, device="meta")
+    elif weight.ndim == 2:
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    elif weight.ndim in (3, 4, 5):
+        convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
+        module = convolution(1, 1, 1, bias=False, device="meta")
+    else:
+        module = nn.Module()
+    return module
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UnsupportedError("a model folder needs transformers: pip install 'twofour[transformers]'.") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _require_free(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise TwofourError(f"{target} is there already: name another place, or pass --overwrite.")
+
+
+@contextmanager
+def _new_folder(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder with everything of `source` but weights; becomes `target` when the block succeeds."""
+    with _temporary(target, overwrite) as temporary:
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
+        yield temporary
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+        os.replace(temporary, target)
+
+
+@contextmanager
+def _new_file(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary file; becomes `target` when the block succeeds."""
+    with _temporary(target, overwrite) as temporary:
+        yield temporary
+        os.replace(temporary, target)
+
+
+@contextmanager
+def _temporary(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A name beside `target` whose file or folder never outlives the block; failures to write become one line."""
+    _require_free(target, overwrite)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        raise TwofourError(f"cannot write {target}: {error}. Nothing was written.") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

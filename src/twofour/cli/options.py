@@ -1,0 +1,76 @@
+"""The options that several subcommands share, and how they print a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..errors import TwofourError, UnsupportedError
+from ..report import Report
+
+Model = Annotated[Path, typer.Argument(help="A folder with a transformers config.json, or a .safetensors file.")]
+Output = Annotated[Path, typer.Argument(help="Where the result goes: a folder for a folder, a file for a file.")]
+PatternText = Annotated[
+    str, typer.Option("--pattern", "-p", help="KEEP:GROUP, as in 2:4 (keep 2 of 4), 1:4, 4:8, 2:4x4, 2:4t.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", help="Only layers whose name matches this wildcard; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", help="Not the layers whose name matches this wildcard; may be repeated."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result if it is there already.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write the report as one self-contained HTML page.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: what torch uses.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Convert the weights first: float32, float16 or bfloat16; default: as they are."),
+]
+
+
+def show(report: Report, json: bool, html: Path | None = None) -> None:
+    """Prints the report, as a table or as JSON, and writes the page if asked."""
+    if html is not None:
+        report.to_html(html)
+    typer.echo(report.to_json() if json else report.to_table(width=100))
+
+
+def set_threads(threads: int | None) -> None:
+    """Tells torch how many threads to use."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """float32, float16, bfloat16 (or fp32, fp16, bf16) -> torch.dtype; None stays None."""
+    if text is None:
+        return None
+    known = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+    }
+    if text not in known:
+        raise UnsupportedError(f"unknown --dtype {text!r}: it is float32, float16 or bfloat16.")
+    return known[text]
+
+
+def parse_counts(text: str, option: str) -> list[int]:
+    """'1,128' -> [1, 128]; TwofourError for anything but positive whole numbers."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise TwofourError(f"{option} {text!r} is not a list of positive whole numbers: write it as 1,128.")
+    return counts
