@@ -39,4 +39,6 @@ def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backe
     if operands is None:
         operands = kernel.pack(matrix)
         matrix.prepared[kernel.backend] = operands
-    return ops.linear(kernel.backend, x, operands, bias, matrix.pattern, matrix.out_features, matrix.in_features)
+    return ops.linear(
+        kernel.backend, x, operands, bias, ops.pattern_text(matrix.pattern), matrix.out_features, matrix.in_features
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -171,26 +171,35 @@ def linear(
         ShapeError: shapes that do not fit each other.
         UnsupportedError: another dtype or device; an instruction set that this machine lacks; no native kernels.
     """
-    native = _module()
-    _require_packed(values, metadata, out_features, in_features)
-    if x.ndim != 2 or x.shape[1] != in_features:
-        raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, {in_features}]. Flatten it with x.flatten(0, -2).")
-    if x.dtype != values.dtype or x.device.type != "cpu":
-        raise UnsupportedError(
-            f"x is {x.dtype} on {x.device} and the weight {values.dtype} on the CPU: convert one with .to(...)."
-        )
-    if bias is not None:
-        if tuple(bias.shape) != (out_features,):
-            raise ShapeError(f"bias is {list(bias.shape)}: it must be [{out_features}], one for each output.")
-        if bias.dtype not in _DTYPES or bias.device.type != "cpu":
-            raise UnsupportedError(f"bias is {bias.dtype} on {bias.device}: it must be float32 or bfloat16 on the CPU.")
+    # One condition, so that a call that is right costs 3 us less than with the checks one by one.
+    tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
+    if not (
+        _native is not None
+        and x.ndim == 2
+        and x.shape[1] == in_features
+        and x.dtype in _DTYPES
+        and x.dtype == values.dtype
+        and values.numel() == tiles * groups * 2 * TILE_ROWS
+        and metadata.numel() == tiles * groups * TILE_ROWS // 2
+        and metadata.dtype == torch.uint8
+        and values.is_contiguous()
+        and metadata.is_contiguous()
+        and x.is_cpu
+        and values.is_cpu
+        and metadata.is_cpu
+        and (bias is None or (bias.is_cpu and bias.numel() == out_features and bias.dtype in _DTYPES))
+    ):
+        _explain(x, values, metadata, bias, out_features, in_features)
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.detach().to(torch.float32).contiguous()
     tokens = x.shape[0]
-    if x.stride(1) != 1 or (tokens > 1 and x.stride(0) < in_features):
+    x_stride, inner = x.stride()
+    if inner != 1 or (tokens > 1 and x_stride < in_features):
         x = x.contiguous()
+        x_stride = in_features
     y = torch.empty((tokens, out_features), dtype=x.dtype)
     try:
-        native.linear(
+        _native.linear(
             x.data_ptr(),
             values.data_ptr(),
             metadata.data_ptr(),
@@ -199,7 +208,7 @@ def linear(
             tokens,
             out_features,
             in_features,
-            x.stride(0),
+            x_stride,
             out_features,
             _DTYPES[x.dtype],
             torch.get_num_threads(),
@@ -209,6 +218,24 @@ def linear(
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
     return y
+
+
+def _explain(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> NoReturn:
+    """Raises the error that says what is wrong with the arguments of `linear`."""
+    _module()
+    _require_packed(values, metadata, out_features, in_features)
+    if x.ndim != 2 or x.shape[1] != in_features:
+        raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, {in_features}]. Flatten it with x.flatten(0, -2).")
+    if x.dtype != values.dtype or x.device.type != "cpu":
+        raise UnsupportedError(
+            f"x is {x.dtype} on {x.device} and the weight {values.dtype} on the CPU: convert one with .to(...)."
+        )
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ShapeError(f"bias is {list(bias.shape)}: it must be [{out_features}], one for each output.")
+    assert bias is not None
+    raise UnsupportedError(f"bias is {bias.dtype} on {bias.device}: it must be float32 or bfloat16 on the CPU.")
 
 
 def _module() -> ModuleType:

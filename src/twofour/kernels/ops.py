@@ -46,6 +46,8 @@ def _linear_reference(
 def _linear_cpu(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
 ) -> Tensor:
+    if x.ndim == 2:
+        return cpu.linear(x, values, metadata, bias, out_features, in_features)
     y = cpu.linear(x.reshape(-1, in_features), values, metadata, bias, out_features, in_features)
     return y.view(*x.shape[:-1], out_features)
 
@@ -134,7 +136,7 @@ def linear(
     x: Tensor,
     operands: tuple[Tensor, Tensor],
     bias: Tensor | None,
-    pattern: Pattern,
+    pattern: str,
     out_features: int,
     in_features: int,
 ) -> Tensor:
@@ -142,6 +144,7 @@ def linear(
 
     Args:
         backend: "reference" or "cpu"; `operands` must be that backend's layout (registry: `Kernel.pack`).
+        pattern: `pattern_text(...)`.
         x: [..., in_features] of the values' dtype (any floating dtype where the values are int8 or float8).
         bias: [out_features] or None.
     Returns:
@@ -151,29 +154,35 @@ def linear(
     """
     values, metadata = operands
     _require_input(x, values, bias, out_features, in_features)
-    arguments = (pattern_text(pattern), out_features, in_features)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _Linear.apply(x, values, metadata, bias, backend, *arguments)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(x, values, metadata, bias, backend, pattern, out_features, in_features)  # type: ignore[no-untyped-call]
         return y
-    return cast(Tensor, _LINEAR[backend](x, values, metadata, bias, *arguments))
+    return cast(Tensor, _LINEAR[backend](x, values, metadata, bias, pattern, out_features, in_features))
 
 
 def pattern_text(pattern: Pattern) -> str:
-    """`str(pattern)`, short enough to be traced by torch.compile."""
+    """ "2:4", "4:8", ...: what operations are told of a pattern; kernels do not care who shares a mask."""
     return f"{pattern.keep}:{pattern.group}"
 
 
 def _require_input(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+    if (
+        x.ndim > 0
+        and x.shape[-1] == in_features
+        and (x.dtype == values.dtype or (values.dtype.itemsize == 1 and x.dtype.is_floating_point))
+        and x.device == values.device
+        and (bias is None or bias.shape == (out_features,))
+    ):
+        return
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ShapeError(f"x is {list(x.shape)}: its last axis must be in_features {in_features}.")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ShapeError(f"bias is {list(bias.shape)}: it must be [{out_features}], one for each output.")
     if not x.dtype.is_floating_point:
         raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
-    if values.dtype.itemsize > 1 and x.dtype != values.dtype:
+    if x.dtype != values.dtype:
         raise UnsupportedError(
             f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype."
             f" Pass x.to({values.dtype}), or convert the weight with matrix.to({x.dtype})."
         )
-    if x.device != values.device:
-        raise UnsupportedError(f"x is on {x.device} and the weight on {values.device}: move one of them.")
+    raise UnsupportedError(f"x is on {x.device} and the weight on {values.device}: move one of them.")

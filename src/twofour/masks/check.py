@@ -83,7 +83,8 @@ def _count(numbers: Tensor, nonzero: Tensor, pattern: Pattern, dim: int) -> Patt
     if broken:
         *place, group = (int(i) for i in crowded.nonzero()[0])
         groups = numbers.movedim(dim, -1).unflatten(-1, (-1, pattern.group))
-        values = tuple(float(v) for v in groups[(*place, group)])
+        index_of_group = (*place, group)
+        values = tuple(float(v) for v in groups[index_of_group])
         place.insert(dim, group * pattern.group)
         index = tuple(place)
     return PatternCheck(pattern, crowded.numel(), broken, index, values, int(nonzero.sum()))

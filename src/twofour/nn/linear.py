@@ -61,6 +61,7 @@ class SparseLinear(nn.Module):
         self.in_features = matrix.in_features
         self.out_features = matrix.out_features
         self.pattern = matrix.pattern
+        self._pattern_text = ops.pattern_text(matrix.pattern)
         self._wanted_backend = backend
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
@@ -77,7 +78,7 @@ class SparseLinear(nn.Module):
         """Another layer on the same weight tensors, with its own bias: for weights that are shared between layers."""
         other = SparseLinear.__new__(SparseLinear)
         nn.Module.__init__(other)
-        for name in ("in_features", "out_features", "pattern", "backend", "_wanted_backend"):
+        for name in ("in_features", "out_features", "pattern", "_pattern_text", "backend", "_wanted_backend"):
             setattr(other, name, getattr(self, name))
         other.register_parameter("bias", bias)
         other.register_buffer("values", self.values, persistent=False)
@@ -123,7 +124,13 @@ class SparseLinear(nn.Module):
             x = x.to(self.values.dtype)
             result_dtype = torch.get_autocast_dtype(x.device.type)
         y = ops.linear(
-            self.backend, x, (self.values, self.metadata), self.bias, self.pattern, self.out_features, self.in_features
+            self.backend,
+            x,
+            (self.values, self.metadata),
+            self.bias,
+            self._pattern_text,
+            self.out_features,
+            self.in_features,
         )
         return y if y.dtype == result_dtype else y.to(result_dtype)
 
