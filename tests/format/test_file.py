@@ -159,6 +159,23 @@ def test_views_and_shared_storage_are_written_once_per_name(tmp_path: Path) -> N
     assert views["negative"].is_neg()
 
 
+@pytest.mark.parametrize("dtype", storage._DTYPE_NAMES, ids=str)
+def test_dense_tensors_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.float32).to(dtype)
+    storage.write(tmp_path / "d", {}, {"t": tensor})
+    loaded = storage.read(tmp_path / "d").tensors["t"]
+    assert (loaded.dtype, loaded.shape) == (dtype, tensor.shape)
+    assert loaded.view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
+
+
+def test_conjugate_and_negated_views_are_written_as_they_read(tmp_path: Path) -> None:
+    numbers = torch.tensor([1 + 2j, -3j])
+    storage.write(tmp_path / "v", {}, {"conjugate": numbers.conj(), "negated": torch._neg_view(torch.ones(2))})
+    loaded = storage.read(tmp_path / "v").tensors
+    assert loaded["conjugate"].tolist() == [1 - 2j, 3j]
+    assert loaded["negated"].tolist() == [-1, -1]
+
+
 def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
     storage.write(
         tmp_path / "a", {"w": matrix_of("2:4", torch.int8, (3, 4))}, {"x": torch.ones(3), "y": torch.ones(1).half()}
@@ -176,6 +193,7 @@ def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
 # --- mapped
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_tensors_are_mapped_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mapped.safetensors"
     storage.write(path, {"w": matrix_of("2:4", torch.float32, (64, 4096))}, {"x": torch.ones(4096)})

@@ -119,6 +119,19 @@ def test_shared_weights_are_stored_once_and_shared_again(path: Path) -> None:
     assert fresh.first.values.data_ptr() == fresh.second.values.data_ptr()
 
 
+def test_aliases_of_aliases_are_resolved(path: Path) -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    model = nn.ModuleDict({"a": first, "b": second, "c": second})
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    twofour.save(model, path)
+    fresh = nn.ModuleDict({"a": nn.Linear(8, 8), "b": (shared := nn.Linear(8, 8)), "c": shared})
+    twofour.load(fresh, path)
+    assert fresh["b"] is fresh["c"]
+    assert torch.equal(fresh["c"].matrix.to_dense(), model["a"].matrix.to_dense())
+
+
 def test_requires_grad_and_training_flags_survive(mlp: Build, path: Path) -> None:
     model = mlp()
     twofour.prune(model)

@@ -145,3 +145,10 @@ def test_compile_of_a_compressed_encoder_has_no_graph_break() -> None:
     x = torch.randn(2, 7, 32)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(encoder, fullgraph=True)(x), encoder(x))
+
+
+@pytest.mark.parametrize("pattern", ["2:4t", "2:4x4"])
+def test_gpt2_conv1d_has_no_shared_patterns(pattern: str) -> None:
+    model, _ = gpt2()
+    with pytest.raises(twofour.ModelError, match=rf"{pattern} is for weights \[out_features, in_features\]"):
+        twofour.prune(model, pattern)

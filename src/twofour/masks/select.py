@@ -84,6 +84,7 @@ def _by_comparing(groups: Tensor, keep: int) -> Tensor:
 
 
 def _by_sorting(groups: Tensor, keep: int) -> Tensor:
-    # Ascending order of the negated scores: torch puts NaN last, and stable order keeps the lower index.
-    order = torch.sort(-groups, dim=-1, stable=True).indices[..., :keep]
+    # Ascending order of the negated scores: torch puts NaN last, and stable order keeps the lower index. 0 - x, not -x:
+    # it makes every zero +0.0, which sorts by radix could tell from -0.0.
+    order = torch.sort(0.0 - groups, dim=-1, stable=True).indices[..., :keep]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)

@@ -61,6 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | s
         elif layer.skip is None and name in tensors and check_pattern(layer.weight, pattern).holds:
             matrices[name] = SparseMatrix.from_dense(tensors.pop(name), pattern, name=name)
             notes[name] = {"run": _RUN_DENSE}
+    aliases = {name: _final(name, aliases) for name in aliases}
     file.write(path, matrices, tensors, notes=notes, aliases=aliases)
     rows = tuple(
         {
@@ -294,6 +295,13 @@ def _landing(slot: _Slot) -> torch.device:
 def _meta_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return [(name, tensor) for name, tensor in named if tensor.is_meta]
+
+
+def _final(name: str, aliases: dict[str, str]) -> str:
+    """What an alias stands for in the end."""
+    while name in aliases:
+        name = aliases[name]
+    return name
 
 
 def _join(module_name: str, attribute: str) -> str:

@@ -213,8 +213,8 @@ def _why_not(layer: Layer, pattern: Pattern) -> str | None:
     if weight.numel() == 0:
         return "weight is empty"
     rows_needed = pattern.group if pattern.transposable else pattern.rows
-    if rows_needed > 1 and weight.ndim != 2:
-        return f"{pattern} is for matrices"
+    if rows_needed > 1 and (weight.ndim != 2 or layer.input_axis != 1):
+        return f"{pattern} is for weights [out_features, in_features]"
     if rows_needed > 1 and weight.shape[0] % rows_needed:
         return f"out_features {weight.shape[0]} is not a multiple of {rows_needed}"
     return None
