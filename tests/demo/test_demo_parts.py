@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from twofour.demo import noise, rivals, search, text, words
+from twofour.demo import noise, search, text, words
 from twofour.demo.findings import Findings
 from twofour.demo.model import is_encoder_weight, model_folder, short_name
 from twofour.demo.noise import Quiet
@@ -53,26 +51,6 @@ def test_missing_extras_name_the_way_out(missing: str, monkeypatch: pytest.Monke
         monkeypatch.setitem(sys.modules, name, None if name == missing else torch)  # any module will do
     with pytest.raises(UnsupportedError, match=r"pip install 'twofour\[demo\]'"):
         model_folder()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_rival_computes_what_the_linear_does(dtype: torch.dtype, bias: bool) -> None:
-    reason = rivals.why_not(dtype)
-    if reason is not None:
-        pytest.skip(reason)
-    linear = nn.Linear(48, 80, bias=bias)
-    with torch.no_grad():
-        for parameter in linear.parameters():
-            parameter.copy_(torch.randint(-4, 5, parameter.shape))
-    model = nn.Sequential(linear.to(dtype))
-    dense = copy.deepcopy(model)
-    rivals.prepack(model, ["0"])
-    assert isinstance(model[0], rivals.OneDnnLinear)
-    for shape in [(1, 48), (7, 48), (2, 33, 48)]:
-        x = torch.randint(-1, 2, shape).to(dtype)  # sums up to 196 are exact in bfloat16 too
-        with torch.inference_mode():
-            assert torch.equal(model(x), dense(x))
 
 
 def test_answers_are_compared_as_sets() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -13,24 +12,21 @@ import twofour
 from twofour import ModelError, SparseLinear
 from twofour.workflows import timing
 
-MODULE = sys.modules["twofour.workflows.compress"]
-"""The module; the name in its package is the verb."""
-
 Build = Callable[[], nn.Sequential]
 
 
 @pytest.fixture
-def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
-    """Sets what timing finds, so that decisions can be tested on any machine: speeds(dense_us, sparse_us)."""
+def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what timing finds, so that decisions can be tested on any machine: speeds(dense_us, sparse_us, onednn_us)."""
 
-    def fix(dense_us: float, sparse_us: float) -> None:
+    def fix(dense_us: float, sparse_us: float, onednn_us: float = 20) -> None:
         def paired(rivals: Mapping[str, Callable[[], object]], **_: object) -> dict[str, timing.Timing]:
             for function in rivals.values():
                 function()
-            found = {"dense": dense_us, "sparse": sparse_us}
+            found = {"dense": dense_us, "sparse": sparse_us, "onednn": onednn_us}
             return {name: timing.Timing(found[name], found[name], found[name], 1) for name in rivals}
 
-        monkeypatch.setattr(MODULE, "paired", paired)
+        monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
 
     return fix
 
@@ -39,7 +35,7 @@ def kinds(model: nn.Module) -> list[str]:
     return [type(layer).__name__ for layer in model.children()]
 
 
-def test_faster_layers_are_replaced(mlp: Build, native: None, speeds: Callable[[float, float], None]) -> None:
+def test_faster_layers_are_replaced(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
     model = mlp()
     twofour.prune(model)
     x = torch.randn(5, 64)
@@ -52,9 +48,16 @@ def test_faster_layers_are_replaced(mlp: Build, native: None, speeds: Callable[[
     torch.testing.assert_close(model(x), expected)
 
 
-def test_slower_layers_stay_dense_and_the_reports_say_so(
-    mlp: Build, native: None, speeds: Callable[[float, float], None]
-) -> None:
+def test_the_report_has_the_strongest_dense_rival_too(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
+    model = mlp()
+    twofour.prune(model)
+    speeds(10, 5, 4)
+    report = twofour.compress(model, torch.randn(5, 64))
+    assert [row["against_best"] for row in report.rows] == [0.8] * 3
+    assert "3 compressed layers beat torch's Linear but not oneDNN" in report.notes[0]
+
+
+def test_slower_layers_stay_dense_and_the_reports_say_so(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
     model = mlp()
     twofour.prune(model)
     layers = list(model)
@@ -67,7 +70,7 @@ def test_slower_layers_stay_dense_and_the_reports_say_so(
     assert all("would run at 0.50x" in row["reason"] for row in twofour.explain(model).rows)
 
 
-def test_a_compressed_layer_that_turns_out_slower_goes_back(mlp: Build, speeds: Callable[[float, float], None]) -> None:
+def test_a_compressed_layer_that_turns_out_slower_goes_back(mlp: Build, speeds: Callable[..., None]) -> None:
     model = mlp()
     twofour.prune(model)
     weight = model[0].weight.detach().clone()
@@ -88,7 +91,7 @@ def test_real_timing_gives_numbers_and_the_better_choice(mlp: Build) -> None:
 
 
 def test_force_needs_no_timing(mlp: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "paired", None)
+    monkeypatch.setattr("twofour.workflows.comparison.paired", None)
     model = mlp()
     twofour.prune(model)
     report = twofour.compress(model, force=True)
@@ -142,7 +145,7 @@ def test_a_module_used_twice_is_replaced_in_both_places() -> None:
     assert isinstance(model[0], SparseLinear)
 
 
-def test_tokens_come_from_the_inputs(mlp: Build, speeds: Callable[[float, float], None]) -> None:
+def test_tokens_come_from_the_inputs(mlp: Build, speeds: Callable[..., None]) -> None:
     model = mlp()
     twofour.prune(model)
     speeds(10, 5)
@@ -152,7 +155,7 @@ def test_tokens_come_from_the_inputs(mlp: Build, speeds: Callable[[float, float]
 
 
 def test_layers_that_the_inputs_never_reach_are_measured_at_default_tokens(
-    speeds: Callable[[float, float], None],
+    speeds: Callable[..., None],
 ) -> None:
     class Half(nn.Module):
         def __init__(self) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ..nn import SparseLinear
+from ..nn.onednn import OneDnnLinear
 from ..workflows.timing import Timing, paired
 from .model import encode, encoder_linears, short_name, token_count
 from .noise import SHORTEST_S, Quiet
-from .rivals import OneDnnLinear
 
 Row = dict[str, Any]
 

@@ -15,12 +15,12 @@ import torch
 
 from ..errors import TwofourError, UnsupportedError
 from ..format import SparseMatrix
-from ..nn import SparseLinear
+from ..nn import SparseLinear, onednn
 from ..report import Column, Report, environment, plots
 from ..report.record import format_value, write_text
 from ..workflows import compress, explain, load, prune, save
 from ..workflows.timing import paired
-from . import model, page, rivals, search, size, speed, text, words
+from . import model, page, search, size, speed, text, words
 from .findings import Findings, Row
 from .noise import Quiet
 
@@ -249,10 +249,10 @@ def _time(
 ) -> None:
     name = _name(dtype)
     encoders = {"torch": dense}
-    missing = rivals.why_not(dtype)
+    missing = onednn.why_not(dtype)
     if missing is None:
         encoders["onednn"] = model.fresh(dtype)
-        rivals.prepack(encoders["onednn"], list(model.encoder_linears(dense)))
+        onednn.prepack(encoders["onednn"], list(model.encoder_linears(dense)))
     else:
         findings.notes.append(f"{name}: compared with torch as it comes only, because {missing}.")
     encoders["sparse"] = work

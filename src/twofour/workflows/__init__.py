@@ -1,7 +1,7 @@
 """The whole-model verbs."""
 
 from .compress import compress as compress
-from .compress import explain as explain
+from .explain import explain as explain
 from .files import load as load
 from .files import save as save
 from .measure import measure as measure

@@ -1,13 +1,11 @@
-"""compress: Linear -> SparseLinear where it pays. explain: which kernel runs each layer, and why not a faster one."""
+"""compress: Linear -> SparseLinear where it pays."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UnsupportedError
@@ -18,18 +16,14 @@ from ..nn import SparseLinear
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
+from .comparison import Comparison
+from .explain import DENSE, decisions
 from .inputs import Batch, batches, call, evaluating
 from .layers import Layer, dtype_name, is_linear_like, survey
 from .progress import track
-from .timing import paired
 
 DEFAULT_TOKENS = (1, 128)
 """Token counts a layer is measured at when no inputs are given, or when the inputs never reach it."""
-
-_DENSE = "dense (torch)"
-
-_decisions: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Why `compress` left a layer dense, for `explain`."""
 
 
 @dataclass
@@ -63,6 +57,7 @@ def compress(
     Each layer's kernel is timed against the dense layer it would replace, in turns, at the token counts that `inputs`
     bring it (or `tokens`, or 1 and 128). A layer that would be slower stays dense, and one that is compressed already
     goes back to dense if it turns out slower now. Nothing is dropped: a layer that does not hold the pattern stays dense.
+    The report also has the best that torch could do dense: oneDNN with weights packed in advance.
 
     Args:
         model: any nn.Module, pruned before.
@@ -98,15 +93,21 @@ def compress(
         notes.append("force: every layer that can be was compressed, without timing")
     else:
         _collect_tokens(model, candidates, inputs, tokens, notes)
-    times: dict[tuple[Any, ...], tuple[float, float]] = {}
+    comparison = None if force else Comparison()
     for candidate in track(candidates, "compress", progress):
-        _decide(candidate, pattern, force, times)
+        _decide(candidate, pattern, comparison)
         for layer in candidate.layers:
             rows[id(layer)].update(candidate.row)
             if not dry_run:
                 _apply(model, layer, candidate)
     if dry_run:
         notes.append("dry run: nothing was changed")
+    behind = [row for candidate in candidates if (row := candidate.row).get("against_best", 1) < 1 < row["speedup"]]
+    if behind:
+        notes.append(
+            f"{len(behind)} compressed layers beat torch's Linear but not oneDNN with packed weights (column oneDNN): a"
+            " model frozen for oneDNN would run these faster dense"
+        )
     ordered = tuple(rows[id(layer)] for layer in layers)
     compressed = [row for row in ordered if row["action"] == "compressed"]
     legal = [row for row in ordered if "speedup" in row or row["action"] == "compressed"]
@@ -122,6 +123,7 @@ def compress(
         Column("kernel", "kernel"),
         Column("tokens", "tokens"),
         Column("dense_us", "dense µs", "us"),
+        Column("onednn_us", "oneDNN µs", "us"),
         Column("sparse_us", "sparse µs", "us"),
         Column("speedup", "speed", "ratio"),
         Column("reason", "why"),
@@ -129,44 +131,11 @@ def compress(
     return Report("compress", columns, ordered, summary, tuple(notes), environment())
 
 
-def explain(model: nn.Module) -> Report:
-    """Which kernel runs each Linear and SparseLinear of `model`, and why no faster one does.
-
-    Returns:
-        Report with a row per layer: shape, dtype, kernel, bytes, reason.
-    Raises:
-        ModelError: the model has no layer with a weight matrix.
-    """
-    layers = survey(model, Pattern(), None, None, skip_heads=False)
-    if not layers:
-        raise ModelError("there is nothing to explain: the model has no layer with a weight matrix.")
-    rows = []
-    for layer in layers:
-        row = layer.identity()
-        if isinstance(layer.module, SparseLinear):
-            choice = layer.module.choice
-            row.update(kernel=choice.kernel.label(), bytes=layer.module.nbytes, reason=choice.reason)
-        else:
-            row.update(kernel=_DENSE, bytes=layer.weight.nbytes, reason=_why_dense(layer))
-        rows.append(row)
-    columns = (
-        Column("layer", "layer"),
-        Column("shape", "shape"),
-        Column("dtype", "dtype"),
-        Column("kernel", "kernel"),
-        Column("bytes", "bytes", "bytes"),
-        Column("reason", "why not a faster one"),
-    )
-    sparse = sum(row["kernel"] != _DENSE for row in rows)
-    summary = {"layers on a sparse kernel": f"{sparse} of {len(rows)}"}
-    return Report("explain", columns, tuple(rows), summary, (), environment())
-
-
 def _candidates(layers: list[Layer], pattern: Pattern, rows: dict[int, dict[str, Any]]) -> list[_Candidate]:
     by_weight: dict[int, _Candidate] = {}
     for layer in layers:
         row = rows[id(layer)]
-        row.update(action="dense", kernel=_DENSE)
+        row.update(action="dense", kernel=DENSE)
         if layer.skip is not None:
             row.update(action="skipped", reason=layer.skip)
         elif not is_linear_like(layer) or layer.keep_dense is not None:
@@ -195,12 +164,13 @@ def _collect_tokens(
     if inputs is not None:
         seen: dict[nn.Module, list[int]] = {}
 
-        def record(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor) and arguments[0].ndim:
-                seen.setdefault(module, []).append(arguments[0].numel() // max(1, arguments[0].shape[-1]))
+        def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = next((x for x in (*arguments, *named.values()) if isinstance(x, Tensor) and x.ndim), None)
+            if x is not None:
+                seen.setdefault(module, []).append(x.numel() // max(1, x.shape[-1]))
 
         modules = {layer.module for candidate in candidates for layer in candidate.layers}
-        hooks = [module.register_forward_pre_hook(record) for module in modules]
+        hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
         try:
             with evaluating(model):
                 for batch in batches(inputs):
@@ -222,9 +192,7 @@ def _collect_tokens(
             candidate.tokens = list(tokens or DEFAULT_TOKENS)
 
 
-def _decide(
-    candidate: _Candidate, pattern: Pattern, force: bool, times: dict[tuple[Any, ...], tuple[float, float]]
-) -> None:
+def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None) -> None:
     """Fills `candidate.row`, and `candidate.sparse` where the layer is to be compressed."""
     module = candidate.first.module
     if isinstance(module, SparseLinear):
@@ -235,7 +203,7 @@ def _decide(
         try:
             sparse = SparseLinear(SparseMatrix.from_dense(module.weight, pattern), module.bias)
         except UnsupportedError as error:
-            candidate.row = {"action": "dense", "kernel": _DENSE, "reason": str(error)}
+            candidate.row = {"action": "dense", "kernel": DENSE, "reason": str(error)}
             return
         dense_bytes = module.weight.nbytes
     choice = sparse.choice
@@ -246,16 +214,21 @@ def _decide(
         "bytes": sparse.nbytes,
         "reason": choice.reason,
     }
-    if not force:
-        dense_us, sparse_us = _measure(module, sparse, candidate.tokens, times)
-        speedup = dense_us / sparse_us
-        shown = ", ".join(map(str, sorted(set(candidate.tokens))))
-        candidate.row.update(tokens=shown, dense_us=dense_us, sparse_us=sparse_us, speedup=speedup)
-        if speedup <= 1:
-            reason = f"{choice.kernel.label()} would run at {speedup:.2f}x of dense"
+    if comparison is not None:
+        times = comparison.times(sparse, module if isinstance(module, nn.Linear) else None, candidate.tokens)
+        candidate.row.update(
+            tokens=", ".join(map(str, sorted(set(candidate.tokens)))),
+            dense_us=times.dense_us,
+            onednn_us=times.onednn_us,
+            sparse_us=times.sparse_us,
+            speedup=times.speedup,
+            against_best=times.against_best,
+        )
+        if times.speedup <= 1:
+            reason = f"{choice.kernel.label()} would run at {times.speedup:.2f}x of dense"
             candidate.row.update(
                 action="dense",
-                kernel=_DENSE,
+                kernel=DENSE,
                 bytes=dense_bytes,
                 reason=f"{reason} ({choice.reason})" if choice.reason else reason,
             )
@@ -263,56 +236,16 @@ def _decide(
     candidate.sparse = sparse
 
 
-def _measure(
-    module: nn.Module, sparse: SparseLinear, tokens: list[int], times: dict[tuple[Any, ...], tuple[float, float]]
-) -> tuple[float, float]:
-    """Microseconds of all the given calls, dense and sparse; layers of one shape are measured once."""
-    counts = {count: tokens.count(count) for count in sorted(set(tokens)) if count > 0}
-    dense_us = sparse_us = 0.0
-    dense: nn.Module | None = None
-    for count, calls in counts.items():
-        key = (sparse.spec, sparse.bias is None, count, torch.get_num_threads())
-        if key not in times:
-            if dense is None:
-                dense = module.to_linear() if isinstance(module, SparseLinear) else module
-            x = torch.randn(count, sparse.in_features, device=sparse.values.device).to(sparse.values.dtype)
-            bound = _bind(dense, x), _bind(sparse, x)
-            with torch.no_grad():
-                found = paired({"dense": bound[0], "sparse": bound[1]}, repeats=15, budget_s=1.0)
-            times[key] = found["dense"].median_us, found["sparse"].median_us
-        dense_us += calls * times[key][0]
-        sparse_us += calls * times[key][1]
-    return dense_us, sparse_us
-
-
-def _bind(module: nn.Module, x: Tensor) -> Any:
-    forward = module.forward  # without the user's hooks: they must not see timing runs
-    return lambda: forward(x)
-
-
 def _apply(model: nn.Module, layer: Layer, candidate: _Candidate) -> None:
     module = layer.module
     if candidate.sparse is None:
-        _decisions[module] = str(candidate.row["reason"])
+        decisions[module] = str(candidate.row["reason"])
         if isinstance(module, SparseLinear):
             dense = module.to_linear()
-            _decisions[dense] = str(candidate.row["reason"])
+            decisions[dense] = str(candidate.row["reason"])
             replace_module(model, module, dense)
     elif module is candidate.first.module:
         if module is not candidate.sparse:
             replace_module(model, module, candidate.sparse)
     elif isinstance(module, nn.Linear):
         replace_module(model, module, candidate.sparse.twin(module.bias))
-
-
-def _why_dense(layer: Layer) -> str:
-    if layer.skip is not None:
-        return layer.skip
-    if layer.keep_dense is not None:
-        return layer.keep_dense
-    if layer.module in _decisions:
-        return _decisions[layer.module]
-    if not is_linear_like(layer):
-        return f"no sparse kernel for {layer.kind}"
-    found = check_pattern(layer.weight, "2:4")
-    return "holds 2:4: twofour.compress(model) tries it" if found.holds else "not 2:4: twofour.prune(model) first"

@@ -250,7 +250,7 @@ def _fill(
             bias = getattr(module, "bias", None)
             new = sparse[source].twin(bias) if source in sparse else SparseLinear(matrix, bias)
             sparse.setdefault(source, new)
-            replace_module_or_adopt(model, module, new)
+            _put(model, module, new)
             replaced[module] = new
             choice = choose(LinearSpec.of(matrix))
             row.update(kernel=choice.kernel.label(), reason=choice.reason)
@@ -268,7 +268,7 @@ def _fill(
     return rows
 
 
-def replace_module_or_adopt(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
+def _put(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
     """Puts `new` in the place of `old`; if `old` is the model itself, it must be a SparseLinear and takes new's weight."""
     if old is model:
         if not isinstance(old, SparseLinear):

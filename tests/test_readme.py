@@ -1,0 +1,40 @@
+"""The README's Python runs, prints what the README says it prints, and its numbers come from a JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
+
+
+def shape_of(text: str) -> list[str]:
+    """What does not change from machine to machine: words, with numbers and kernel names taken out."""
+    text = re.sub(r"\b(cpu (avx512bf16|avx512|avx2|baseline)|reference|dense \(torch\))", "KERNEL", text)
+    text = re.sub(r"-?\d[\d,.]*(e[-+]\d+)?", "#", text)
+    return [" ".join(line.split()) for line in text.strip().splitlines()]
+
+
+def test_snippets_print_what_the_readme_shows(native: None) -> None:
+    found = BLOCKS.findall(README.read_text(encoding="utf-8"))
+    assert found, "the README has no python block with a text block after it"
+    names: dict[str, object] = {}
+    for code, expected in found:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(code, str(README), "exec"), names)
+        assert shape_of(output.getvalue()) == shape_of(expected)
+
+
+LINKS = re.findall(r"\]\((?!https?:)([^)#]+)\)|src=\"([^\"]+)\"", README.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("target", sorted(set(LINKS)))
+def test_links_lead_somewhere(target: tuple[str, str]) -> None:
+    path = target[0] or target[1]
+    assert (README.parent / path).exists()
