@@ -66,17 +66,20 @@ void unpack_linear(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t
 
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
             int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
-            int kernel, const std::optional<std::string>& isa) {
+            int kernel, const std::optional<std::string>& isa, int bias_dtype) {
   check_weight(out_features, in_features);
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
     throw std::invalid_argument("tokens must not be negative, nor rows overlap");
   }
-  if (dtype < 0 || dtype > 1 || kernel < 0 || kernel > 2) throw std::invalid_argument("dtype is 0..1, kernel 0..2");
-  const cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata),
-                                at<const float>(bias), at<void>(y), tokens, out_features, in_features, x_stride,
-                                y_stride};
+  if (dtype < 0 || dtype > 1 || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
+    throw std::invalid_argument("dtypes are 0..1, kernel 0..2");
+  }
+  const cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata), nullptr,
+                                at<void>(y),       tokens,                 out_features,                in_features,
+                                x_stride,          y_stride};
   const nb::gil_scoped_release nogil;
-  last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), threads, isa ? isa->c_str() : nullptr,
+  last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), at<const void>(bias),
+                            static_cast<cpu::DType>(bias_dtype), threads, isa ? isa->c_str() : nullptr,
                             static_cast<cpu::Family>(kernel));
 }
 
@@ -93,5 +96,6 @@ NB_MODULE(_native, m) {
   m.def("unpack_linear", &unpack_linear, "packed_values"_a, "packed_metadata"_a, "values"_a, "metadata"_a,
         "out_features"_a, "in_features"_a, "itemsize"_a);
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
-        "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none());
+        "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
+        "bias_dtype"_a = 0);
 }

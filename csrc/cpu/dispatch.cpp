@@ -39,11 +39,11 @@ struct Isa {
 
 // Plainest first; the last one that runs here is the default.
 constexpr Isa kIsas[] = {
-    {"baseline", always, &linear_baseline, {16, 16}, "baseline/few", "baseline/many"},
+    {"baseline", always, &linear_baseline, {3, 3}, "baseline/few", "baseline/many"},
 #if defined(TWOFOUR_X86)
     {"avx2", has_avx2, &linear_avx2, {16, 16}, "avx2/few", "avx2/many"},
-    {"avx512", has_avx512, &linear_avx512, {24, 24}, "avx512/few", "avx512/many"},
-    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {24, 24}, "avx512bf16/few", "avx512bf16/many"},
+    {"avx512", has_avx512, &linear_avx512, {32, 32}, "avx512/few", "avx512/many"},
+    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48}, "avx512bf16/few", "avx512bf16/many"},
 #endif
 };
 
@@ -109,7 +109,11 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// Two, because the thread that prepares x for the others also works with them.
+// What the calling thread prepares for all, and what each thread works in. Separate, because the caller does both.
+Scratch& bias_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 Scratch& shared_scratch() {
   thread_local Scratch scratch;
   return scratch;
@@ -117,6 +121,19 @@ Scratch& shared_scratch() {
 Scratch& own_scratch() {
   thread_local Scratch scratch;
   return scratch;
+}
+
+// A bf16 bias as fp32; null stays null.
+const float* widened_bias(const void* bias, int64_t out_features) {
+  if (bias == nullptr) return nullptr;
+  auto* wide = static_cast<float*>(bias_scratch().get(static_cast<size_t>(out_features) * sizeof(float)));
+  for (int64_t i = 0; i < out_features; ++i) {
+    uint16_t item;
+    std::memcpy(&item, static_cast<const char*>(bias) + i * static_cast<int64_t>(sizeof item), sizeof item);
+    const uint32_t bits = static_cast<uint32_t>(item) << 16;
+    std::memcpy(wide + i, &bits, sizeof bits);
+  }
+  return wide;
 }
 
 // Bytes of the L1 data cache; 32 KiB where the system does not say.
@@ -211,12 +228,14 @@ const char* isa_name(int index) {
   throw std::invalid_argument("no such instruction set");
 }
 
-const char* linear(const LinearArgs& args, DType dtype, int threads, const char* isa, Family family) {
+const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dtype, int threads, const char* isa,
+                   Family family) {
   const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
   const LinearKernel& kernel = dtype == DType::kFp32 ? chosen.kernels->fp32 : chosen.kernels->bf16;
   const bool many = family == Family::kAuto ? args.tokens >= chosen.many_from[static_cast<int>(dtype)]
                                             : family == Family::kMany;
   if (args.tokens > 0) {
+    args.bias = bias_dtype == DType::kBf16 ? widened_bias(bias, args.out_features) : static_cast<const float*>(bias);
     const bool small = args.tokens * args.out_features * args.in_features / 2 < kAlone;
     const int used = threads < 1 || small ? 1 : threads;
     (many ? run_many : run_few)(kernel, args, used);

@@ -1,7 +1,7 @@
 // y[tokens, out] = x[tokens, in] @ W[out, in].T + bias for a 2:4 matrix W in the CPU layout (nm/layout.h).
 //
-// fp32: x, W, bias, y are fp32. bf16: x, W, y are bf16, bias is fp32; sums are fp32, y is rounded once, to nearest
-// even, and NaN stays NaN. Dropped positions take no part: inf or NaN in x there does not reach y.
+// fp32: x, W, y are fp32. bf16: x, W, y are bf16; sums are fp32, y is rounded once, to nearest even, and NaN stays
+// NaN. The bias may be of either type. Dropped positions take no part: inf or NaN in x there does not reach y.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
 // The bits of y do not depend on the number of threads.
@@ -66,8 +66,10 @@ const char* default_isa();
 int isa_count();
 const char* isa_name(int index);
 
-// Runs the op on up to `threads` threads. `isa` null means default_isa(). Returns "isa/family", a literal.
-// Throws std::invalid_argument as default_isa() does.
-const char* linear(const LinearArgs& args, DType dtype, int threads, const char* isa, Family family);
+// Runs the op on up to `threads` threads. `bias` (null for none, else [out_features] of bias_dtype) takes the place of
+// args.bias; `isa` null means default_isa(). Returns "isa/family", a literal. Throws std::invalid_argument as
+// default_isa() does.
+const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dtype, int threads, const char* isa,
+                   Family family);
 
 }  // namespace twofour::cpu

@@ -9,8 +9,9 @@
 //   row r, kept (k, w):  sums[r][v] += w * panel[k][v]      for v in 0 .. NV - 1
 //
 // Where k comes from the metadata, decoded once per (tile, chunk) into 16-bit byte offsets. R rows by NV vectors stay in
-// registers; the sums of the whole block of rows stay in the L2 cache between chunks, and the epilogue transposes them to
-// [tokens, out]. The load of the activation is the limit: one per FMA, whereas a dense kernel shares it between rows.
+// registers; the sums of the whole block of rows stay in the L2 cache between chunks; after the last chunk each tile is
+// transposed to [tokens, out]. The load of the activation is the limit: one per FMA, whereas a dense kernel shares it
+// between rows.
 
 constexpr int kMaxChunkGroups = 64;
 constexpr int kChunkStep = 4;  // groups; so that packing works on whole vectors of K
@@ -201,11 +202,10 @@ struct Many {
           many_step<Core, R, NV>(packed, offsets, weights, row, chunk, reinterpret_cast<const char*>(next_weights),
                                  tile_sums, group0 == 0);
         }
+        if (group0 + chunk == groups) {
+          many_epilogue<typename Core::Output, NV>(args, tile_sums, tile, token0, tokens);
+        }
       }
-    }
-    for (int64_t tile = tile0; tile < tile1; ++tile) {
-      const float* tile_sums = sums + (tile - tile0) * nm::kTileRows * NV * kLanes;
-      many_epilogue<typename Core::Output, NV>(args, tile_sums, tile, token0, tokens);
     }
   }
 

@@ -15,7 +15,10 @@ inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
 // The first n (0..16) elements; the other lanes are 0 and their memory is not touched.
 inline F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-inline void store_first(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+inline void store_first(float* p, F v, int n) {
+  if (n >= kLanes) return store(p, v);
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
 
 inline F widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 inline F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -28,7 +31,12 @@ inline void store_first(bf16* p, F v, int n) {
   const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const I quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const I kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  if (n >= kLanes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+  } else {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), narrow);
+  }
 }
 
 // 16 pairs of bf16 -> their first and second members.

@@ -49,5 +49,6 @@ def linear(
     threads: int,
     kernel: int = 0,
     isa: str | None = None,
+    bias_dtype: int = 0,
 ) -> None:
-    """y = x @ W.T + bias; dtype 0 fp32, 1 bf16; bias fp32 or 0; kernel 0 automatic, 1 few, 2 many; strides in elements."""
+    """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16. bias 0: none. kernel: 0 automatic, 1 few, 2 many. Strides in elements."""

@@ -190,8 +190,8 @@ def linear(
         and (bias is None or (bias.is_cpu and bias.numel() == out_features and bias.dtype in _DTYPES))
     ):
         _explain(x, values, metadata, bias, out_features, in_features)
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-        bias = bias.detach().to(torch.float32).contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     tokens = x.shape[0]
     x_stride, inner = x.stride()
     if inner != 1 or (tokens > 1 and x_stride < in_features):
@@ -214,6 +214,7 @@ def linear(
             torch.get_num_threads(),
             _FAMILIES[kernel],
             isa,
+            0 if bias is None else _DTYPES[bias.dtype],
         )
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
