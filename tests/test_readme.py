@@ -38,3 +38,20 @@ LINKS = re.findall(r"\]\((?!https?:)([^)#]+)\)|src=\"([^\"]+)\"", README.read_te
 def test_links_lead_somewhere(target: tuple[str, str]) -> None:
     path = target[0] or target[1]
     assert (README.parent / path).exists()
+
+
+def test_headline_numbers_are_those_of_the_json() -> None:
+    from benchmarks.headlines import headlines
+
+    readme = README.read_text(encoding="utf-8")
+    shown = "benchmarks/results/epyc-zen5-2core"
+    for line in headlines(README.parent / shown, shown):
+        assert line in readme
+
+
+def test_the_plot_is_that_of_the_json(tmp_path: Path) -> None:
+    pytest.importorskip("altair", reason="needs altair (twofour[report])")
+    from benchmarks.plot_linear import main
+
+    main(README.parent / "benchmarks/results/epyc-zen5-2core/linear.json", tmp_path / "speed.svg")
+    assert (tmp_path / "speed.svg").read_bytes() == (README.parent / "docs/speed.svg").read_bytes()

@@ -180,12 +180,14 @@ def native_kernel(function: Linear, x: Tensor) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with "+" where files differ from it; "unknown" outside a repository."""
+    """The commit that was measured, with "+" where measured files differ from it; "unknown" outside a repository."""
     root = Path(__file__).resolve().parents[2]
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     if head.returncode != 0:
         return "unknown"
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    measured = ["src", "csrc", "CMakeLists.txt", "benchmarks/kernels", "benchmarks/models"]
+    status = ["git", "status", "--porcelain", "--", *measured]
+    changed = subprocess.run(status, cwd=root, capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
