@@ -69,16 +69,13 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 def _cpu_why_not(spec: LinearSpec) -> str | None:
     if spec.device.type != "cpu":
         return f"the weight is on {spec.device}"
-    missing = cpu.available()
-    if missing is not None:
-        return missing
     if spec.out_features == 0 or spec.in_features == 0:
         return "the weight is empty"
     if (spec.pattern.keep, spec.pattern.group) != (2, 4):
         return f"pattern {spec.pattern} has no native kernel, only 2:4"
     if spec.dtype not in _CPU_DTYPES:
         return f"{str(spec.dtype).removeprefix('torch.')} has no native kernel, only float32 and bfloat16"
-    return None
+    return cpu.available()
 
 
 def _cpu_pack(matrix: SparseMatrix) -> Operands:
