@@ -123,6 +123,15 @@ def test_nothing_to_compress_is_an_error_and_changes_nothing(mlp: Build) -> None
         twofour.compress(nn.Sequential(nn.Conv2d(4, 4, 1)))
 
 
+def test_a_bare_linear_cannot_be_replaced_in_place() -> None:
+    layer = nn.Linear(16, 16)
+    twofour.prune(layer)
+    with pytest.raises(ModelError, match=r"the model is this layer itself.*SparseLinear.from_linear\(layer\)"):
+        twofour.compress(layer, force=True)
+    with pytest.raises(ModelError, match="the model is this layer itself"):
+        twofour.compress(SparseLinear.from_linear(layer), force=True)
+
+
 def test_layers_sharing_a_weight_share_the_compressed_one() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight

@@ -79,7 +79,7 @@ def compress(
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
     layers = survey(model, pattern, include, exclude, skip_heads=False)
     rows: dict[int, dict[str, Any]] = {id(layer): layer.identity() for layer in layers}
-    candidates = _candidates(layers, pattern, rows)
+    candidates = _candidates(model, layers, pattern, rows)
     if not candidates:
         tried = [row for row in rows.values() if row["action"] == "dense"] or list(rows.values())
         reasons = sorted({str(row.get("reason")) for row in tried})
@@ -131,13 +131,19 @@ def compress(
     return Report("compress", columns, ordered, summary, tuple(notes), environment())
 
 
-def _candidates(layers: list[Layer], pattern: Pattern, rows: dict[int, dict[str, Any]]) -> list[_Candidate]:
+def _candidates(
+    model: nn.Module, layers: list[Layer], pattern: Pattern, rows: dict[int, dict[str, Any]]
+) -> list[_Candidate]:
     by_weight: dict[int, _Candidate] = {}
     for layer in layers:
         row = rows[id(layer)]
         row.update(action="dense", kernel=DENSE)
         if layer.skip is not None:
             row.update(action="skipped", reason=layer.skip)
+        elif layer.module is model and is_linear_like(layer):
+            row["reason"] = (
+                "the model is this layer itself, and cannot be replaced in place: SparseLinear.from_linear(layer)"
+            )
         elif not is_linear_like(layer) or layer.keep_dense is not None:
             row["reason"] = layer.keep_dense or f"no sparse kernel for {layer.kind}"
         elif isinstance(layer.module, SparseLinear):
