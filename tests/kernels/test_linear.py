@@ -155,6 +155,8 @@ def test_operations_hold_torchs_own_checks(backend: str, dtype: torch.dtype) -> 
     operation = getattr(torch.ops.twofour, f"linear_{backend}").default
     for some_bias in (bias, None):
         torch.library.opcheck(operation, (x, *operands, some_bias, "2:4", 20, 16), test_utils=tests)
+    wanting = (x.clone().requires_grad_(), *operands, bias.clone().requires_grad_(), "2:4", 20, 16)
+    torch.library.opcheck(operation, wanting)
     operation = getattr(torch.ops.twofour, f"to_dense_{backend}").default
     torch.library.opcheck(operation, (*operands, "2:4", 20, 16), test_utils=tests)
     if backend == "cpu":

@@ -181,6 +181,8 @@ def test_encoder_layer_of_torch_leaves_its_fast_path() -> None:
 def test_memory_is_held_once(native: None) -> None:
     sparse, dense = sparse_and_dense(64, 64, torch.bfloat16)
     assert sparse.nbytes == dense.weight.nbytes * 36 // 64
+    held = [x for x in (*vars(sparse).values(), *sparse.buffers(), *sparse.parameters()) if isinstance(x, torch.Tensor)]
+    assert {id(x) for x in held} == {id(sparse.values), id(sparse.metadata), id(sparse.bias)}
 
 
 def test_bad_inputs_are_named(native: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..format import SparseMatrix
@@ -29,7 +30,6 @@ def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backe
         UnsupportedError: dtypes or devices that differ, a backend that cannot run this matrix.
     Cost: the first call packs the matrix for the backend and keeps the packed copy with it; SparseLinear keeps one only.
 
-    >>> import torch
     >>> matrix = SparseMatrix.from_dense(torch.tensor([[0., 3., 0., -1.]]))
     >>> linear(torch.tensor([[1., 2., 3., 4.]]), matrix).tolist()
     [[2.0]]
@@ -37,8 +37,10 @@ def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backe
     kernel = choose(LinearSpec.of(matrix), backend).kernel
     operands = matrix.prepared.get(kernel.backend)
     if operands is None:
-        operands = kernel.pack(matrix)
-        matrix.prepared[kernel.backend] = operands
+        with torch.inference_mode(False):  # what is kept must serve training too
+            operands = kernel.pack(matrix)
+        if type(operands[0]) is Tensor:  # not the stand-ins of a tracer
+            matrix.prepared[kernel.backend] = operands
     return ops.linear(
         kernel.backend, x, operands, bias, ops.pattern_text(matrix.pattern), matrix.out_features, matrix.in_features
     )

@@ -1,16 +1,18 @@
 """The operations as torch knows them: schemas, shapes for tracing, gradients.
 
 One operation has one name in six places: here, in reference.py, in csrc/cpu, in csrc/cuda, in tests/kernels and in
-benchmarks/kernels. `define` + `impl` on a Library costs 2 us a call, `custom_op` 4 to 7 (torch 2.13), hence this form; the
-gradient is an autograd.Function around the operation for the same reason.
+benchmarks/kernels. `define` + `impl` on a Library costs 2 us a call, `custom_op` 4 to 7 (torch 2.13), hence this form. The
+gradient belongs to the operation: an autograd.Function around it would be cheaper, but exported programs would lose it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
@@ -97,38 +99,47 @@ _TO_DENSE = {
 }
 
 
-class _Linear(torch.autograd.Function):
-    """Gradients of the input and the bias; the kept values are constants here."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, metadata, bias, pattern, out_features, in_features = inputs
+    ctx.save_for_backward(values, metadata)
+    ctx.arguments = (pattern, out_features, in_features)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        metadata: Tensor,
-        bias: Tensor | None,
-        backend: str,
-        pattern: str,
-        out_features: int,
-        in_features: int,
-    ) -> Tensor:
-        ctx.save_for_backward(values, metadata)
-        ctx.backend, ctx.pattern, ctx.shape = backend, pattern, (out_features, in_features)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        y: Tensor = _LINEAR[backend](x, values, metadata, bias, pattern, out_features, in_features)
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Gradients of x and the bias; the kept values are constants here."""
+    to_dense = _TO_DENSE[backend]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, metadata = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = _TO_DENSE[ctx.backend](values, metadata, ctx.pattern, *ctx.shape)
-            grad_x = grad @ weight.to(grad.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.ndim > 1 else grad.to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None, None, None
+            grad_x = grad @ to_dense(values, metadata, *ctx.arguments).to(grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None, None, None
+
+    return backward
+
+
+def _over_batches(backend: str) -> Callable[..., tuple[Tensor, int]]:
+    """vmap over x: the batch is one more leading axis."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+            raise UnsupportedError(
+                "vmap runs over the inputs of a sparse linear layer only, not over weights or biases."
+            )
+        return _LINEAR[backend](x.movedim(in_dims[0], 0), *rest), 0
+
+    return rule
+
+
+for _backend in ("reference", "cpu"):
+    torch.library.register_autograd(
+        f"twofour::linear_{_backend}", _backward(_backend), setup_context=_setup_context, lib=_LIBRARY
+    )
+    torch.library.register_vmap(f"twofour::linear_{_backend}", _over_batches(_backend), lib=_LIBRARY)
 
 
 def linear(
@@ -154,10 +165,20 @@ def linear(
     """
     values, metadata = operands
     _require_input(x, values, bias, out_features, in_features)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _Linear.apply(x, values, metadata, bias, backend, pattern, out_features, in_features)  # type: ignore[no-untyped-call]
-        return y
-    return cast(Tensor, _LINEAR[backend](x, values, metadata, bias, pattern, out_features, in_features))
+    run = _LINEAR[backend]
+    if forward_ad._current_level >= 0:  # operations of a Library would drop tangents without a word
+        (x, tangent), (bias, bias_tangent) = forward_ad.unpack_dual(x), _unpack_dual(bias)
+        y = run(x, values, metadata, bias, pattern, out_features, in_features)
+        if tangent is None and bias_tangent is None:
+            return cast(Tensor, y)
+        tangent = torch.zeros_like(x) if tangent is None else tangent
+        moved = run(tangent, values, metadata, bias_tangent, pattern, out_features, in_features)
+        return cast(Tensor, forward_ad.make_dual(y, moved))
+    return cast(Tensor, run(x, values, metadata, bias, pattern, out_features, in_features))
+
+
+def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if tensor is None else tuple(forward_ad.unpack_dual(tensor))
 
 
 def pattern_text(pattern: Pattern) -> str:

@@ -22,6 +22,13 @@ def linear(
         [..., out_features] of x's dtype. An input at a dropped place never reaches the output, not even NaN or infinity.
     Cost: a float32 product, and the dense weight made anew at each call.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _linear(x, values, metadata, bias, pattern, in_features)
+
+
+def _linear(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: Pattern, in_features: int
+) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = to_dense(values, metadata, pattern, in_features).to(wide)
     rows = x.reshape(-1, in_features).to(wide)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import TwofourError, UnsupportedError
 from ..format import SparseMatrix
@@ -36,6 +38,10 @@ class SparseWeight:
         )
 
 
+_moved: Any = WeakIdKeyDictionary()
+"""Values that another device or dtype replaced -> the layer that holds them now; for weights that layers share."""
+
+
 class SparseLinear(nn.Module):
     """y = x @ W.T + b with an N:M weight that is held once, in the layout of the kernel that runs it.
 
@@ -58,6 +64,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         if matrix.dtype.itemsize == 1:
             raise UnsupportedError(f"SparseLinear runs float32, float16 and bfloat16 weights, not {matrix.dtype}.")
+        choose(LinearSpec.of(matrix), backend)  # refuses a backend that cannot run the matrix
         self.in_features = matrix.in_features
         self.out_features = matrix.out_features
         self.pattern = matrix.pattern
@@ -105,7 +112,10 @@ class SparseLinear(nn.Module):
     @property
     def choice(self) -> Choice:
         """The kernel that runs, and why no faster one does."""
-        return choose(self.spec, self._wanted_backend)
+        best = choose(self.spec)
+        if best.kernel.backend == self.backend:
+            return best
+        return Choice(KERNELS[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
 
     @property
     def weight(self) -> SparseWeight:
@@ -118,21 +128,17 @@ class SparseLinear(nn.Module):
         return self.values.nbytes + self.metadata.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]; under autocast computed in the weight's dtype."""
-        result_dtype = x.dtype
-        if x.dtype != self.values.dtype and torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.values.dtype)
-            result_dtype = torch.get_autocast_dtype(x.device.type)
-        y = ops.linear(
-            self.backend,
-            x,
-            (self.values, self.metadata),
-            self.bias,
-            self._pattern_text,
-            self.out_features,
-            self.in_features,
-        )
-        return y if y.dtype == result_dtype else y.to(result_dtype)
+        """[..., in_features] -> [..., out_features] of x's dtype; under autocast of its dtype, computed in the weight's."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._run(x)
+        if not x.dtype.is_floating_point or x.dtype == torch.float64:  # autocast leaves these alone
+            return self._run(x)
+        return self._run(x.to(self.values.dtype)).to(torch.get_autocast_dtype(x.device.type))
+
+    def _run(self, x: Tensor) -> Tensor:
+        operands = (self.values, self.metadata)
+        shape = (self.out_features, self.in_features)
+        return ops.linear(self.backend, x, operands, self.bias, self._pattern_text, *shape)
 
     def extra_repr(self) -> str:
         dtype = str(self.values.dtype).removeprefix("torch.")
@@ -142,29 +148,65 @@ class SparseLinear(nn.Module):
         )
 
     def _set_matrix(self, matrix: SparseMatrix) -> None:
-        kernel = choose(LinearSpec.of(matrix), self._wanted_backend).kernel
-        values, metadata = kernel.pack(matrix)
+        spec = LinearSpec.of(matrix)
+        wanted = self._wanted_backend
+        kernel = choose(spec, None if wanted is None or KERNELS[wanted].why_not(spec) else wanted).kernel
         self.backend = kernel.backend
+        self._hold(*kernel.pack(matrix))
+
+    def _hold(self, values: Tensor, metadata: Tensor) -> None:
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("metadata", metadata, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Moves and converts by way of the canonical matrix: another device or dtype may need another kernel."""
-        matrix = self.matrix
-        probe = fn(matrix.values.new_empty(0))
-        if (probe.dtype, probe.device) == (matrix.dtype, matrix.device):
+        values, metadata = self.values, self.metadata
+        probe = fn(values.new_empty(0))
+        if (probe.dtype, probe.device) == (values.dtype, values.device):
+            del (
+                self.values,
+                self.metadata,
+            )  # a kernel's layout is not for others to change (memory formats, for instance)
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._hold(values, metadata)
             return self
         if probe.dtype.itemsize == 1 or not probe.dtype.is_floating_point:
             raise UnsupportedError(f"SparseLinear cannot become {probe.dtype}: it runs float32, float16 and bfloat16.")
-        values = fn(matrix.values)
-        moved = SparseMatrix(values, matrix.metadata.to(values.device), matrix.pattern, matrix.shape)
+        before = _moved.get(values)  # a layer that shares this weight may have moved it already
+        if before is None or (before.values.dtype, before.values.device) != (probe.dtype, probe.device):
+            if values.is_meta:  # `to_empty`: any matrix will do, but it must be one
+                zeros = torch.zeros(self.out_features, self.in_features, dtype=probe.dtype, device=probe.device)
+                moved = SparseMatrix.from_dense(zeros, self.pattern)
+            else:
+                matrix = self.matrix
+                converted = fn(matrix.values)
+                moved = SparseMatrix(converted, matrix.metadata.to(converted.device), matrix.pattern, matrix.shape)
+            del self.values, self.metadata
+            self._set_matrix(moved)
+            _moved[values] = before = self
+        moved_values, moved_metadata, self.backend = before.values, before.metadata, before.backend
         del self.values, self.metadata
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._wanted_backend is not None and KERNELS[self._wanted_backend].why_not(LinearSpec.of(moved)) is not None:
-            self._wanted_backend = None
-        self._set_matrix(moved)
+        self._hold(moved_values, moved_metadata)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
+        other = SparseLinear.__new__(SparseLinear)
+        memo[id(self)] = other
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the canonical matrix, not the layout of this machine's kernel."""
+        state = dict(self.__dict__)
+        state["_buffers"] = {name: None if name in ("values", "metadata") else x for name, x in self._buffers.items()}
+        state["_matrix"] = self.matrix
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        matrix = state.pop("_matrix")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._set_matrix(matrix)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -182,20 +224,23 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        keys = {part: f"{prefix}weight.{part}" for part in ("values", "metadata")}
-        ours = [key for key in (*keys.values(), prefix + "weight") if key in state_dict]
+        parts = [prefix + "weight.values", prefix + "weight.metadata"]
+        compressed = all(key in state_dict for key in parts)
+        ours = parts if compressed else [prefix + "weight"]
         theirs = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(theirs, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        shape = (self.out_features, self.in_features)
-        device, dtype = self.values.device, self.values.dtype
+        if not all(key in state_dict for key in ours):
+            missing_keys.extend(key for key in parts if key not in state_dict)
+            return
+        tensors = [state_dict[key] for key in ours]
+        if not local_metadata.get("assign_to_params_buffers", False):
+            tensors[0] = tensors[0].to(self.values.dtype)
+            tensors = [tensor.to(self.values.device) for tensor in tensors]
         try:
-            if all(key in state_dict for key in keys.values()):
-                values, metadata = (state_dict[keys[part]].to(device) for part in ("values", "metadata"))
-                self._set_matrix(SparseMatrix(values.to(dtype).clone(), metadata.clone(), self.pattern, shape))
-            elif prefix + "weight" in state_dict:  # a dense checkpoint whose weight holds the pattern
-                weight = state_dict[prefix + "weight"].to(device=device, dtype=dtype)
-                self._set_matrix(SparseMatrix.from_dense(weight, self.pattern, name=prefix + "weight"))
-            else:
-                missing_keys.extend(key for key in keys.values() if key not in state_dict)
+            if compressed:
+                shape = (self.out_features, self.in_features)
+                self._set_matrix(SparseMatrix(tensors[0].clone(), tensors[1].clone(), self.pattern, shape))
+            else:  # a dense checkpoint whose weight holds the pattern
+                self._set_matrix(SparseMatrix.from_dense(tensors[0], self.pattern, name=prefix + "weight"))
         except TwofourError as error:
             error_msgs.append(f"{prefix}weight: {error}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from .linear import SparseLinear
@@ -14,6 +16,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -39,14 +42,23 @@ def why_not_swappable(module: nn.Linear) -> str | None:
     """Why a Linear cannot be replaced by a SparseLinear without changing what it computes; None if it can."""
     if type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} overrides Linear.forward"
+    if "forward" in vars(module):
+        return "its forward was replaced on the object"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     return None
 
 
 def to_dense_modules(model: nn.Module) -> int:
-    """Replaces every SparseLinear in `model` by its dense twin, in place; returns how many."""
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    """Replaces every SparseLinear below `model` by its dense twin, in place; returns how many. Shared weights stay shared."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module is not model]
+    weights: dict[int, nn.Parameter] = {}
     for layer in layers:
-        replace_module(model, layer, layer.to_linear())
+        dense = layer.to_linear()
+        key = layer.values.data_ptr() or id(layer)
+        if key in weights:
+            dense.weight = weights[key]
+        else:
+            weights[key] = cast(nn.Parameter, dense.weight)
+        replace_module(model, layer, dense)
     return len(layers)
