@@ -83,7 +83,7 @@ def test_other_types_are_refused(text: object) -> None:
         ({"keep": 0, "group": 4}, "keep=0 of group=4"),
         ({"keep": 1, "group": 1}, "group=1 in a Pattern: a group has 2 to 32"),
         ({"keep": 1, "group": MAX_GROUP + 1}, "group=33 in a Pattern"),
-        ({"rows": 0}, "rows=0 in a Pattern: at least one row"),
+        ({"rows": 0}, "rows=0 in a Pattern: 1 to 999 rows"),
         ({"keep": 2.0}, "keep=2.0 in a Pattern: it must be an int"),
         ({"keep": True, "group": 4}, "keep=True in a Pattern: it must be an int"),
         ({"rows": 4, "transposable": True}, "either transposable .* or shared by rows"),

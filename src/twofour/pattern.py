@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .errors import PatternError
 
 MAX_GROUP = 32
+MAX_ROWS = 999
 
 _TEXT = re.compile(r"(?P<keep>\d{1,3}):(?P<group>\d{1,3})(?:x(?P<rows>\d{1,3})|(?P<transposable>t))?", re.ASCII)
 
@@ -21,7 +22,7 @@ class Pattern:
     Args:
         keep: weights that survive in each group, 1 <= keep < group.
         group: neighbours that make one group, 2 ... 32.
-        rows: output rows that share one mask ("2:4x4" has rows=4); 1 when every row has its own.
+        rows: output rows that share one mask ("2:4x4" has rows=4), 1 ... 999; 1 when every row has its own.
         transposable: the mask holds the pattern along both axes ("2:4t").
     Raises:
         PatternError: numbers outside those ranges, or `rows` together with `transposable`.
@@ -51,8 +52,8 @@ class Pattern:
                 f"keep={self.keep} of group={self.group}: a pattern keeps at least 1 and at most group-1 weights."
                 " '2:4' means keep 2 of 4."
             )
-        if self.rows < 1:
-            raise PatternError(f"rows={self.rows} in a Pattern: at least one row has a mask.")
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise PatternError(f"rows={self.rows} in a Pattern: 1 to {MAX_ROWS} rows share a mask.")
         if self.transposable and self.rows != 1:
             raise PatternError("a pattern is either transposable ('2:4t') or shared by rows ('2:4x4'), not both.")
 

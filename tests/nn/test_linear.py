@@ -163,6 +163,8 @@ def test_weight_tells_shape_and_dtype_but_is_no_tensor() -> None:
     assert tuple(sparse.weight.shape) == (48, 64)
     assert sparse.weight.dtype == torch.bfloat16
     assert sparse.weight.device == torch.device("cpu")
+    assert (sparse.weight.ndim, sparse.weight.dim(), sparse.weight.numel()) == (2, 2, 48 * 64)
+    assert (sparse.weight.size(), sparse.weight.size(-1)) == ((48, 64), 64)
     with pytest.raises(UnsupportedError, match=r"torch.linear was given the weight of a SparseLinear.*\n.*exclude="):
         functional.linear(torch.randn(1, 64), sparse.weight)
 

@@ -29,6 +29,23 @@ class SparseWeight:
     device: torch.device
     requires_grad: bool = False
 
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """2."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """The shape, or one axis of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Weights of the dense matrix."""
+        return self.shape.numel()
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         name = getattr(function, "__name__", str(function))
