@@ -191,7 +191,9 @@ def _layers(findings: Findings) -> list[Block]:
             ratios = {str(row["layer"]): float(row["against_best"]) if row["layer"] in quiet else None for row in rows}
             said = ", ".join(f"{name} {format_value(ratio, 'ratio')}" for name, ratio in ratios.items())
             svg = plots.ratio_bars(ratios, x_title="speed against best dense")
-            caption = f"{dtype}, {rows[0]['tokens']:,} tokens: all {len(rows)} layers; grey bars are not faster than dense."
+            caption = (
+                f"{dtype}, {rows[0]['tokens']:,} tokens: all {len(rows)} layers; grey bars are not faster than dense."
+            )
             blocks.append(Plot(svg, f"Speed of each layer, {dtype}: {said}.", caption))
     if findings.layers:
         blocks.append(Notes(tuple(words.layers(findings))))
