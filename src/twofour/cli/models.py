@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, ModelError, TwofourError, UnsupportedError
 from ..format import file
+from ..nn.swap import to_dense_modules
 from ..workflows import load, save
 
 COMPRESSED_NAME = "model.twofour.safetensors"
@@ -46,15 +47,19 @@ def open_model(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def write_dense(model: nn.Module, source: Path, target: Path, overwrite: bool) -> None:
-    """Writes a pruned, dense model: a folder that transformers loads as it is, or a plain safetensors file."""
+    """Writes a pruned, dense model: a folder that transformers loads as it is, or a plain safetensors file.
+
+    Layers that are compressed are written out dense: nobody but twofour could load them.
+    """
+    to_dense_modules(model)
     if source.is_dir():
         with _new_folder(source, target, overwrite) as folder:
             model.save_pretrained(folder)  # type: ignore[operator]
     else:
         with _new_file(target, overwrite) as temporary:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary, {"format": "pt"}
-            )
+            # Copies, because safetensors refuses tensors that share memory; they are few megabytes or on their way out.
+            tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+            save_file(tensors, temporary, {"format": "pt"})
 
 
 def write_compressed(model: nn.Module, source: Path, target: Path, overwrite: bool, pattern: str) -> Any:
@@ -68,9 +73,14 @@ def write_compressed(model: nn.Module, source: Path, target: Path, overwrite: bo
 
 def require_target(source: Path, target: Path, overwrite: bool) -> None:
     """Checks, before any work is done, that the result can go to `target`."""
-    if source.exists() and target.exists() and source.samefile(target):
+    here, there = source.resolve(), target.resolve()
+    if here == there:
         raise TwofourError(f"{target} is the model itself: give the result another name.")
+    if here in there.parents or there in here.parents:
+        raise TwofourError(f"{target} and the model {source} lie inside each other: put the result elsewhere.")
     _require_free(target, overwrite)
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise TwofourError(f"{target} holds other things than a model: --overwrite replaces model folders only.")
     if not target.absolute().parent.is_dir():
         raise TwofourError(f"{target.absolute().parent}: no such folder. Make it first.")
     if source.is_file() and target.suffix != ".safetensors":
@@ -99,7 +109,10 @@ def _open_folder(path: Path) -> nn.Module:
             model: nn.Module = builder(transformers.AutoConfig.from_pretrained(path, local_files_only=True))
             load(model, compressed)
         else:
-            model = builder.from_pretrained(path, local_files_only=True, dtype="auto")
+            model, found = builder.from_pretrained(path, local_files_only=True, dtype="auto", output_loading_info=True)
+            missing = sorted(map(str, found["missing_keys"]))
+            if missing:  # transformers makes them up at random
+                raise ModelError(f"{path} lacks weights that {builder.__name__} needs: {', '.join(missing[:3])} ...")
     except TwofourError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise many kinds for a damaged folder
@@ -155,6 +168,7 @@ def _child(parent: nn.Module, name: str, new: nn.Module) -> nn.Module:
     if child is None or (type(child) is nn.Module and type(new) is not nn.Module):
         if child is not None:
             new._parameters.update(child._parameters)
+            new._buffers.update(child._buffers)
             new._modules.update(child._modules)
         parent._modules[name] = new
         return new
@@ -197,11 +211,14 @@ def _new_folder(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
     with _temporary(target, overwrite) as temporary:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
         yield temporary
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
+        old = temporary.with_suffix(".old")
+        if target.exists():
+            os.replace(target, old)  # aside, not away: a kill between the two renames loses neither
         os.replace(temporary, target)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
 
 
 @contextmanager
