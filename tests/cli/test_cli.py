@@ -100,6 +100,8 @@ def test_a_folder_from_prune_to_measure(run: Callable[..., Result], folder: Path
     )
     assert result.code == 0
     assert re.search(r"speedup +\d", result.out)
+    assert "1x8" in result.out
+    assert "2x8" in result.out
 
 
 def test_a_file_from_prune_to_measure(run: Callable[..., Result], weights: Path, tmp_path: Path) -> None:
@@ -191,6 +193,10 @@ def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Result], 
             r"--tokens '1,x' is not a list of positive whole numbers",
         ),
         (["compress", "{folder}", "{tmp}/out", "--dtype", "int4"], r"unknown --dtype 'int4': it is float32"),
+        (
+            ["prune", "{folder}", "{tmp}/out", "--html", "{tmp}/no/page.html"],
+            r"no such folder for the page\. Make it first",
+        ),
         (["measure", "{folder}", "--batch", "0"], r"--batch '0' is not a list of positive"),
         (["measure", "{folder}", "--length", "9999"], r"--length 9999 is more than the 512 positions the model has"),
         (["measure", "{folder}", "--against", "{weights}"], r"are not of one kind"),

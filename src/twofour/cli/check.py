@@ -7,7 +7,7 @@ import typer
 from ..workflows import check
 from ..workflows.prune import CheckFailed
 from . import models
-from .options import Exclude, Html, Include, Json, Model, PatternText, show
+from .options import Exclude, Html, Include, Json, Model, PatternText, require_page, show
 
 NAME = "check"
 
@@ -24,6 +24,7 @@ def run(
 
     Example: twofour check minilm-2of4
     """
+    require_page(html)
     loaded = models.open_model(model)
     try:
         report = check(loaded, pattern, include=include, exclude=exclude)

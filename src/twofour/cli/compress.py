@@ -22,6 +22,7 @@ from .options import (
     Threads,
     parse_counts,
     parse_dtype,
+    require_page,
     set_threads,
     show,
 )
@@ -52,6 +53,7 @@ def run(
 
     Example: twofour compress minilm-2of4 minilm-small --dtype bfloat16
     """
+    require_page(html)
     counts, wanted = parse_counts(tokens, "--tokens"), parse_dtype(dtype)
     set_threads(threads)
     models.require_target(model, output, overwrite or dry_run)

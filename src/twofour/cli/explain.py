@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..workflows import explain
 from . import models
-from .options import Dtype, Html, Json, Model, parse_dtype, show
+from .options import Dtype, Html, Json, Model, parse_dtype, require_page, show
 
 NAME = "explain"
 
@@ -14,5 +14,6 @@ def run(model: Model, dtype: Dtype = None, json: Json = False, html: Html = None
 
     Example: twofour explain minilm-small
     """
+    require_page(html)
     wanted = parse_dtype(dtype)
     show(explain(models.open_model(model, wanted)), json, html)

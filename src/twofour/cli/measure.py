@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,11 @@ import typer
 from torch import nn
 
 from ..errors import ModelError, TwofourError, UnsupportedError
+from ..report import Column
 from ..workflows import compress, measure
 from ..workflows.inputs import Batch
 from . import models
-from .options import Dtype, Html, Json, Model, Threads, parse_counts, parse_dtype, set_threads, show
+from .options import Dtype, Html, Json, Model, Threads, parse_counts, parse_dtype, require_page, set_threads, show
 
 NAME = "measure"
 
@@ -43,6 +45,7 @@ def run(
 
     Example: twofour measure minilm-small --against all-MiniLM-L6-v2
     """
+    require_page(html)
     sizes, wanted = parse_counts(batch, "--batch"), parse_dtype(dtype)
     set_threads(threads)
     if against is not None and against.is_dir() != model.is_dir():
@@ -51,11 +54,18 @@ def run(
     if not model.is_dir():
         if against is not None or text is not None:
             raise TwofourError(f"{model} is a file without a model to run: --against and --text need a folder.")
-        report = compress(loaded, tokens=[size * length for size in sizes], dry_run=True)
+        found = compress(loaded, tokens=[size * length for size in sizes], dry_run=True)
+        timed = [row for row in found.rows if "speedup" in row]
+        dense_us, sparse_us = (sum(row[key] for row in timed) for key in ("dense_us", "sparse_us"))
+        summary = {"layers timed": len(timed), "speedup of their sum": dense_us / sparse_us}
+        report = replace(found, verb="measure", summary=summary, notes=("each layer was timed alone",))
     else:
         dense = models.open_model(against, wanted) if against is not None else None
         inputs = [_inputs(model, loaded, size, length, text) for size in sizes]
-        report = measure(loaded, inputs, against=dense, repeats=repeats)
+        found = measure(loaded, inputs, against=dense, repeats=repeats)
+        rows = tuple({**row, "batch": f"{size}x{length}"} for row, size in zip(found.rows, sizes, strict=True))
+        columns = (Column("batch", "batch x length"), *found.columns[1:])
+        report = replace(found, columns=columns, rows=rows)
     show(report, json, html)
 
 

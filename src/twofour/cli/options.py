@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +41,14 @@ def show(report: Report, json: bool, html: Path | None = None) -> None:
     """Prints the report, as a table or as JSON, and writes the page if asked."""
     if html is not None:
         report.to_html(html)
-    typer.echo(report.to_json() if json else report.to_table(width=100))
+    width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns)) if sys.stdout.isatty() else 100
+    typer.echo(report.to_json() if json else report.to_table(width))
+
+
+def require_page(html: Path | None) -> None:
+    """Checks, before any work is done, that the page can be written."""
+    if html is not None and not html.absolute().parent.is_dir():
+        raise TwofourError(f"{html.absolute().parent}: no such folder for the page. Make it first.")
 
 
 def set_threads(threads: int | None) -> None:

@@ -20,6 +20,7 @@ from .options import (
     Overwrite,
     PatternText,
     parse_dtype,
+    require_page,
     show,
 )
 
@@ -43,6 +44,7 @@ def run(
 
     Example: twofour prune all-MiniLM-L6-v2 minilm-2of4
     """
+    require_page(html)
     wanted = parse_dtype(dtype)
     models.require_target(model, output, overwrite or dry_run)
     loaded = models.open_model(model, wanted)
