@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 import twofour
-from twofour.format.file import load_matrices, save_matrices
 
 weight = torch.randn(1024, 1024, dtype=torch.bfloat16)
 x = torch.randn(8, 1024, dtype=torch.bfloat16)
@@ -29,6 +28,6 @@ print("largest difference from the reference:", float((y - reference).abs().max(
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "matrix.safetensors"
-    save_matrices(path, matrix)
-    assert torch.equal(load_matrices(path)["weight"].to_dense(), torch.where(mask, weight, 0))
+    twofour.save_matrices(path, matrix)
+    assert torch.equal(twofour.load_matrices(path)["weight"].to_dense(), torch.where(mask, weight, 0))
     print("on disk:", path.stat().st_size, "bytes")

@@ -17,6 +17,8 @@ from .errors import ShapeError as ShapeError
 from .errors import TwofourError as TwofourError
 from .errors import UnsupportedError as UnsupportedError
 from .format import SparseMatrix as SparseMatrix
+from .format.file import load_matrices as load_matrices
+from .format.file import save_matrices as save_matrices
 from .nn import SparseLinear as SparseLinear
 from .pattern import Pattern as Pattern
 from .report import Report as Report

@@ -34,7 +34,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "version_1.safetensors"
 def matrix_of(
     pattern: str = "2:4", dtype: torch.dtype = torch.bfloat16, shape: tuple[int, int] = (4, 16)
 ) -> SparseMatrix:
-    return SparseMatrix.from_dense(hostile_tensor(shape, dtype), pattern, mask=random_mask(shape, pattern))
+    rows = Pattern.parse(pattern).rows
+    mask = random_mask((shape[0] // rows, shape[1]), pattern).repeat_interleave(rows, dim=0)
+    return SparseMatrix.from_dense(hostile_tensor(shape, dtype), pattern, mask=mask)
 
 
 def assert_same_matrix(found: SparseMatrix, expected: SparseMatrix) -> None:

@@ -207,3 +207,49 @@ def test_records_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         SparseMatrix(values, metadata, Pattern(), shape)
+
+
+TWO_MASKS = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool).repeat(4, 1)  # rows 0 2 4 6, and 1 3 5 7
+
+
+def test_shared_rows_are_checked() -> None:
+    weight = TWO_MASKS.float()
+    with pytest.raises(
+        PatternError, match=r"fc is not 2:4x4: rows 0:4 together have more than 2 non-zeros in columns 0:4.*\n.*'2:4'"
+    ):
+        SparseMatrix.from_dense(weight, "2:4x4", name="fc")
+    with pytest.raises(ShapeError, match=r"\[6, 4\]: 2:4x4 needs out_features to be a multiple of 4"):
+        SparseMatrix.from_dense(torch.zeros(6, 4), "2:4x4")
+    lonely = TWO_MASKS.clone()
+    lonely[5] = lonely[4]
+    with pytest.raises(PatternError, match="mask is not 2:4x4: row 0 and its equals are not a multiple of 4 rows"):
+        SparseMatrix.from_dense(weight, "2:4x4", mask=lonely)
+    packed = SparseMatrix.from_dense(lonely.float(), "2:4")
+    with pytest.raises(FormatError, match="metadata is not 2:4x4: row 0 and its equals are not a multiple of 4 rows"):
+        SparseMatrix(packed.values, packed.metadata, Pattern.parse("2:4x4"), packed.shape)
+
+
+def test_rows_that_share_a_mask_need_not_be_neighbours() -> None:
+    matrix = SparseMatrix.from_dense(TWO_MASKS.float(), "2:4x4", mask=TWO_MASKS)
+    assert torch.equal(matrix.to_dense(), TWO_MASKS.float())
+    SparseMatrix(matrix.values, matrix.metadata, matrix.pattern, matrix.shape)
+
+
+def test_neighbours_with_fewer_non_zeros_get_equal_metadata() -> None:
+    weight = torch.zeros(4, 4)
+    weight[0, 0], weight[1, 1], weight[2, 0] = 3.0, 4.0, -0.0
+    matrix = SparseMatrix.from_dense(weight, "2:4x4")
+    assert matrix.metadata.unique().numel() == 1
+    assert_same_bits(matrix.to_dense(), where(weight != 0, weight))
+
+
+def test_transposable_matrices_are_checked_when_they_are_made() -> None:
+    rows_only = SparseMatrix.from_dense(torch.tensor([[1.0, 1, 0, 0]]).repeat(4, 1))
+    with pytest.raises(FormatError, match="matrix is not 2:4t: column 0, rows 0:4 have more than 2 non-zeros"):
+        SparseMatrix(rows_only.values, rows_only.metadata, Pattern.parse("2:4t"), rows_only.shape)
+    two_rows = SparseMatrix.from_dense(torch.tensor([[1.0, 1, 0, 0]]).repeat(2, 1))
+    with pytest.raises(FormatError, match="2:4t needs out_features to be a multiple of 4 too"):
+        SparseMatrix(two_rows.values, two_rows.metadata, Pattern.parse("2:4t"), two_rows.shape)
+    one = torch.zeros(4, 4)
+    one[0, 0] = 1  # fillers crowd the last columns, and count for nothing
+    assert torch.equal(SparseMatrix.from_dense(one, "2:4t").to_dense(), one)

@@ -228,3 +228,77 @@ def test_other_patterns_run_on_the_reference(mlp: Build) -> None:
     twofour.compress(model, pattern="4:8", force=True)
     torch.testing.assert_close(model(x), expected)
     assert "pattern 4:8 has no native kernel" in twofour.explain(model).rows[0]["reason"]
+
+
+def test_tied_layers_that_go_back_to_dense_share_one_weight(speeds: Callable[..., None]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    speeds(5, 10)
+    twofour.compress(model, torch.randn(2, 16))
+    assert kinds(model) == ["Linear", "Linear"]
+    assert model[0].weight is model[1].weight
+    assert model[0].bias is not model[1].bias
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"tokens": [0]}, "tokens=[0] has no tokens: measured at (1, 128) tokens"),
+        ({"inputs": [torch.empty(0, 64)]}, "the inputs bring no tokens to 0, 2, 4: measured at (1, 128) tokens"),
+    ],
+)
+def test_nothing_but_empty_batches_is_measured_at_default_tokens(
+    mlp: Build, speeds: Callable[..., None], options: dict[str, object], note: str
+) -> None:
+    model = mlp()
+    twofour.prune(model)
+    speeds(10, 5)
+    report = twofour.compress(model, **options)  # type: ignore[arg-type]
+    assert [row["tokens"] for row in report.rows] == ["1, 128"] * 3
+    assert note in report.notes
+    with pytest.raises(ModelError, match=r"tokens=\[-1\]: a layer is measured at token counts from 1"):
+        twofour.compress(model, tokens=[-1])
+
+
+def test_a_weight_shared_with_a_layer_that_stays_dense_stays_dense() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(16, 16), Scaled(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    twofour.prune(model)
+    rows = twofour.compress(model, force=True).rows
+    assert [row["action"] for row in rows] == ["dense", "dense", "compressed"]
+    assert rows[0]["reason"] == "weight is shared with '1' (Scaled), which stays dense"
+    assert model[0].weight is model[1].weight
+
+
+def test_two_parameters_on_one_memory_become_one_compressed_weight() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    assert model[0].values is model[1].values
+
+
+def test_prune_first_is_said_only_where_it_helps() -> None:
+    layer = nn.Linear(16, 16)
+    twofour.prune(layer)
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    twofour.prune(attention)
+    for model in (layer, attention, nn.ReLU()):
+        with pytest.raises(ModelError, match="^there is nothing to compress: ") as caught:
+            twofour.compress(model, force=True)
+        assert "Prune first" not in str(caught.value)
+
+
+def test_timing_leaves_the_random_numbers_alone(mlp: Build, speeds: Callable[..., None]) -> None:
+    model = mlp()
+    twofour.prune(model)
+    speeds(10, 5)
+    before = torch.get_rng_state()
+    twofour.compress(model, tokens=[3])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import twofour
-from twofour import ModelError, SparseLinear, UnsupportedError
+from twofour import ModelError, SparseLinear, SparseMatrix, UnsupportedError
+from twofour.format import file
 
 Build = Callable[[], nn.Sequential]
 
@@ -210,3 +211,72 @@ def test_loaded_values_are_mapped_not_read(path: Path) -> None:
     again = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 8))
     twofour.load(again, path)
     assert torch.equal(again[0].weight, model[0].weight)
+
+
+def state(model: nn.Module) -> list[object]:
+    return [*model.modules(), *model.parameters(), *model.buffers()]
+
+
+def is_unchanged(model: nn.Module, before: list[object]) -> bool:
+    after = state(model)
+    return len(after) == len(before) and all(a is b for a, b in zip(after, before, strict=True))
+
+
+def test_a_bare_layer_that_would_change_its_kind_is_refused_and_unchanged(path: Path) -> None:
+    linear = nn.Linear(16, 16)
+    twofour.prune(linear)
+    sparse = SparseLinear.from_linear(linear)
+    twofour.save(sparse, path)
+    bare = nn.Linear(16, 16)
+    before = state(bare)
+    with pytest.raises(ModelError, match="a bare Linear cannot become a SparseLinear in place"):
+        twofour.load(bare, path)
+    assert is_unchanged(bare, before)
+    twofour.load(sparse, path)
+    for dense in (nn.Linear(16, 16), linear):  # stored dense, and stored compressed to run dense
+        twofour.save(dense, path)
+        before = state(sparse)
+        with pytest.raises(ModelError, match="a bare SparseLinear cannot become dense in place"):
+            twofour.load(sparse, path)
+        assert is_unchanged(sparse, before)
+        twofour.load(bare, path)
+        assert torch.equal(bare.weight, dense.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_matrices_of_8_bits_are_refused_for_layers_before_any_change(path: Path, dtype: torch.dtype) -> None:
+    matrix = SparseMatrix.from_dense(torch.eye(8).to(dtype))
+    file.write(path, {"1.weight": matrix}, {"0.weight": torch.ones(8, 8)})
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    before = state(model)
+    with pytest.raises(
+        ModelError, match=r"'1.weight' is stored as (int8|float8_e4m3fn), which needs scales.*load_matr"
+    ):
+        twofour.load(model, path)
+    assert is_unchanged(model, before)
+
+
+def test_an_alias_of_a_part_is_refused(path: Path) -> None:
+    file.write(path, {"0.weight": SparseMatrix.from_dense(torch.eye(8))}, aliases={"0.bias": "0.weight.values"})
+    with pytest.raises(ModelError, match=r"'0.bias' stands for '0.weight.values' in .*, a part of a matrix"):
+        twofour.load(nn.Sequential(nn.Linear(8, 8)), path)
+
+
+def test_a_frozen_weight_that_runs_dense_stays_frozen(path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    twofour.prune(model)
+    twofour.save(model, path)
+    fresh = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fresh[0].weight.requires_grad_(False)
+    twofour.load(fresh, path)
+    assert [layer.weight.requires_grad for layer in fresh] == [False, True]
+
+
+def test_8_bit_weights_that_ran_dense_come_back(path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    twofour.prune(model)
+    model[0].weight = nn.Parameter(model[0].weight.data.to(torch.float8_e4m3fn))
+    twofour.save(model, path)
+    fresh = nn.Sequential(nn.Linear(8, 8, bias=False))
+    twofour.load(fresh, path)
+    assert torch.equal(fresh[0].weight.float(), model[0].weight.float())

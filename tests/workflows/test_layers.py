@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import twofour
 from twofour import ModelError, SparseLinear
@@ -165,3 +166,63 @@ def test_subclass_with_its_own_forward_is_pruned_but_stays() -> None:
     assert isinstance(model[0], Scaled)
     assert isinstance(model[1], SparseLinear)
     assert report.rows[0]["reason"] == "Scaled overrides Linear.forward"
+
+
+def hooked(name: str) -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    if name == "weight_norm":
+        nn.utils.weight_norm(layer)
+    elif name == "spectral_norm":
+        nn.utils.spectral_norm(layer)
+    else:
+        torch_prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "l1_unstructured"])
+def test_weights_that_a_legacy_hook_recomputes_are_left(name: str) -> None:
+    model = nn.ModuleDict({"hooked": hooked(name), "plain": nn.Linear(8, 8)})
+    found = reasons(model)
+    assert found["plain"] is None
+    assert str(found["hooked"]).startswith("its weight is recomputed by a hook: call torch.nn.utils.remove_weight_norm")
+    assert "torch.nn.utils.prune.remove first" in str(found["hooked"])
+    twofour.prune(model)
+    assert twofour.compress(model, force=True).rows[0]["action"] == "skipped"
+    model["hooked"](torch.randn(2, 8))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_computed_weights_of_convolutions_are_left_too() -> None:
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Conv1d(4, 4, 1)), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1))
+    )
+    found = reasons(model)
+    assert str(found["0"]).startswith("its weight is recomputed by a hook")
+    assert found["1"] == "its weight is parametrized (computed from others)"
+
+
+def test_what_is_inside_an_output_head_is_head_too() -> None:
+    head = nn.ModuleDict({"dense": nn.Linear(8, 8), "out_proj": nn.Linear(8, 2)})
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": head})
+    found = reasons(model)
+    assert found["body"] is None
+    assert found["classifier.dense"] == found["classifier.out_proj"] == "output head (name it in include= to prune it)"
+    assert reasons(model, include="classifier.dense")["classifier.dense"] is None
+
+
+def test_memory_shared_through_another_parameter_object_is_seen() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 8), "out": nn.Linear(8, 8), "part": nn.Linear(8, 4)})
+    model["out"].weight = nn.Parameter(model["embed"].weight.data)
+    model["part"].weight = nn.Parameter(model["embed"].weight.data[4:])
+    found = reasons(model)
+    expected = "weight is shared with 'embed' (Embedding), which is left as it is"
+    assert found["out"] == found["part"] == expected
+
+
+def test_parameters_cut_from_one_buffer_are_not_shared() -> None:
+    flat = torch.randn(128)
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 8), "out": nn.Linear(8, 8)})
+    model["embed"].weight = nn.Parameter(flat[:64].view(8, 8))
+    model["out"].weight = nn.Parameter(flat[64:].view(8, 8))
+    assert reasons(model)["out"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 
@@ -89,3 +90,16 @@ def test_paired_takes_turns_and_keeps_medians() -> None:
     assert found["slow"].samples == 5
     assert found["slow"].median_us > 2 * found["fast"].median_us
     assert calls[-4:] == ["slow", "fast", "slow", "fast"]
+
+
+def test_outputs_that_are_not_numbers_are_named(mlp: Build) -> None:
+    model, dense = mlp(), mlp()
+    with torch.no_grad():
+        model[4].bias[0] = float("nan")
+    report = twofour.measure(model, [torch.randn(2, 64)], against=dense, repeats=1)
+    assert report.notes[0] == "outputs hold NaN or infinities, so that the error is NaN: batch 0 (sparse)"
+    batches = [torch.ones(1, 64), torch.full((1, 64), float("nan"))]
+    report = twofour.measure(mlp(), batches, against=dense, repeats=1)
+    assert "batch 1 (dense and sparse)" in report.notes[0]
+    assert math.isnan(report.summary["largest error"])
+    assert math.isnan(report.summary["relative error"])

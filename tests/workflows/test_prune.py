@@ -84,7 +84,7 @@ def test_shared_weight_is_pruned_once() -> None:
     model[1].weight = model[0].weight
     report = twofour.prune(model)
     assert report.rows[1]["reason"] == "shares its weight with '0'"
-    assert report.summary["weights pruned"] == 64
+    assert report.summary["weights in pruned layers"] == 64
 
 
 def test_gradients_and_optimizers_keep_the_parameter(mlp: Build) -> None:
@@ -143,3 +143,31 @@ def test_unknown_method_and_pattern(mlp: Build) -> None:
         twofour.prune(mlp(), "2of4")
     with pytest.raises(UnsupportedError, match=r"transposable masks are exact for 2:4t only"):
         twofour.prune(mlp(), "4:8t")
+
+
+def test_layers_compressed_as_another_pattern_are_checked_not_believed() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(12, 16))
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    rows = twofour.prune(model, "1:4").rows
+    assert [row["action"] for row in rows] == ["skipped", "skipped"]
+    assert rows[0]["reason"] == ("compressed as 2:4: take it back to dense first (twofour.nn.swap.to_dense_modules)")
+    assert [row["action"] for row in twofour.prune(model, "3:4").rows] == ["already", "already"]
+
+
+def test_compressed_layers_of_a_wrong_shape_are_skipped_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(12, 16))
+    twofour.prune(model, "1:4")
+    twofour.compress(model, pattern="1:4", force=True)
+    rows = twofour.check(model, "4:8").rows
+    assert [row["action"] for row in rows] == ["holds", "skipped"]
+    assert rows[1]["reason"] == "in_features 12 is not a multiple of 8"
+    assert twofour.prune(model, "4:8").rows[1]["reason"] == rows[1]["reason"]
+
+
+def test_two_parameters_on_one_memory_are_pruned_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    report = twofour.prune(model)
+    assert report.rows[1]["reason"] == "shares its weight with '0'"
+    assert report.summary["weights in pruned layers"] == 64

@@ -156,9 +156,10 @@ def write(
 def read(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Contents:
     """What a file holds. On the CPU every tensor is a view of the mapped file, read from the disk when first used.
 
-    Metadata are read and checked now, values are not read. Changing a tensor changes memory only, never the file.
-    `write` may replace the file while it is mapped. A program that truncates it in place makes later reads of the
-    tensors end the process (SIGBUS), as with every mapped file: replace files, do not rewrite them.
+    Metadata are read and checked now, values are not read (but for a "2:4t" matrix with fillers). Changing a tensor
+    changes memory only, never the file. `write` may replace the file while it is mapped. A program that truncates it in
+    place makes later reads of the tensors end the process (SIGBUS), as with every mapped file: replace files, do not
+    rewrite them.
 
     Args:
         path: a file that `write` made, or another program by SPEC.md.

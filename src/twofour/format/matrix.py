@@ -22,6 +22,7 @@ class SparseMatrix:
             float8_e4m3fn or float8_e5m2.
         metadata: uint8 [out_features, bytes]. For 2:4 one nibble `i0 | i1<<2` (i0 < i1) per group, two groups in a
             byte, low nibble first; for 1:4 two bits per group; for other patterns a bitmask, lowest bit first.
+            For "2:4x4" each row of it occurs a multiple of 4 times; for "2:4t" the non-zero values hold both axes.
         pattern: the Pattern.
         shape: (out_features, in_features) of the dense matrix.
     Raises:
@@ -59,6 +60,10 @@ class SparseMatrix:
             )
         if not self.metadata.is_meta:
             packing.require_metadata(self.metadata, self.shape, self.pattern)
+            if self.pattern.rows > 1:
+                packing.require_shared_metadata(self.metadata, self.pattern)
+            if self.pattern.transposable:
+                packing.require_transposable(self.values, self.metadata, self.shape, self.pattern)
 
     @staticmethod
     def from_dense(
@@ -74,7 +79,8 @@ class SparseMatrix:
         Args:
             weight: [out_features, in_features]; in_features a multiple of the group; any strides.
             pattern: a Pattern or its text.
-            mask: bool, shape of `weight`, True = keep; at most `keep` True in each group.
+            mask: bool, shape of `weight`, True = keep; at most `keep` True in each group. For "2:4x4" each row must
+                occur a multiple of 4 times, anywhere; without `mask` each 4 neighbouring rows share their places.
             prune: keep the largest magnitudes (`nm_mask`: ties keep the lower index, NaN ranks lowest).
             name: what to call the weight in errors.
         Returns:
@@ -107,7 +113,12 @@ class SparseMatrix:
             wanted = packing.require_pattern(weight, pattern, name)
         if pattern.transposable:
             packing.require_both_axes(wanted, pattern, "mask" if mask is not None else name)
-        values, metadata = packing.pack(weight, wanted, pattern)
+        places: Tensor | None = None
+        if pattern.rows > 1 and mask is not None:
+            packing.require_equal_rows(wanted, pattern)
+        elif pattern.rows > 1:
+            places = packing.shared_places(wanted, pattern, name)
+        values, metadata = packing.pack(weight, wanted, pattern, places=places)
         return SparseMatrix(values, metadata, pattern, (weight.shape[0], weight.shape[1]))
 
     def to_dense(self) -> Tensor:

@@ -162,12 +162,102 @@ def require_both_axes(wanted: Tensor, pattern: Pattern, what: str = "weight") ->
         )
 
 
-def pack(weight: Tensor, wanted: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def shared_places(wanted: Tensor, pattern: Pattern, what: str = "weight") -> Tensor:
+    """bool, shape of `wanted`: the places of each `pattern.rows` neighbouring rows together, the same for all of them.
+
+    Raises:
+        ShapeError: out_features is not a multiple of `rows`.
+        PatternError: neighbours together have more than `keep` in a group; names the first.
+    """
+    _require_whole_blocks(tuple(wanted.shape), pattern, what)
+    blocks = wanted.unflatten(0, (wanted.shape[0] // pattern.rows, pattern.rows))
+    together: Tensor = blocks.any(1)
+    bad = first_crowded_group(together, pattern)
+    if bad is not None:
+        block, group = bad
+        row, start = block * pattern.rows, group * pattern.group
+        raise PatternError(
+            f"{what} is not {pattern}: rows {row}:{row + pattern.rows} together have more than {pattern.keep} non-zeros"
+            f" in columns {start}:{start + pattern.group}.\n  Store it as '{pattern.keep}:{pattern.group}', choose again"
+            f" with nm_mask(scores, '{pattern}'), or pass mask= if other rows share a mask."
+        )
+    return together.repeat_interleave(pattern.rows, dim=0)
+
+
+def require_equal_rows(mask: Tensor, pattern: Pattern) -> None:
+    """Raises unless each row of bool `mask` occurs a multiple of `pattern.rows` times, neighbours or not.
+
+    Raises:
+        ShapeError: out_features is not a multiple of `rows`.
+        PatternError: names the first row that too few others equal.
+    """
+    _require_whole_blocks(tuple(mask.shape), pattern, "mask")
+    row = _first_lonely_row(_join(mask.to(torch.uint8), 1), pattern.rows)
+    if row is not None:
+        raise PatternError(
+            f"mask is not {pattern}: row {row} and its equals are not a multiple of {pattern.rows} rows. Make one with"
+            f" twofour.masks.nm_mask(scores, '{pattern}')."
+        )
+
+
+def require_shared_metadata(metadata: Tensor, pattern: Pattern) -> None:
+    """Raises FormatError unless each row of `metadata` occurs a multiple of `pattern.rows` times, neighbours or not.
+
+    Cost: one pass where neighbours share, a sort of the rows where they do not.
+    """
+    row = _first_lonely_row(metadata, pattern.rows)
+    if row is not None:
+        raise FormatError(
+            f"metadata is not {pattern}: row {row} and its equals are not a multiple of {pattern.rows} rows."
+        )
+
+
+def require_transposable(values: Tensor, metadata: Tensor, shape: tuple[int, int], pattern: Pattern) -> None:
+    """Raises FormatError unless the non-zero values hold `pattern` along the columns too; fillers may stand anywhere.
+
+    Cost: making the mask; values are read only where the stored places alone do not hold it.
+    """
+    held = unpack_mask(metadata, shape, pattern)
+    if not held.numel():
+        return
+    if shape[0] % pattern.group == 0 and first_crowded_group(held.T, pattern) is None:
+        return
+    nonzero = torch.zeros_like(held)
+    nonzero[held] = (numbers(values) != 0).flatten()
+    try:
+        require_both_axes(nonzero, pattern, "matrix")
+    except (PatternError, ShapeError) as error:
+        raise FormatError(str(error).partition("\n")[0]) from None
+
+
+def _require_whole_blocks(shape: tuple[int, ...], pattern: Pattern, what: str) -> None:
+    if shape[0] % pattern.rows:
+        raise ShapeError(
+            f"{what} is {list(shape)}: {pattern} needs out_features to be a multiple of {pattern.rows}."
+            f" Store it as '{pattern.keep}:{pattern.group}'."
+        )
+
+
+def _first_lonely_row(rows: Tensor, times: int) -> int | None:
+    """The first row of uint8 [n, bytes] that does not occur a multiple of `times` times."""
+    if rows.shape[0] % times == 0:
+        blocks = rows.unflatten(0, (rows.shape[0] // times, times))
+        if bool((blocks == blocks[:, :1]).all()):
+            return None
+    if rows.shape[1] == 0:
+        return 0
+    _, which, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    lonely = (counts % times != 0)[which]
+    return int(lonely.to(torch.uint8).argmax()) if bool(lonely.any()) else None
+
+
+def pack(weight: Tensor, wanted: Tensor, pattern: Pattern, *, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Values and metadata of `torch.where(wanted, weight, 0)`.
 
     Args:
         weight: [out_features, in_features] of a VALUE_DTYPES dtype.
         wanted: bool, same shape, at most `keep` True in each group. A wanted -0.0 is kept as it is.
+        places: bool, same shape, every True of `wanted` and more: places to store, as zeros where they are not wanted.
     Returns:
         values [out_features, in_features·keep/group] of the weight's dtype, in the order of the columns, and
         metadata uint8 [out_features, bytes].
@@ -175,7 +265,7 @@ def pack(weight: Tensor, wanted: Tensor, pattern: Pattern) -> tuple[Tensor, Tens
     """
     out_features, in_features = weight.shape
     groups = in_features // pattern.group
-    held = held_mask(wanted, pattern)
+    held = held_mask(wanted if places is None else places, pattern)
     bits = _carrier(weight.contiguous())
     kept = torch.where(wanted, bits, torch.zeros_like(bits))
     values = kept[held].view(out_features, groups * pattern.keep).view(weight.dtype)

@@ -134,7 +134,7 @@ def format_value(value: Any, kind: Kind) -> str:
 def format_bytes(count: float) -> str:
     """1234567 -> '1.23 MB' (decimal units)."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
+        if abs(count) < 999.5 or unit == "GB":  # what rounds to 1000 takes the next unit
             return (
                 f"{count:.0f} {unit}"
                 if unit == "B"
@@ -151,10 +151,15 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, str):
         return value
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode("utf-8", "backslashreplace")
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int)):
         return value
+    if callable(getattr(value, "tolist", None)):  # tensors, numpy's arrays and scalars
+        plain = value.tolist()
+        return str(plain) if type(plain) is type(value) else _plain(plain)
     return str(value)

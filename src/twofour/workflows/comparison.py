@@ -63,10 +63,14 @@ class Comparison:
 
 
 def _measure(sparse: SparseLinear, dense: nn.Linear, tokens: int) -> LayerTimes:
-    x = torch.randn(tokens, sparse.in_features, device=sparse.values.device).to(sparse.values.dtype)
+    device = sparse.values.device
+    own = torch.Generator(device).manual_seed(0)  # the user's random numbers must not depend on what was timed
+    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(sparse.values.dtype)
     # forward, not the call: the user's hooks must not see timing runs.
     rivals = {"dense": _bind(dense.forward, x), "sparse": _bind(sparse.forward, x)}
-    if x.is_cpu and onednn.why_not(x.dtype) is None:
+    with torch.random.fork_rng(devices=[]):  # why_not makes a Linear to try, which draws its weights
+        has_rival = x.is_cpu and onednn.why_not(x.dtype) is None
+    if has_rival:
         rivals["onednn"] = _bind(onednn.prepacked_linear(dense.weight, dense.bias), x)
     with torch.no_grad():
         found = paired(rivals, repeats=15, budget_s=1.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -19,11 +19,13 @@ from ..report import Column, Report, environment
 from .comparison import Comparison
 from .explain import DENSE, decisions
 from .inputs import Batch, batches, call, evaluating
-from .layers import Layer, dtype_name, is_linear_like, survey
+from .layers import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
 from .progress import track
 
 DEFAULT_TOKENS = (1, 128)
 """Token counts a layer is measured at when no inputs are given, or when the inputs never reach it."""
+
+_PRUNE_FIRST = "prune it first"
 
 
 @dataclass
@@ -33,6 +35,7 @@ class _Candidate:
     layers: list[Layer]
     tokens: list[int] = field(default_factory=list)
     sparse: SparseLinear | None = None
+    dense_weight: nn.Parameter | None = None
     row: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,23 +74,19 @@ def compress(
         Report with a row per layer: action ("compressed", "dense", "skipped"), kernel, tokens, dense_us, sparse_us,
         speedup, bytes before and after, reason.
     Raises:
-        ModelError: no layer holds the pattern. Nothing is changed then.
+        ModelError: no layer holds the pattern, or none that does can be compressed. Nothing is changed then.
     Cost: a run of the model per batch, about 20 runs of each distinct layer, and the packing.
     """
     pattern = Pattern.parse(pattern)
     if inputs is not None and tokens is not None:
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
+    if tokens is not None and any(count < 0 for count in tokens):
+        raise ModelError(f"tokens={list(tokens)}: a layer is measured at token counts from 1.")
     layers = survey(model, pattern, include, exclude, skip_heads=False)
     rows: dict[int, dict[str, Any]] = {id(layer): layer.identity() for layer in layers}
     candidates = _candidates(model, layers, pattern, rows)
     if not candidates:
-        tried = [row for row in rows.values() if row["action"] == "dense"] or list(rows.values())
-        reasons = sorted({str(row.get("reason")) for row in tried})
-        detail = "; ".join(reasons[:3]) if reasons else "it has no layer with a weight matrix"
-        raise ModelError(
-            f"no layer holds {pattern}, so there is nothing to compress ({detail}).\n"
-            f"  Prune first: twofour.prune(model, '{pattern}')."
-        )
+        raise ModelError(_why_nothing(list(rows.values()), pattern))
     notes: list[str] = []
     if force:
         notes.append("force: every layer that can be was compressed, without timing")
@@ -134,7 +133,12 @@ def compress(
 def _candidates(
     model: nn.Module, layers: list[Layer], pattern: Pattern, rows: dict[int, dict[str, Any]]
 ) -> list[_Candidate]:
-    by_weight: dict[int, _Candidate] = {}
+    by_weight: dict[Hashable, _Candidate] = {}
+    workable = [layer for layer in layers if layer.skip is None]
+    tied = sharing(
+        [layer for layer in workable if layer.keep_dense is None],
+        [layer for layer in workable if layer.keep_dense is not None],
+    )
     for layer in layers:
         row = rows[id(layer)]
         row.update(action="dense", kernel=DENSE)
@@ -146,18 +150,33 @@ def _candidates(
             )
         elif not is_linear_like(layer) or layer.keep_dense is not None:
             row["reason"] = layer.keep_dense or f"no sparse kernel for {layer.kind}"
+        elif layer.name in tied:
+            owner = tied[layer.name]
+            row["reason"] = f"weight is shared with '{owner.name}' ({owner.kind}), which stays dense"
         elif isinstance(layer.module, SparseLinear):
-            key = layer.module.values.data_ptr() or id(layer.module)
+            key = ("compressed", layer.module.values.data_ptr() or id(layer.module))
             by_weight.setdefault(key, _Candidate([])).layers.append(layer)
         elif layer.weight.dtype not in VALUE_DTYPES:
             row["reason"] = f"{dtype_name(layer.weight.dtype)} weights cannot be stored compressed"
         else:
             found = check_pattern(layer.weight, pattern)
             if found.holds:
-                by_weight.setdefault(id(layer.weight), _Candidate([])).layers.append(layer)
+                by_weight.setdefault(weight_key(layer.weight), _Candidate([])).layers.append(layer)
             else:
-                row["reason"] = f"not {pattern} ({found.broken} of {found.groups} groups): prune it first"
+                row["reason"] = f"not {pattern} ({found.broken} of {found.groups} groups): {_PRUNE_FIRST}"
     return list(by_weight.values())
+
+
+def _why_nothing(rows: list[dict[str, Any]], pattern: Pattern) -> str:
+    tried = [row for row in rows if row["action"] == "dense"] or rows
+    reasons = sorted({str(row.get("reason")) for row in tried})
+    detail = "; ".join(reasons[:3]) if reasons else "the model has no layer with a weight matrix"
+    if any(reason.endswith(_PRUNE_FIRST) for reason in reasons):
+        return (
+            f"no layer holds {pattern}, so there is nothing to compress ({detail}).\n"
+            f"  Prune first: twofour.prune(model, '{pattern}')."
+        )
+    return f"there is nothing to compress: {detail}."
 
 
 def _collect_tokens(
@@ -189,13 +208,20 @@ def _collect_tokens(
                 candidate.tokens += seen.get(layer.module, [])
         unreached = [candidate.first.name for candidate in candidates if not candidate.tokens]
         if unreached:
-            notes.append(
-                f"the inputs never reached {', '.join(unreached[:3])}{' ...' if len(unreached) > 3 else ''}:"
-                f" measured at {DEFAULT_TOKENS} tokens"
-            )
+            notes.append(f"the inputs never reached {_some(unreached)}: measured at {DEFAULT_TOKENS} tokens")
+    empty = [candidate.first.name for candidate in candidates if candidate.tokens and not any(candidate.tokens)]
+    if empty or (tokens is not None and not any(tokens)):
+        what = (
+            f"the inputs bring no tokens to {_some(empty)}" if empty else f"tokens={list(tokens or ())} has no tokens"
+        )
+        notes.append(f"{what}: measured at {DEFAULT_TOKENS} tokens")
     for candidate in candidates:
-        if not candidate.tokens:
-            candidate.tokens = list(tokens or DEFAULT_TOKENS)
+        if not any(candidate.tokens):
+            candidate.tokens = list(tokens if tokens is not None and any(tokens) else DEFAULT_TOKENS)
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
 def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None) -> None:
@@ -248,6 +274,9 @@ def _apply(model: nn.Module, layer: Layer, candidate: _Candidate) -> None:
         decisions[module] = str(candidate.row["reason"])
         if isinstance(module, SparseLinear):
             dense = module.to_linear()
+            if candidate.dense_weight is None:
+                candidate.dense_weight = cast(nn.Parameter, dense.weight)
+            dense.weight = candidate.dense_weight
             decisions[dense] = str(candidate.row["reason"])
             replace_module(model, module, dense)
     elif module is candidate.first.module:

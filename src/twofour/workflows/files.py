@@ -17,7 +17,7 @@ from ..nn import SparseLinear
 from ..nn.swap import replace_module, why_not_swappable
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .layers import is_linear_like, survey
+from .layers import dtype_name, is_linear_like, survey
 
 _RUN_DENSE = "dense"
 _RUN_SPARSE = "sparse"
@@ -87,6 +87,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | s
 def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> Report:
     """Fills `model`, in place, from a file that `save` wrote; every tensor takes the file's dtype.
 
+    Parameter objects are replaced (their requires_grad stays): make optimizers after load, not before.
+
     Compressed weights become SparseLinear layers, except those that ran dense when they were saved. Tensors are mapped
     from the file and read when first used; a model on the meta device is filled without being allocated first.
 
@@ -98,8 +100,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         Report with a row per compressed weight.
     Raises:
         FormatError: a malformed file; names the fault.
-        ModelError: tensors missing from the file or from the model, shapes that differ, tensors that would stay on the
-            meta device. The model is unchanged then.
+        ModelError: tensors missing from the file or from the model, shapes that differ, matrices of 8 bits for layers
+            (they need scales), tensors that would stay on the meta device, a model that is itself the layer to replace.
+        UnsupportedError: no kernel runs a matrix of the file.
+        The model is unchanged after every error.
     """
     contents = file.read(path)
     slots = _slots(model)
@@ -115,13 +119,18 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         )
     plan = {name: source for name, source in plan.items() if name in slots}
     for name, source in plan.items():
-        shape = (
-            contents.matrices[source].shape if source in contents.matrices else tuple(contents.tensors[source].shape)
-        )
+        if source in contents.matrices:
+            shape: tuple[int, ...] = contents.matrices[source].shape
+        elif source in contents.tensors:
+            shape = tuple(contents.tensors[source].shape)
+        else:
+            raise ModelError(f"'{name}' stands for '{source}' in {os.fspath(path)}, a part of a matrix and no weight.")
         if shape != slots[name].shape:
             raise ModelError(
                 f"'{name}' is {list(shape)} in {os.fspath(path)} and {list(slots[name].shape)} in the model."
             )
+    for name, source in plan.items():
+        _require_fillable(model, name, slots[name], source, contents)
     left = [name for name, tensor in _meta_tensors(model) if name not in plan]
     if left:
         raise ModelError(
@@ -198,6 +207,39 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
     return slots
 
 
+def _runs_sparse(slot: _Slot, source: str, contents: file.Contents) -> bool:
+    """True where a SparseLinear is to run what the file stores for the slot."""
+    if source not in contents.matrices or _ran_dense(source, contents) or slot.attribute != "weight":
+        return False
+    module = slot.module
+    return isinstance(module, SparseLinear) or (isinstance(module, nn.Linear) and why_not_swappable(module) is None)
+
+
+def _ran_dense(source: str, contents: file.Contents) -> bool:
+    return contents.notes.get(source, {}).get("run") == _RUN_DENSE
+
+
+def _require_fillable(model: nn.Module, name: str, slot: _Slot, source: str, contents: file.Contents) -> None:
+    """Raises for what `_fill` could not do, before it changes anything."""
+    is_layer = slot.attribute == "weight" and isinstance(slot.module, (nn.Linear, SparseLinear))
+    if not is_layer:
+        return
+    sparse = _runs_sparse(slot, source, contents)
+    if sparse:
+        matrix = contents.matrices[source]
+        if matrix.dtype.itemsize == 1:
+            raise ModelError(
+                f"'{name}' is stored as {dtype_name(matrix.dtype)}, which needs scales that a layer does not have: read"
+                " it with twofour.load_matrices(path). The model is unchanged."
+            )
+        choose(LinearSpec.of(matrix))  # refuses what no kernel runs
+    if slot.module is model and sparse != isinstance(model, SparseLinear):
+        if sparse:
+            raise ModelError("a bare Linear cannot become a SparseLinear in place: load into a module that holds it.")
+        if isinstance(model, SparseLinear):
+            raise ModelError("a bare SparseLinear cannot become dense in place: load into a module that holds it.")
+
+
 def _fill(
     model: nn.Module, slots: dict[str, _Slot], plan: dict[str, str], contents: file.Contents
 ) -> list[dict[str, Any]]:
@@ -235,14 +277,10 @@ def _fill(
         if matrix.device != landing:
             matrix = matrix.to(landing)
         module = slot.module
-        runs_dense = contents.notes.get(source, {}).get("run") == _RUN_DENSE
-        swappable = isinstance(module, SparseLinear) or (
-            slot.attribute == "weight" and isinstance(module, nn.Linear) and why_not_swappable(module) is None
-        )
         row: dict[str, Any] = {
             "weight": name,
             "shape": "x".join(map(str, matrix.shape)),
-            "run": _RUN_SPARSE if swappable and not runs_dense else _RUN_DENSE,
+            "run": _RUN_SPARSE if _runs_sparse(slot, source, contents) else _RUN_DENSE,
             "dense_bytes": matrix.out_features * matrix.in_features * matrix.dtype.itemsize,
             "bytes": matrix.nbytes,
         }
@@ -256,14 +294,18 @@ def _fill(
             row.update(kernel=choice.kernel.label(), reason=choice.reason)
         else:
             if source not in dense:
-                dense[source] = nn.Parameter(matrix.to_dense())
+                weight = matrix.to_dense()
+                old = module._parameters.get(slot.attribute)
+                wants = weight.is_floating_point() and (old is None or old.requires_grad)
+                dense[source] = nn.Parameter(weight, requires_grad=wants)
             if isinstance(module, SparseLinear):
                 replaced[module] = _densify(model, module, dense[source])
+            elif slot.attribute in module._buffers:
+                module._buffers[slot.attribute] = dense[source].detach()
             else:
                 module._parameters[slot.attribute] = dense[source]
-            row.update(
-                kernel="dense (torch)", reason="ran dense when it was saved" if runs_dense else "cannot be swapped"
-            )
+            reason = "ran dense when it was saved" if _ran_dense(source, contents) else "cannot be swapped"
+            row.update(kernel="dense (torch)", reason=reason)
         rows.append(row)
     return rows
 
@@ -271,8 +313,7 @@ def _fill(
 def _put(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
     """Puts `new` in the place of `old`; if `old` is the model itself, it must be a SparseLinear and takes new's weight."""
     if old is model:
-        if not isinstance(old, SparseLinear):
-            raise ModelError("a bare Linear cannot become a SparseLinear in place: load into a module that holds it.")
+        assert isinstance(old, SparseLinear)
         old._set_matrix(new.matrix)
     else:
         replace_module(model, old, new)
@@ -280,10 +321,10 @@ def _put(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
 
 def _densify(model: nn.Module, layer: SparseLinear, weight: Tensor) -> nn.Module:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    if not isinstance(weight, nn.Parameter):
+        weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    linear.weight = weight
     linear.register_parameter("bias", layer.bias)
-    if layer is model:
-        raise ModelError("a bare SparseLinear cannot become dense in place: load into a module that holds it.")
     replace_module(model, layer, linear)
     return linear
 

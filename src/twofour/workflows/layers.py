@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,10 @@ from ..nn.swap import why_not_swappable
 from ..pattern import Pattern
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head", "qa_outputs", "output_projection")
-"""Last part of a module's name that marks an output head, beside what transformers itself calls output embeddings."""
+"""Last part of a module's name that marks an output head, with all that is inside it.
+
+What transformers calls output embeddings is one too.
+"""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -146,16 +149,17 @@ def _find(model: nn.Module) -> list[Layer]:
             for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 if isinstance(getattr(module, attribute, None), Tensor):
                     path = f"{name}.{attribute}" if name else attribute
-                    layers.append(Layer(path, names, module, kind, attribute, 1, keep_dense=reason))
+                    skip = _why_computed(module, attribute)
+                    layers.append(Layer(path, names, module, kind, attribute, 1, skip=skip, keep_dense=reason))
         elif isinstance(module, SparseLinear):
             layers.append(Layer(name, names, module, kind, "weight", 1))
+        elif isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not isinstance(
+            getattr(module, "weight", None), Tensor
+        ):
+            continue
         elif isinstance(module, nn.Linear):
-            if nn.utils.parametrize.is_parametrized(module, "weight"):
-                layers.append(
-                    Layer(
-                        name, names, module, kind, "weight", 1, skip="its weight is parametrized (computed from others)"
-                    )
-                )
+            if (skip := _why_computed(module, "weight")) is not None:
+                layers.append(Layer(name, names, module, kind, "weight", 1, skip=skip))
                 continue
             keep_dense = why_not_swappable(module)
             if module in in_attention:
@@ -163,12 +167,14 @@ def _find(model: nn.Module) -> list[Layer]:
             layers.append(Layer(name, names, module, kind, "weight", 1, keep_dense=keep_dense))
         elif isinstance(module, _CONVOLUTIONS) and not isinstance(module, _TRANSPOSED):
             skip = f"grouped convolution (groups={module.groups})" if module.groups != 1 else None
+            skip = _why_computed(module, "weight") or skip
             layers.append(
                 Layer(name, names, module, kind, "weight", 1, skip=skip, keep_dense="no kernel for convolutions yet")
             )
         elif kind == "Conv1D" and hasattr(module, "nf"):  # transformers' Linear with the axes the other way round
             reason = "transformers' Conv1D holds its weight as [in, out]: no compressed twin yet"
-            layers.append(Layer(name, names, module, kind, "weight", 0, keep_dense=reason))
+            skip = _why_computed(module, "weight")
+            layers.append(Layer(name, names, module, kind, "weight", 0, skip=skip, keep_dense=reason))
         else:
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2:
@@ -179,6 +185,18 @@ def _find(model: nn.Module) -> list[Layer]:
     return layers
 
 
+def _why_computed(module: nn.Module, attribute: str) -> str | None:
+    """Why changing the weight would be undone at the next call; None where it is a parameter."""
+    if nn.utils.parametrize.is_parametrized(module, attribute):
+        return "its weight is parametrized (computed from others)"
+    if attribute not in module._parameters:  # legacy hooks keep it as a plain attribute
+        return (
+            "its weight is recomputed by a hook: call torch.nn.utils.remove_weight_norm, remove_spectral_norm or"
+            " torch.nn.utils.prune.remove first"
+        )
+    return None
+
+
 def _foreign_reason(module: nn.Module, parameter: Tensor) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
@@ -187,12 +205,54 @@ def _foreign_reason(module: nn.Module, parameter: Tensor) -> str:
     return f"{type(module).__name__} is not a Linear or convolution"
 
 
+def weight_key(weight: Tensor) -> Hashable:
+    """Equal for weights that are the same numbers in the same memory, also by way of different Parameter objects."""
+    if weight.is_meta or isinstance(weight, nn.UninitializedParameter) or not weight.numel():
+        return id(weight)
+    return (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
+
+
+def sharing(layers: Iterable[Layer], owners: Iterable[Layer]) -> dict[str, Layer]:
+    """Names of those `layers` whose weight has memory in common with a weight of `owners` -> that owner."""
+    by_object: dict[int, Layer] = {}
+    by_storage: dict[tuple[torch.device, int], list[tuple[int, int, Layer]]] = {}
+    for owner in owners:
+        if owner.is_compressed:
+            continue
+        by_object.setdefault(id(owner.weight), owner)
+        if (place := _place(owner.weight)) is not None:
+            by_storage.setdefault(place[0], []).append((*place[1], owner))
+    found: dict[str, Layer] = {}
+    for layer in layers:
+        if layer.is_compressed:
+            continue
+        match = by_object.get(id(layer.weight))
+        if match is None and (place := _place(layer.weight)) is not None:
+            start, end = place[1]
+            # Ranges, not storages alone: many parameters may be cut from one flat buffer.
+            match = next((o for first, last, o in by_storage.get(place[0], ()) if first < end and start < last), None)
+        if match is not None:
+            found[layer.name] = match
+    return found
+
+
+def _place(weight: Tensor) -> tuple[tuple[torch.device, int], tuple[int, int]] | None:
+    """A weight's storage, and the bytes from its first to its last element; None without memory."""
+    if weight.is_meta or isinstance(weight, nn.UninitializedParameter) or not weight.numel():
+        return None
+    start = weight.data_ptr()
+    last = sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
+    return (weight.device, weight.untyped_storage().data_ptr()), (start, start + (last + 1) * weight.itemsize)
+
+
 def _respect_sharing(layers: list[Layer]) -> list[Layer]:
     """A weight that is shared with a layer that must not change must not change either."""
-    untouchable = {id(layer.weight): layer for layer in layers if not layer.is_compressed and layer.skip is not None}
+    owners = sharing(
+        [layer for layer in layers if layer.skip is None], [layer for layer in layers if layer.skip is not None]
+    )
     return [
         replace(layer, skip=f"weight is shared with '{owner.name}' ({owner.kind}), which is left as it is")
-        if layer.skip is None and not layer.is_compressed and (owner := untouchable.get(id(layer.weight))) is not None
+        if layer.skip is None and (owner := owners.get(layer.name)) is not None
         else layer
         for layer in layers
     ]
@@ -206,22 +266,28 @@ def _why_not(layer: Layer, pattern: Pattern) -> str | None:
         return "weight is on the meta device: load it first"
     if not weight.dtype.is_floating_point:
         return f"weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
-    channels = weight.shape[layer.input_axis]
+    return why_shape_not(layer, pattern)
+
+
+def why_shape_not(layer: Layer, pattern: Pattern) -> str | None:
+    """Why a layer, dense or compressed, is of no shape for `pattern`; None where it fits."""
+    shape = layer.shape
+    channels = shape[layer.input_axis]
     if channels % pattern.group:
-        axis = "in_features" if weight.ndim == 2 else "input channels"
+        axis = "in_features" if len(shape) == 2 else "input channels"
         return f"{axis} {channels} is not a multiple of {pattern.group}"
-    if weight.numel() == 0:
+    if math.prod(shape) == 0:
         return "weight is empty"
     rows_needed = pattern.group if pattern.transposable else pattern.rows
-    if rows_needed > 1 and (weight.ndim != 2 or layer.input_axis != 1):
+    if rows_needed > 1 and (len(shape) != 2 or layer.input_axis != 1):
         return f"{pattern} is for weights [out_features, in_features]"
-    if rows_needed > 1 and weight.shape[0] % rows_needed:
-        return f"out_features {weight.shape[0]} is not a multiple of {rows_needed}"
+    if rows_needed > 1 and shape[0] % rows_needed:
+        return f"out_features {shape[0]} is not a multiple of {rows_needed}"
     return None
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
-    heads = {module for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES}
+    found = {module for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES}
     for module in model.modules():
         output_embeddings = getattr(module, "get_output_embeddings", None)
         if callable(output_embeddings):
@@ -230,8 +296,8 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
             except (AttributeError, NotImplementedError):  # transformers raises these for models without a head
                 continue
             if isinstance(head, nn.Module):
-                heads.add(head)
-    return heads
+                found.add(head)
+    return {part for head in found for part in head.modules()}
 
 
 def _wildcards(patterns: Iterable[str] | str | None) -> tuple[str, ...]:

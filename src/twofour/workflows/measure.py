@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,15 +50,14 @@ def measure(
         raise ModelError(f"repeats={repeats}: measure needs at least one run of each model.")
     dense = against if against is not None else _dense_copy(model)
     rows = []
+    unusual: list[str] = []
     with evaluating(model, dense):
         for index, batch in enumerate(track(work, "measure", progress)):
-            rows.append(
-                {
-                    "batch": index,
-                    **_error(call(dense, batch), call(model, batch)),
-                    **_speed(model, dense, batch, repeats),
-                }
-            )
+            dense_output, sparse_output = call(dense, batch), call(model, batch)
+            error = _error(dense_output, sparse_output)
+            if math.isnan(error["largest_error"]):
+                unusual.append(f"batch {index} ({_who_is_not_finite(dense_output, sparse_output)})")
+            rows.append({"batch": index, **error, **_speed(model, dense, batch, repeats)})
     dense_us, sparse_us = sum(row["dense_us"] for row in rows), sum(row["sparse_us"] for row in rows)
     dense_bytes, sparse_bytes = model_bytes(dense), model_bytes(model)
     summary = {
@@ -67,11 +67,16 @@ def measure(
         "dense bytes": dense_bytes,
         "sparse bytes": sparse_bytes,
         "bytes ratio": sparse_bytes / dense_bytes if dense_bytes else 1.0,
-        "largest error": max(row["largest_error"] for row in rows),
+        "largest error": _largest(row["largest_error"] for row in rows),
         "mean error": sum(row["mean_error"] for row in rows) / len(rows),
-        "relative error": max(row["relative_error"] for row in rows),
+        "relative error": _largest(row["relative_error"] for row in rows),
     }
     notes = []
+    if unusual:
+        notes.append(
+            f"outputs hold NaN or infinities, so that the error is NaN: {', '.join(unusual[:3])}"
+            f"{' ...' if len(unusual) > 3 else ''}"
+        )
     if against is None:
         notes.append("compared with a dense copy of the same weights; pass against= to compare with the original model")
     if not any(isinstance(module, SparseLinear) for module in model.modules()):
@@ -135,6 +140,20 @@ def _error(dense_output: Any, sparse_output: Any) -> dict[str, float]:
         "mean_error": float(difference.mean()),
         "relative_error": _root_mean_square(difference) / scale if scale else float(difference.max() > 0),
     }
+
+
+def _who_is_not_finite(dense_output: Any, sparse_output: Any) -> str:
+    outputs = {"dense": dense_output, "sparse": sparse_output}
+    bad = [
+        name for name, output in outputs.items() if not all(bool(t.isfinite().all()) for t in output_tensors(output))
+    ]
+    return " and ".join(bad)
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """The largest; NaN if there is one, wherever it stands."""
+    found = list(errors)
+    return next((error for error in found if math.isnan(error)), max(found))
 
 
 def _root_mean_square(values: Tensor) -> float:

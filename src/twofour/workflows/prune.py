@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..masks import PatternCheck, check_pattern, magnitude, nm_mask
 from ..nn import SparseLinear
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .layers import Layer, survey
+from .layers import Layer, survey, weight_key, why_shape_not
 from .progress import track
 
 METHODS = ("magnitude",)
@@ -64,7 +65,7 @@ def prune(
     pattern = Pattern.parse(pattern)
     if method not in METHODS:
         raise UnsupportedError(f"unknown method {method!r}: this version has {', '.join(map(repr, METHODS))}.")
-    layers = survey(model, pattern, include, exclude)
+    layers = _survey(model, pattern, include, exclude)
     work = [layer for layer in layers if layer.skip is None and not layer.is_compressed]
     if not work and not any(layer.is_compressed for layer in layers):
         raise ModelError("there is nothing to prune: " + _why_nothing(layers))
@@ -72,12 +73,12 @@ def prune(
         _require_finite(layer)
 
     rows: dict[str, dict[str, Any]] = {}
-    done: dict[int, str] = {}
+    done: dict[Hashable, str] = {}
     for layer in track(work, f"prune {pattern}", progress):
         rows[layer.name] = _prune_layer(layer, pattern, dry_run, done)
     for layer in layers:
         if layer.is_compressed and layer.skip is None:
-            rows[layer.name] = {"action": "already", "reason": "already compressed", "kept_magnitude": 1.0}
+            rows[layer.name] = _compressed_row(layer, pattern)
         elif layer.skip is not None:
             rows[layer.name] = {"action": "skipped", "reason": layer.skip}
     ordered = tuple({**layer.identity(), **rows[layer.name]} for layer in layers)
@@ -86,7 +87,7 @@ def prune(
         "pattern": str(pattern),
         "method": method,
         "layers pruned": f"{len(pruned)} of {len(ordered)}",
-        "weights pruned": sum(int(row["weights"]) for row in pruned),
+        "weights in pruned layers": sum(int(row["weights"]) for row in pruned),
         "weights in the model": sum(parameter.numel() for parameter in model.parameters()),
     }
     notes = ["dry run: nothing was changed"] if dry_run else []
@@ -112,7 +113,7 @@ def check(
         ModelError: there is no layer to check.
     """
     pattern = Pattern.parse(pattern)
-    layers = survey(model, pattern, include, exclude)
+    layers = _survey(model, pattern, include, exclude)
     rows: list[dict[str, Any]] = []
     first_fault: str | None = None
     for layer in layers:
@@ -121,13 +122,10 @@ def check(
             row.update(action="skipped", reason=layer.skip)
         else:
             found = _check_layer(layer, pattern)
-            if isinstance(found, str):
-                row.update(action="broken", reason=found)
-            else:
-                row.update(action="holds" if found.holds else "broken", groups=found.groups, broken=found.broken)
-                row.update(density=found.nonzero / max(1, int(row["weights"])))
-                if not found.holds:
-                    row.update(reason=found.describe())
+            row.update(action="holds" if found.holds else "broken", groups=found.groups, broken=found.broken)
+            row.update(density=found.nonzero / max(1, int(row["weights"])))
+            if not found.holds:
+                row.update(reason=found.describe())
             if row["action"] == "broken" and first_fault is None:
                 first_fault = f"'{layer.name}' is not {pattern}: {row['reason']}."
         rows.append(row)
@@ -160,11 +158,32 @@ class CheckFailed(PatternError):
         self.report = report
 
 
-def _prune_layer(layer: Layer, pattern: Pattern, dry_run: bool, done: dict[int, str]) -> dict[str, Any]:
+def _survey(
+    model: nn.Module, pattern: Pattern, include: Sequence[str] | str | None, exclude: Sequence[str] | str | None
+) -> list[Layer]:
+    """`survey`, with the compressed layers whose shape `pattern` cannot have skipped too."""
+    return [
+        replace(layer, skip=why_shape_not(layer, pattern)) if layer.is_compressed and layer.skip is None else layer
+        for layer in survey(model, pattern, include, exclude)
+    ]
+
+
+def _compressed_row(layer: Layer, pattern: Pattern) -> dict[str, Any]:
+    if _check_layer(layer, pattern).holds:
+        return {"action": "already", "reason": "already compressed", "kept_magnitude": 1.0}
+    assert isinstance(layer.module, SparseLinear)
+    return {
+        "action": "skipped",
+        "reason": f"compressed as {layer.module.pattern}: take it back to dense first (twofour.nn.swap.to_dense_modules)",
+    }
+
+
+def _prune_layer(layer: Layer, pattern: Pattern, dry_run: bool, done: dict[Hashable, str]) -> dict[str, Any]:
     weight = layer.weight
-    if id(weight) in done:
-        return {"action": "pruned", "reason": f"shares its weight with '{done[id(weight)]}'", "weights": 0}
-    done[id(weight)] = layer.name
+    key = weight_key(weight)
+    if key in done:
+        return {"action": "pruned", "reason": f"shares its weight with '{done[key]}'", "weights": 0}
+    done[key] = layer.name
     scores = magnitude(weight)
     mask = nm_mask(scores, pattern, dim=layer.input_axis)
     squares = scores.double().square()
@@ -177,10 +196,10 @@ def _prune_layer(layer: Layer, pattern: Pattern, dry_run: bool, done: dict[int, 
     return {"action": "pruned" if changes else "already", "kept_magnitude": kept}
 
 
-def _check_layer(layer: Layer, pattern: Pattern) -> PatternCheck | str:
+def _check_layer(layer: Layer, pattern: Pattern) -> PatternCheck:
     if isinstance(layer.module, SparseLinear):
         own = layer.module.pattern
-        if own == pattern:
+        if own == pattern:  # SparseMatrix holds what its pattern says: it is checked when it is made
             groups = layer.module.out_features * layer.module.in_features // pattern.group
             return PatternCheck(pattern, groups, 0, None, None, int((numbers(layer.module.values) != 0).sum()))
         return check_pattern(layer.module.matrix.to_dense(), pattern)
