@@ -204,6 +204,15 @@ def test_bad_inputs_are_named(native: None) -> None:
         sparse.to(torch.float8_e5m2)
 
 
+def test_what_is_no_matrix_is_named() -> None:
+    with pytest.raises(UnsupportedError, match=r"SparseLinear takes a SparseMatrix, not a int"):
+        SparseLinear(64, 64)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"matrix is a Tensor: make one with SparseMatrix.from_dense"):
+        twofour.kernels.linear(torch.ones(2, 4), torch.ones(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"weight is a list: pass a torch.Tensor"):
+        SparseMatrix.from_dense([[1.0]])  # type: ignore[arg-type]
+
+
 def test_swap_keeps_hooks_mode_and_every_name() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}).eval()

@@ -123,6 +123,15 @@ def test_nothing_to_compress_is_an_error_and_changes_nothing(mlp: Build) -> None
         twofour.compress(nn.Sequential(nn.Conv2d(4, 4, 1)))
 
 
+def test_token_counts_may_be_one_number(mlp: Build, speeds: Callable[..., None]) -> None:
+    model = mlp()
+    twofour.prune(model)
+    speeds(10, 5)
+    assert twofour.compress(model, tokens=64).rows[0]["tokens"] == "64"
+    with pytest.raises(ModelError, match=r"tokens='64': pass whole numbers"):
+        twofour.compress(model, tokens="64")  # type: ignore[arg-type]
+
+
 def test_a_bare_linear_cannot_be_replaced_in_place() -> None:
     layer = nn.Linear(16, 16)
     twofour.prune(layer)

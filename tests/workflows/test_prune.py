@@ -136,6 +136,21 @@ def test_nothing_to_do_is_an_error() -> None:
         twofour.check(nn.Sequential(nn.Linear(6, 8)))
 
 
+def test_wrong_arguments_are_named(mlp: Build) -> None:
+    with pytest.raises(ModelError, match=r"3 in include= or exclude=: pass shell wildcards"):
+        twofour.prune(mlp(), include=3)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(ModelError, match=r"'0' was made under torch.inference_mode and cannot be changed in place"):
+        twofour.prune(model)
+
+
+def test_lazy_layers_are_left_with_a_reason() -> None:
+    report = twofour.prune(nn.Sequential(nn.LazyLinear(64), nn.Linear(64, 64)))
+    assert [row["action"] for row in report.rows] == ["skipped", "pruned"]
+    assert report.rows[0]["reason"] == "lazy: run the model once before"
+
+
 def test_unknown_method_and_pattern(mlp: Build) -> None:
     with pytest.raises(UnsupportedError, match=r"unknown method 'wandb': this version has 'magnitude'"):
         twofour.prune(mlp(), method="wandb")

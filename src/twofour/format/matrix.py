@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, PatternError, ShapeError
+from ..errors import FormatError, PatternError, ShapeError, UnsupportedError
 from ..masks import magnitude, nm_mask
 from ..pattern import Pattern
 from . import pack as packing
@@ -99,6 +99,10 @@ class SparseMatrix:
         [[0.0, 3.0, 0.0, -1.0], [5.0, 0.0, 0.0, 0.0]]
         """
         pattern = Pattern.parse(pattern)
+        if not isinstance(weight, Tensor):
+            raise UnsupportedError(
+                f"{name} is a {type(weight).__name__}: pass a torch.Tensor (torch.from_numpy makes one)."
+            )
         weight = weight.detach()
         packing.require_dtype(weight.dtype)
         packing.require_groups(tuple(weight.shape), pattern, repr(name) if name != "weight" else name)

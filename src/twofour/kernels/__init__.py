@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..format import SparseMatrix
 from . import ops
 from .registry import KERNELS as KERNELS
@@ -34,6 +35,10 @@ def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backe
     >>> linear(torch.tensor([[1., 2., 3., 4.]]), matrix).tolist()
     [[2.0]]
     """
+    if not isinstance(matrix, SparseMatrix):
+        raise UnsupportedError(
+            f"matrix is a {type(matrix).__name__}: make one with SparseMatrix.from_dense(weight, '2:4')."
+        )
     kernel = choose(LinearSpec.of(matrix), backend).kernel
     operands = matrix.prepared.get(kernel.backend)
     if operands is None:

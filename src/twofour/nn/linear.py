@@ -79,6 +79,11 @@ class SparseLinear(nn.Module):
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None = None, *, backend: str | None = None) -> None:
         super().__init__()
+        if not isinstance(matrix, SparseMatrix):
+            raise UnsupportedError(
+                f"SparseLinear takes a SparseMatrix, not a {type(matrix).__name__}: SparseLinear.from_linear(linear) makes"
+                " one of a Linear that is pruned."
+            )
         if matrix.dtype.itemsize == 1:
             raise UnsupportedError(f"SparseLinear runs float32, float16 and bfloat16 weights, not {matrix.dtype}.")
         choose(LinearSpec.of(matrix), backend)  # refuses a backend that cannot run the matrix

@@ -48,7 +48,7 @@ def compress(
     inputs: Batch | Sequence[Batch] | None = None,
     *,
     pattern: Pattern | str = "2:4",
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | int | None = None,
     force: bool = False,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
@@ -80,6 +80,9 @@ def compress(
     pattern = Pattern.parse(pattern)
     if inputs is not None and tokens is not None:
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
+    tokens = (tokens,) if isinstance(tokens, int) else tokens
+    if tokens is not None and not all(isinstance(count, int) for count in tokens):
+        raise ModelError(f"tokens={tokens!r}: pass whole numbers, as in tokens=[1, 128].")
     if tokens is not None and any(count < 0 for count in tokens):
         raise ModelError(f"tokens={list(tokens)}: a layer is measured at token counts from 1.")
     layers = survey(model, pattern, include, exclude, skip_heads=False)

@@ -64,10 +64,10 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
+        """Shape of the dense weight; () while a lazy layer has none."""
         if isinstance(self.module, SparseLinear):
             return (self.module.out_features, self.module.in_features)
-        return tuple(self.weight.shape)
+        return () if isinstance(self.weight, nn.UninitializedParameter) else tuple(self.weight.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +81,7 @@ class Layer:
             "kind": self.kind,
             "shape": "x".join(map(str, self.shape)),
             "dtype": dtype_name(self.dtype),
-            "weights": math.prod(self.shape),
+            "weights": math.prod(self.shape) if self.shape else 0,
         }
 
 
@@ -303,7 +303,15 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 def _wildcards(patterns: Iterable[str] | str | None) -> tuple[str, ...]:
     if patterns is None:
         return ()
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = (
+        (patterns,) if isinstance(patterns, str) else tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    )
+    for wildcard in found:
+        if not isinstance(wildcard, str):
+            raise ModelError(
+                f"{wildcard!r} in include= or exclude=: pass shell wildcards over layer names, as '*.mlp.*'."
+            )
+    return found
 
 
 def _matches(layer: Layer, wildcards: Sequence[str]) -> bool:

@@ -88,7 +88,11 @@ def prune(
         "method": method,
         "layers pruned": f"{len(pruned)} of {len(ordered)}",
         "weights in pruned layers": sum(int(row["weights"]) for row in pruned),
-        "weights in the model": sum(parameter.numel() for parameter in model.parameters()),
+        "weights in the model": sum(
+            parameter.numel()
+            for parameter in model.parameters()
+            if not isinstance(parameter, nn.UninitializedParameter)
+        ),
     }
     notes = ["dry run: nothing was changed"] if dry_run else []
     return Report("prune", _COLUMNS, ordered, summary, tuple(notes), environment())
@@ -207,6 +211,11 @@ def _check_layer(layer: Layer, pattern: Pattern) -> PatternCheck:
 
 
 def _require_finite(layer: Layer) -> None:
+    if layer.weight.is_inference():
+        raise ModelError(
+            f"'{layer.name}' was made under torch.inference_mode and cannot be changed in place: build the model outside,"
+            " or prune a copy.deepcopy of it. Nothing was changed."
+        )
     weight: Tensor = numbers(layer.weight.detach())
     bad = ~torch.isfinite(weight)
     if bool(bad.any()):
