@@ -345,3 +345,28 @@ def test_integer_tensors_beside_a_weight_survive(run: Callable[..., Result], tmp
     save_file(tensors, source)
     assert run("prune", source, target).code == 0
     assert sorted(load_file(target)) == sorted(tensors)
+
+
+def test_layers_of_a_bare_file_whose_kind_is_unclear_are_left(run: Callable[..., Result], tmp_path: Path) -> None:
+    source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
+    tensors = {
+        "fc.weight": torch.randn(8, 8),
+        "shared.weight": torch.randn(8, 8),
+        "h.0.attn.c_attn.weight": torch.randn(8, 24),
+        "experts.weight": torch.randn(2, 8, 8),
+        "quantized.weight": torch.ones(8, 8, dtype=torch.int8),
+    }
+    save_file(tensors, source)
+    rows = {row["layer"]: row for row in json.loads(run("prune", source, target, "--json").out)["rows"]}
+    assert {name: row["action"] for name, row in rows.items()} == {
+        "fc": "pruned",
+        "shared": "skipped",
+        "h.0.attn.c_attn": "skipped",
+        "experts": "skipped",
+        "quantized": "skipped",
+    }
+    assert rows["experts"]["reason"] == "UnknownLayer is not a Linear or convolution"
+    assert rows["quantized"]["reason"] == "weight is int8, not floating point"
+    after = load_file(target)
+    assert sorted(after) == sorted(tensors)
+    assert all(torch.equal(after[name], tensors[name]) for name in tensors if name != "fc.weight")

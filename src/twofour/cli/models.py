@@ -25,7 +25,9 @@ COMPRESSED_NAME = "model.twofour.safetensors"
 """The compressed weights inside a folder; not a name that transformers would try to load."""
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.h5", "*.msgpack", "*.onnx")
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|tok_embeddings)$|embed")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|shared)$|embed")
+_INPUTS_FIRST = re.compile(r"(^|\.)(c_attn|c_fc|c_proj)$")
+"""Layers whose weight transformers holds as [in, out]: pruning them as Linears would take the wrong axis."""
 
 
 def open_model(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -155,7 +157,7 @@ def _tree(tensors: dict[str, Tensor]) -> nn.Module:
             module = _child(parent, path[-1], kind)
         else:
             module = root
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or attribute == "weight":
             module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
         else:
             module.register_buffer(attribute, tensor)
@@ -180,14 +182,18 @@ def _module_for(name: str, weight: Tensor) -> nn.Module:
     module: nn.Module
     if weight.ndim == 2 and _EMBEDDING.search(name):
         module = nn.Embedding(1, 1, device="meta")
-    elif weight.ndim == 2:
+    elif weight.ndim == 2 and not _INPUTS_FIRST.search(name):
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    elif weight.ndim in (3, 4, 5):
-        convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
+    elif weight.ndim in (4, 5):  # three axes may as well be a stack of experts
+        convolution = {4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
         module = convolution(1, 1, 1, bias=False, device="meta")
     else:
-        module = nn.Module()
+        module = UnknownLayer()
     return module
+
+
+class UnknownLayer(nn.Module):
+    """Stands for a layer of a bare file whose kind its name and shape do not tell; it is left alone."""
 
 
 def _transformers() -> Any:
