@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -197,6 +198,13 @@ def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Result], 
             ["prune", "{folder}", "{tmp}/out", "--html", "{tmp}/no/page.html"],
             r"no such folder for the page\. Make it first",
         ),
+        (["prune", "{folder}", "{tmp}/out", "--html", "{tmp}"], r"--html .* is a folder: name a file in it"),
+        (
+            ["prune", "{folder}", "{tmp}/text.txt", "--overwrite"],
+            r"text.txt is a file: the result of a folder is a folder",
+        ),
+        (["prune", "{weights}", "{tmp}", "--overwrite"], r"is a folder: the result of a .safetensors file is a file"),
+        (["prune", "{folder}", "{tmp}/out/..", "--overwrite"], r"write its name out, as in /"),
         (["measure", "{folder}", "--batch", "0"], r"--batch '0' is not a list of positive"),
         (["measure", "{folder}", "--length", "9999"], r"--length 9999 is more than the 512 positions the model has"),
         (["measure", "{folder}", "--against", "{weights}"], r"are not of one kind"),
@@ -213,6 +221,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert result.out == ""
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+    assert "  " not in result.err  # no indentation left of lines that were joined
     assert re.search(message, result.err)
     assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
@@ -355,6 +364,11 @@ def test_layers_of_a_bare_file_whose_kind_is_unclear_are_left(run: Callable[...,
         "h.0.attn.c_attn.weight": torch.randn(8, 24),
         "experts.weight": torch.randn(2, 8, 8),
         "quantized.weight": torch.ones(8, 8, dtype=torch.int8),
+        "quantized.bias": torch.ones(8, dtype=torch.int32),
+        "h.0.mlp.c_proj.weight": torch.randn(32, 8),
+        "h.0.mlp.c_fc.weight": torch.randn(8, 32),
+        "decoder.relative_attention_bias.weight": torch.randn(32, 8),
+        "transformer.wte.weight": torch.randn(8, 8),
     }
     save_file(tensors, source)
     rows = {row["layer"]: row for row in json.loads(run("prune", source, target, "--json").out)["rows"]}
@@ -364,9 +378,206 @@ def test_layers_of_a_bare_file_whose_kind_is_unclear_are_left(run: Callable[...,
         "h.0.attn.c_attn": "skipped",
         "experts": "skipped",
         "quantized": "skipped",
+        "h.0.mlp.c_proj": "skipped",
+        "h.0.mlp.c_fc": "skipped",
+        "decoder.relative_attention_bias": "skipped",
+        "transformer.wte": "skipped",
     }
     assert rows["experts"]["reason"] == "UnknownLayer is not a Linear or convolution"
     assert rows["quantized"]["reason"] == "weight is int8, not floating point"
     after = load_file(target)
     assert sorted(after) == sorted(tensors)
     assert all(torch.equal(after[name], tensors[name]) for name in tensors if name != "fc.weight")
+
+
+def test_a_compressed_file_with_shared_weights_is_written_dense_under_every_name(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(16, 16, bias=False)
+    model.b = model.a
+    model.norm = model.norm_too = torch.nn.LayerNorm(4)
+    twofour.prune(model)
+    weight = model.a.weight.detach().clone()
+    twofour.save(model, tmp_path / "small.safetensors")
+    assert run("prune", tmp_path / "small.safetensors", tmp_path / "dense.safetensors").code == 0
+    after = load_file(tmp_path / "dense.safetensors")
+    assert sorted(after) == ["a.weight", "b.weight", "norm.bias", "norm.weight", "norm_too.bias", "norm_too.weight"]
+    assert torch.equal(after["a.weight"], weight)
+    assert torch.equal(after["b.weight"], weight)
+
+
+def test_a_replacement_that_fails_half_way_restores_the_old_folder(
+    run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("old", encoding="utf-8")
+    replace = os.replace
+
+    def fail_for_the_new(old: Path, new: Path) -> None:
+        if str(old).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        replace(old, new)
+
+    monkeypatch.setattr("twofour.cli.models.os.replace", fail_for_the_new)
+    result = run("prune", folder, target, "--overwrite")
+    assert result.code == 2
+    assert "cannot write" in result.err
+    assert (target / "config.json").read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_weights_of_another_size_are_named(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["pooler.dense.weight"] = torch.zeros(8, 8)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    result = run("check", broken)
+    assert result.code == 2
+    assert "pooler.dense.weight is [8, 8], BertModel needs [32, 32]" in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("LlamaForCausalLM", {"hidden_size": 16, "num_attention_heads": 2, "tie_word_embeddings": True}),
+        ("T5ForConditionalGeneration", {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}),
+        ("BertForMaskedLM", {"hidden_size": 16, "num_attention_heads": 2}),
+    ],
+)
+def test_tied_weights_are_not_missing(
+    run: Callable[..., Result], tmp_path: Path, architecture: str, config: dict[str, object]
+) -> None:
+    builder = getattr(transformers, architecture)
+    sizes = {"vocab_size": 50, "intermediate_size": 32, "num_hidden_layers": 1, **config}
+    builder(builder.config_class(**sizes)).save_pretrained(tmp_path / "model")
+    assert run("prune", tmp_path / "model", tmp_path / "pruned").code == 0
+    assert run("compress", tmp_path / "pruned", tmp_path / "small", "--force").code == 0
+    assert run("prune", tmp_path / "small", tmp_path / "again").code == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "again"))
+    assert sorted(before) == sorted(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["fc.training", "_modules", "training.weight"])
+def test_names_that_torch_keeps_for_itself(run: Callable[..., Result], tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source.safetensors"
+    save_file({"fc.weight": torch.randn(8, 8), name: torch.ones(2, dtype=torch.int32)}, source)
+    result = run("prune", source, tmp_path / "target.safetensors")
+    assert result.code == 2
+    assert result.err == f"error: the file has a tensor '{name}', a name that torch keeps for itself: rename it.\n"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_tensor_lost_on_the_way_is_an_error(
+    run: Callable[..., Result], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    source, target = weights, tmp_path / "target.safetensors"
+    if compressed:
+        source = tmp_path / "small.safetensors"
+        twofour.save(torch.nn.Sequential(torch.nn.Linear(8, 8)), source)
+
+    def lossy(model: torch.nn.Module) -> int:
+        next(module for module in model.modules() if module._parameters)._parameters.clear()
+        return 0
+
+    monkeypatch.setattr("twofour.cli.models.to_dense_modules", lossy)
+    result = run("prune", source, target)
+    assert result.code == 2
+    assert "has tensors whose names twofour cannot write back: " in result.err
+    assert not target.exists()
+
+
+def test_reports_say_that_kinds_of_a_bare_file_are_a_guess(
+    run: Callable[..., Result], folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    guess = "layer kinds of a bare file are guessed from names and shapes"
+    assert guess in run("prune", weights, tmp_path / "pruned.safetensors").out
+    assert guess in run("check", weights).out
+    assert guess in run("explain", weights).out
+    assert guess not in run("explain", folder).out
+
+
+_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "model", "is", "sparse", "##ly", "fast"]
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    """A small BERT with a WordPiece tokenizer."""
+    torch.manual_seed(0)
+    path = tmp_path / "text"
+    config = transformers.BertConfig(
+        vocab_size=len(_WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(path)
+    (path / "vocab.txt").write_text("\n".join(_WORDS), encoding="utf-8")
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizerFast"}', encoding="utf-8")
+    return path
+
+
+def _seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The batches that the verb is given from here on."""
+    batches: list[dict[str, torch.Tensor]] = []
+
+    def measure(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]], **options: object) -> object:
+        batches.extend(inputs)
+        return twofour.measure(model, inputs, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("twofour.cli.measure.measure", measure)
+    return batches
+
+
+def test_measure_reads_text_with_the_models_tokenizer(
+    run: Callable[..., Result], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the model\n\nis sparsely fast\n", encoding="utf-8")
+    assert run("prune", text_folder, tmp_path / "pruned").code == 0
+    assert run("compress", tmp_path / "pruned", tmp_path / "small", "--force").code == 0
+    batches = _seen(monkeypatch)
+    options = ["--length", 4, "--batch", "1,3", "--repeats", 2]
+    result = run("measure", tmp_path / "small", *options, "--text", text)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    assert batches[0]["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batches[1]["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 5, 6], [7, 8, 9, 10]]
+    assert "3x4" in result.out
+    batches.clear()
+    assert run("measure", tmp_path / "small", *options).code == 0
+    assert batches[1]["input_ids"].shape == (3, 4)
+    text.write_text("\n", encoding="utf-8")
+    assert "the text is empty" in run("measure", tmp_path / "small", *options, "--text", text).err
+    text.write_bytes(b"\xff\xfe")
+    assert "is not a UTF-8 text file" in run("measure", tmp_path / "small", *options, "--text", text).err
+
+
+def test_measure_refuses_a_tokenizer_of_another_model(
+    run: Callable[..., Result], text_folder: Path, tmp_path: Path
+) -> None:
+    (text_folder / "vocab.txt").write_text("\n".join([*_WORDS, "new"]), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("new", encoding="utf-8")
+    result = run("measure", text_folder, "--length", 2, "--text", tmp_path / "text.txt")
+    assert result.code == 2
+    assert f"its tokenizer gives id {len(_WORDS)}, its model has {len(_WORDS)} words" in result.err
+
+
+def test_measure_gives_a_vision_model_pixels(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    assert run("prune", tmp_path / "vit", tmp_path / "pruned").code == 0
+    assert run("compress", tmp_path / "pruned", tmp_path / "small", "--force", "--dtype", "bfloat16").code == 0
+    batches = _seen(monkeypatch)
+    result = run("measure", tmp_path / "small", "--batch", "2", "--repeats", 2)
+    assert result.code == 0, result.err
+    assert batches[0]["pixel_values"].shape == (2, 3, 16, 16)
+    assert batches[0]["pixel_values"].dtype == torch.bfloat16
+    (tmp_path / "text.txt").write_text("hello", encoding="utf-8")
+    assert "leave out --text" in run("measure", tmp_path / "small", "--text", tmp_path / "text.txt").err

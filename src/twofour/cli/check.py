@@ -29,7 +29,7 @@ def run(
     try:
         report = check(loaded, pattern, include=include, exclude=exclude)
     except CheckFailed as failure:
-        show(failure.report, json, html)
+        show(models.with_guess(failure.report, model), json, html)
         typer.echo(f"no: {str(failure).splitlines()[0]}", err=True)
         raise typer.Exit(1) from None
-    show(report, json, html)
+    show(models.with_guess(report, model), json, html)

@@ -66,4 +66,4 @@ def run(
         report.summary.update(  # type: ignore[attr-defined]
             {key: value for key, value in saved.summary.items() if key != "file"}
         )
-    show(report, json, html)
+    show(models.with_guess(report, model), json, html)

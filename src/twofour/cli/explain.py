@@ -16,4 +16,4 @@ def run(model: Model, dtype: Dtype = None, json: Json = False, html: Html = None
     """
     require_page(html)
     wanted = parse_dtype(dtype)
-    show(explain(models.open_model(model, wanted)), json, html)
+    show(models.with_guess(explain(models.open_model(model, wanted)), model), json, html)

@@ -66,13 +66,15 @@ def run(
         rows = tuple({**row, "batch": f"{size}x{length}"} for row, size in zip(found.rows, sizes, strict=True))
         columns = (Column("batch", "batch x length"), *found.columns[1:])
         report = replace(found, columns=columns, rows=rows)
-    show(report, json, html)
+    show(models.with_guess(report, model), json, html)
 
 
 def _inputs(folder: Path, model: nn.Module, size: int, length: int, text: Path | None) -> Batch:
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        if text is not None:
+            raise ModelError(f"{folder} is a vision model, measured on random pixels: leave out --text.")
         side = getattr(config, "image_size", 224)
         height, width = (side, side) if isinstance(side, int) else tuple(side)
         pixels = torch.randn(size, getattr(config, "num_channels", 3), height, width, generator=generator)
@@ -92,6 +94,8 @@ def _inputs(folder: Path, model: nn.Module, size: int, length: int, text: Path |
         ids = torch.randint(0, vocabulary, (size, length), generator=generator)
     else:
         ids = _text_ids(tokenizer, _read_text(text), size, length)
+        if int(ids.max()) >= vocabulary:
+            raise ModelError(f"{folder}: its tokenizer gives id {int(ids.max())}, its model has {vocabulary} words.")
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = ids

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from torch import Tensor, nn
 from ..errors import FormatError, ModelError, TwofourError, UnsupportedError
 from ..format import file
 from ..nn.swap import to_dense_modules
+from ..report import Report
 from ..workflows import load, save
 
 COMPRESSED_NAME = "model.twofour.safetensors"
 """The compressed weights inside a folder; not a name that transformers would try to load."""
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.h5", "*.msgpack", "*.onnx")
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|shared)$|embed")
-_INPUTS_FIRST = re.compile(r"(^|\.)(c_attn|c_fc|c_proj)$")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|shared|relative_attention_bias)$|embed")
+_INPUTS_FIRST = re.compile(r"(^|\.)(c_attn|q_attn|c_fc|c_proj)$")
 """Layers whose weight transformers holds as [in, out]: pruning them as Linears would take the wrong axis."""
+
+_RESERVED = frozenset(vars(nn.Module()))
 
 
 def open_model(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -48,10 +52,21 @@ def open_model(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     return model.to(dtype).eval() if dtype is not None else model.eval()
 
 
+def with_guess(report: Report, path: Path) -> Report:
+    """The report, with a note where the kinds of its layers are a guess: a bare file does not say what they are."""
+    if path.is_dir():
+        return report
+    note = "layer kinds of a bare file are guessed from names and shapes: give the model's folder to be sure"
+    return replace(report, notes=(*report.notes, note))
+
+
 def write_dense(model: nn.Module, source: Path, target: Path, overwrite: bool) -> None:
     """Writes a pruned, dense model: a folder that transformers loads as it is, or a plain safetensors file.
 
     Layers that are compressed are written out dense: nobody but twofour could load them.
+
+    Raises:
+        TwofourError: it cannot be written, or a file's tensors would not all come back. Nothing is written then.
     """
     to_dense_modules(model)
     if source.is_dir():
@@ -61,6 +76,7 @@ def write_dense(model: nn.Module, source: Path, target: Path, overwrite: bool) -
         with _new_file(target, overwrite) as temporary:
             # Copies, because safetensors refuses tensors that share memory; they are few megabytes or on their way out.
             tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+            _require_same_names(source, set(tensors))
             save_file(tensors, temporary, {"format": "pt"})
 
 
@@ -80,7 +96,13 @@ def require_target(source: Path, target: Path, overwrite: bool) -> None:
         raise TwofourError(f"{target} is the model itself: give the result another name.")
     if here in there.parents or there in here.parents:
         raise TwofourError(f"{target} and the model {source} lie inside each other: put the result elsewhere.")
+    if target.name in ("", ".."):
+        raise TwofourError(f"{target} does not name the result's folder: write its name out, as in {there}.")
     _require_free(target, overwrite)
+    if source.is_dir() and target.is_file():
+        raise TwofourError(f"{target} is a file: the result of a folder is a folder. Give it another name.")
+    if source.is_file() and target.is_dir():
+        raise TwofourError(f"{target} is a folder: the result of a .safetensors file is a file. Name one in it.")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise TwofourError(f"{target} holds other things than a model: --overwrite replaces model folders only.")
     if not target.absolute().parent.is_dir():
@@ -111,16 +133,52 @@ def _open_folder(path: Path) -> nn.Module:
             model: nn.Module = builder(transformers.AutoConfig.from_pretrained(path, local_files_only=True))
             load(model, compressed)
         else:
-            model, found = builder.from_pretrained(path, local_files_only=True, dtype="auto", output_loading_info=True)
-            missing = sorted(map(str, found["missing_keys"]))
-            if missing:  # transformers makes them up at random
-                raise ModelError(f"{path} lacks weights that {builder.__name__} needs: {', '.join(missing[:3])} ...")
+            model, found = builder.from_pretrained(
+                path,
+                local_files_only=True,
+                dtype="auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
+            )
+            _require_all_weights(path, type(model).__name__, found)
     except TwofourError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise many kinds for a damaged folder
         reason = str(error).strip().splitlines()
         raise ModelError(f"{path} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
     return model
+
+
+def _require_all_weights(path: Path, architecture: str, found: dict[str, Any]) -> None:
+    """Refuses a model of which transformers made up weights at random; `found` is its loading info."""
+    missing = sorted(map(str, found["missing_keys"]))
+    mismatched = sorted((str(name), list(stored), list(needed)) for name, stored, needed in found["mismatched_keys"])
+    if mismatched:
+        name, stored, needed = mismatched[0]
+        more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        raise ModelError(
+            f"{path} does not fit its config.json: {name} is {stored}, {architecture} needs {needed}{more}."
+            " Put the config.json beside it that the weights were saved with."
+        )
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(
+            f"{path} lacks weights that {architecture} needs: {names}."
+            " Save the whole model again, or name in config.json the architecture that it was saved from."
+        )
+
+
+def _require_same_names(source: Path, written: set[str]) -> None:
+    """Every tensor that was read goes back under its name, and no other."""
+    with safe_open(source, framework="pt") as opened:
+        names = set(opened.keys())
+        compressed = "twofour" in (opened.metadata() or {})
+    if compressed:
+        contents = file.read(source)
+        names = {*contents.tensors, *contents.matrices, *contents.aliases}
+    if written != names:
+        differing = ", ".join(sorted(written ^ names)[:3])
+        raise FormatError(f"{source} has tensors whose names twofour cannot write back: {differing}. Rename them.")
 
 
 def _open_file(path: Path) -> nn.Module:
@@ -149,6 +207,8 @@ def _tree(tensors: dict[str, Tensor]) -> nn.Module:
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, attribute = name.split(".")
+        if not _RESERVED.isdisjoint((*path, attribute)):
+            raise FormatError(f"the file has a tensor {name!r}, a name that torch keeps for itself: rename it.")
         parent = root
         for part in path[:-1]:
             parent = _child(parent, part, nn.Module())
@@ -160,7 +220,7 @@ def _tree(tensors: dict[str, Tensor]) -> nn.Module:
         if tensor.is_floating_point() or attribute == "weight":
             module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
         else:
-            module.register_buffer(attribute, tensor)
+            module._buffers[attribute] = tensor  # register_buffer refuses an integer bias, files do not
     return root
 
 
@@ -218,11 +278,17 @@ def _new_folder(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
         yield temporary
         old = temporary.with_suffix(".old")
-        if target.exists():
+        had_one = target.exists()
+        if had_one:
             os.replace(target, old)  # aside, not away: a kill between the two renames loses neither
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            if had_one:
+                os.replace(old, target)
+            raise
         if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the result is in place: what is left of the old one harms nobody
         else:
             old.unlink(missing_ok=True)
 

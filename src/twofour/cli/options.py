@@ -47,7 +47,11 @@ def show(report: Report, json: bool, html: Path | None = None) -> None:
 
 def require_page(html: Path | None) -> None:
     """Checks, before any work is done, that the page can be written."""
-    if html is not None and not html.absolute().parent.is_dir():
+    if html is None:
+        return
+    if html.is_dir():
+        raise TwofourError(f"--html {html} is a folder: name a file in it, as in {html / 'report.html'}.")
+    if not html.absolute().parent.is_dir():
         raise TwofourError(f"{html.absolute().parent}: no such folder for the page. Make it first.")
 
 

@@ -51,4 +51,4 @@ def run(
     report = prune(loaded, pattern, method=method, include=include, exclude=exclude, dry_run=dry_run)
     if not dry_run:
         models.write_dense(loaded, model, output, overwrite)
-    show(report, json, html)
+    show(models.with_guess(report, model), json, html)
