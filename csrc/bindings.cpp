@@ -46,28 +46,35 @@ std::vector<std::string> isas() {
   return names;
 }
 
+void check_shared(int shared) {
+  if (shared != 1 && shared != 2 && shared != 4) throw std::invalid_argument("shared must be 1, 2 or 4");
+}
+
 void pack_linear(uintptr_t values, uintptr_t metadata, uintptr_t packed_values, uintptr_t packed_metadata,
-                 int64_t out_features, int64_t in_features, int itemsize) {
+                 int64_t out_features, int64_t in_features, int itemsize, int shared) {
+  check_shared(shared);
   check_weight(out_features, in_features);
   check_itemsize(itemsize);
   const nb::gil_scoped_release nogil;
   cpu::pack_linear(at<const void>(values), at<const uint8_t>(metadata), at<void>(packed_values),
-                   at<uint8_t>(packed_metadata), out_features, in_features, itemsize);
+                   at<uint8_t>(packed_metadata), out_features, in_features, itemsize, shared);
 }
 
 void unpack_linear(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t values, uintptr_t metadata,
-                   int64_t out_features, int64_t in_features, int itemsize) {
+                   int64_t out_features, int64_t in_features, int itemsize, int shared) {
   check_weight(out_features, in_features);
   check_itemsize(itemsize);
+  check_shared(shared);
   const nb::gil_scoped_release nogil;
   cpu::unpack_linear(at<const void>(packed_values), at<const uint8_t>(packed_metadata), at<void>(values),
-                     at<uint8_t>(metadata), out_features, in_features, itemsize);
+                     at<uint8_t>(metadata), out_features, in_features, itemsize, shared);
 }
 
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
             int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
-            int kernel, const std::optional<std::string>& isa, int bias_dtype) {
+            int kernel, const std::optional<std::string>& isa, int bias_dtype, int shared) {
   check_weight(out_features, in_features);
+  check_shared(shared);
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
     throw std::invalid_argument("tokens must not be negative, nor rows overlap");
   }
@@ -76,7 +83,7 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
   }
   const cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata), nullptr,
                                 at<void>(y),       tokens,                 out_features,                in_features,
-                                x_stride,          y_stride};
+                                x_stride,          y_stride,               shared};
   const nb::gil_scoped_release nogil;
   last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), at<const void>(bias),
                             static_cast<cpu::DType>(bias_dtype), threads, isa ? isa->c_str() : nullptr,
@@ -92,10 +99,10 @@ NB_MODULE(_native, m) {
   m.def("threads_source", [] { return std::string(cpu::threads_source()); }, "\"libgomp\" or \"pool\".");
   m.def("last_kernel", [] { return std::string(last_kernel); }, "What the calling thread ran last, as \"isa/family\".");
   m.def("pack_linear", &pack_linear, "values"_a, "metadata"_a, "packed_values"_a, "packed_metadata"_a,
-        "out_features"_a, "in_features"_a, "itemsize"_a);
+        "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1);
   m.def("unpack_linear", &unpack_linear, "packed_values"_a, "packed_metadata"_a, "values"_a, "metadata"_a,
-        "out_features"_a, "in_features"_a, "itemsize"_a);
+        "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1);
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
-        "bias_dtype"_a = 0);
+        "bias_dtype"_a = 0, "shared"_a = 1);
 }

@@ -26,6 +26,7 @@ struct LinearArgs {
   int64_t in_features;  // a multiple of 4
   int64_t x_stride;
   int64_t y_stride;
+  int shared = 1;  // 1, 2 or 4 neighbouring rows have one mask: what the metadata was packed with
 };
 
 // One dtype on one instruction set. The functions are pure workers: dispatch.cpp cuts the work, owns the scratch

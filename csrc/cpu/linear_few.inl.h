@@ -55,10 +55,10 @@ struct FewWide {
   template <int T>
   static constexpr int unrolled() { return T * kHalves <= 2 ? 4 : T * kHalves <= 4 ? 2 : 1; }
 
-  template <int T>
+  template <int T, int S>
   TWOFOUR_INLINE static void group(const Item* slots, const uint8_t* metadata, const float* x, F (&sums)[kHalves][T]) {
     unroll<kHalves>([&](auto half) TWOFOUR_INLINE {
-      const I index = nibbles<half>(metadata), index2 = second_index(index);
+      const I index = nibbles<half, S>(metadata), index2 = second_index(index);
       const F w0 = first<half>(slots), w1 = second<half>(slots);
       unroll<T>([&](auto t) TWOFOUR_INLINE {
         const auto x4 = group_of(x + nm::kGroup * t);
@@ -70,15 +70,15 @@ struct FewWide {
 };
 
 // The outputs of one tile for the T tokens of a block. The order of every sum is fixed by the groups alone.
-template <class Core, int T>
+template <class Core, int S, int T>
 void few_tile(const LinearArgs& args, const void* prepared, int64_t tile, int64_t token0) {
   using Item = typename Core::WeightItem;
   constexpr int kUnrolled = Core::template unrolled<T>();
-  constexpr int64_t kSlots = nm::kTileRows * nm::kKeep;
+  constexpr int64_t kSlots = nm::kTileRows * nm::kKeep, kMetadata = nm::metadata_bytes(S);
   constexpr int64_t kAhead = 8192;  // bytes: two pages; at 1 KiB four tokens took 850 us where 8 KiB takes 620
   const int64_t groups = nm::groups_of(args.in_features);
   const Item* slots = static_cast<const Item*>(args.values) + tile * groups * kSlots;
-  const uint8_t* metadata = args.metadata + tile * groups * nm::kTileMetadataBytes;
+  const uint8_t* metadata = args.metadata + tile * groups * kMetadata;
   const auto* x = static_cast<const typename Core::Activation*>(prepared);
 
   F sums[kUnrolled][kHalves][T];
@@ -92,17 +92,16 @@ void few_tile(const LinearArgs& args, const void* prepared, int64_t tile, int64_
     unroll<kUnrolled>([&](auto u) TWOFOUR_INLINE {
       __builtin_prefetch(reinterpret_cast<const char*>(slots + u * kSlots) + kAhead);
       if (sizeof(Item) == 4) __builtin_prefetch(reinterpret_cast<const char*>(slots + u * kSlots) + kAhead + 64);
-      Core::template group<T>(slots + u * kSlots, metadata + u * nm::kTileMetadataBytes, x + u * T * nm::kGroup,
-                              sums[u]);
+      Core::template group<T, S>(slots + u * kSlots, metadata + u * kMetadata, x + u * T * nm::kGroup, sums[u]);
     });
     slots += kUnrolled * kSlots;
-    metadata += kUnrolled * nm::kTileMetadataBytes;
+    metadata += kUnrolled * kMetadata;
     x += kUnrolled * T * nm::kGroup;
   }
   for (; group < groups; ++group) {
-    Core::template group<T>(slots, metadata, x, sums[0]);
+    Core::template group<T, S>(slots, metadata, x, sums[0]);
     slots += kSlots;
-    metadata += nm::kTileMetadataBytes;
+    metadata += kMetadata;
     x += T * nm::kGroup;
   }
 
@@ -126,9 +125,10 @@ struct Few {
   using TileFunction = void (*)(const LinearArgs&, const void*, int64_t, int64_t);
 
   template <int... kIndices>
-  static TileFunction tile_function(int64_t tokens, Indices<kIndices...>) {
-    static constexpr TileFunction kFunctions[] = {few_tile<Core, kIndices + 1>...};
-    return kFunctions[tokens - 1];
+  static TileFunction tile_function(int shared, int64_t tokens, Indices<kIndices...>) {
+    static constexpr TileFunction kFunctions[][kFewTokens] = {
+        {few_tile<Core, 1, kIndices + 1>...}, {few_tile<Core, 2, kIndices + 1>...}, {few_tile<Core, 4, kIndices + 1>...}};
+    return kFunctions[shared / 2][tokens - 1];
   }
 
   static size_t scratch_bytes(const LinearArgs& args) {
@@ -156,7 +156,7 @@ struct Few {
     for (int64_t tile = tile0; tile < tile1; ++tile) {
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t token0 = blocks.begin(block), tokens = blocks.begin(block + 1) - token0;
-        const TileFunction function = tile_function(tokens, typename IndicesUpTo<kFewTokens>::Type{});
+        const TileFunction function = tile_function(args.shared, tokens, typename IndicesUpTo<kFewTokens>::Type{});
         function(args, prepared + token0 * args.in_features, tile, token0);
       }
     }

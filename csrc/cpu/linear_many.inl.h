@@ -72,11 +72,11 @@ struct ManyWide {
     }
   }
 
-  template <int NV>
+  template <int NV, int S>
   static void offsets(const uint8_t* metadata, int groups, Offset* offsets) {
     constexpr int kRowBytes = NV * kLanes * static_cast<int>(sizeof(float));
     for (int g = 0; g < groups; ++g) {
-      row_offsets(metadata + g * nm::kTileMetadataBytes, kRowBytes, offsets + g * nm::kTileRows);
+      row_offsets<S>(metadata + g * nm::metadata_bytes(S), kRowBytes, offsets + g * nm::kTileRows);
     }
   }
 
@@ -93,10 +93,22 @@ struct ManyWide {
     return converted;
   }
 
-  template <int R, int NV>
+  // sums[row + i] += weight first + i of the quad * x, for the `kSame` rows that read the same x.
+  template <int kRow, int kFirst, int kSame, int R, int NV>
+  TWOFOUR_INLINE static void add_products(Quad quad, const float* x, F (&sums)[R][NV]) {
+    F w[kSame];
+    unroll<kSame>([&](auto i) TWOFOUR_INLINE { w[i] = splat<kFirst + i>(quad); });
+    unroll<NV>([&](auto v) TWOFOUR_INLINE {
+      const F x_v = load(x + v * kLanes);
+      unroll<kSame>([&](auto i) TWOFOUR_INLINE { sums[kRow + i][v] = fma(w[i], x_v, sums[kRow + i][v]); });
+    });
+  }
+
+  template <int R, int NV, int S>
   TWOFOUR_INLINE static void step(const char* panel, const Offset* offsets, const float* weights, int row, int groups,
                                   const char* next_weights, F (&sums)[R][NV]) {
-    constexpr int kQuads = R < 4 ? R : 4;  // rows per quad of weights
+    constexpr int kQuads = R < 4 ? R : 4;            // rows per quad of weights
+    constexpr int kSame = S < kQuads ? S : kQuads;  // rows per load of an activation
     weights += row;
     OffsetsAhead<Offset, R> ahead(offsets + row);
     for (int g = 0; g < groups; ++g) {
@@ -106,19 +118,13 @@ struct ManyWide {
       ahead.advance();
       unroll<R / kQuads>([&](auto q) TWOFOUR_INLINE {
         const Quad w0 = load_quad(weights + q * kQuads), w1 = load_quad(weights + nm::kTileRows + q * kQuads);
-        unroll<kQuads>([&](auto i) TWOFOUR_INLINE {
-          constexpr int row_of_step = q * kQuads + i;
+        unroll<kQuads / kSame>([&](auto s) TWOFOUR_INLINE {
+          constexpr int first = s * kSame, row_of_step = q * kQuads + first;
           const uint64_t two_rows = now.words[row_of_step / 4][row_of_step / 2 % 2];
-          const char* x0 = panel + (two_rows >> (32 * (i % 2)) & 0xffff);
-          const char* x1 = panel + (two_rows >> (32 * (i % 2) + 16) & 0xffff);
-          const F w0r = splat<i>(w0), w1r = splat<i>(w1);
-          F(&to)[NV] = sums[row_of_step];
-          unroll<NV>([&](auto v) TWOFOUR_INLINE {
-            to[v] = fma(w0r, load(reinterpret_cast<const float*>(x0) + v * kLanes), to[v]);
-          });
-          unroll<NV>([&](auto v) TWOFOUR_INLINE {
-            to[v] = fma(w1r, load(reinterpret_cast<const float*>(x1) + v * kLanes), to[v]);
-          });
+          const auto* x0 = reinterpret_cast<const float*>(panel + (two_rows >> (32 * (first % 2)) & 0xffff));
+          const auto* x1 = reinterpret_cast<const float*>(panel + (two_rows >> (32 * (first % 2) + 16) & 0xffff));
+          add_products<row_of_step, first, kSame>(w0, x0, sums);
+          add_products<row_of_step, first, kSame>(w1, x1, sums);
         });
       });
       panel += kPanelRows * NV * sizeof(F);
@@ -134,14 +140,14 @@ constexpr int rows_per_step(int vectors) {
 
 // Adds the chunk's part of R rows to the sums in memory. The part is summed from zero: that starts without waiting for
 // memory, and shorter chains of additions round less.
-template <class Core, int R, int NV>
+template <class Core, int R, int NV, int S>
 TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Offset* offsets,
                                      const typename Core::Weight* weights, int row, int groups,
                                      const char* next_weights, float* tile_sums, bool first) {
   F sums[R][NV];
   float* memory = tile_sums + row * NV * kLanes;
   unroll<R>([&](auto r) TWOFOUR_INLINE { unroll<NV>([&](auto v) TWOFOUR_INLINE { sums[r][v] = zero(); }); });
-  Core::template step<R, NV>(panel, offsets, weights, row, groups, next_weights, sums);
+  Core::template step<R, NV, S>(panel, offsets, weights, row, groups, next_weights, sums);
   if (!first) {
     unroll<R>([&](auto r) TWOFOUR_INLINE {
       unroll<NV>([&](auto v) TWOFOUR_INLINE { sums[r][v] = add(sums[r][v], load(memory + (r * NV + v) * kLanes)); });
@@ -193,11 +199,12 @@ struct Many {
     for (int64_t b = 0; b < groups * nm::kGroup * kSize; b += 64) __builtin_prefetch(x + b, 0, 2);
   }
 
-  template <int NV>
+  template <int NV, int S>
   static void panel(const LinearArgs& args, char* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
                     int64_t tile1) {
     using Item = typename Core::WeightItem;
     constexpr int R = rows_per_step(NV);
+    constexpr int64_t kMetadata = nm::metadata_bytes(S);
     constexpr int kGroupBytes = Core::kPanelRows * NV * static_cast<int>(sizeof(F));
     const int64_t groups = nm::groups_of(args.in_features);
     const int64_t fitting = smaller(panel_bytes / kGroupBytes / kChunkStep * kChunkStep, kMaxChunkGroups);
@@ -213,14 +220,12 @@ struct Many {
       for (int64_t tile = tile0; tile < tile1; ++tile) {
         const int64_t cell = tile * groups + group0;
         const Item* values = static_cast<const Item*>(args.values) + cell * kSlots;
-        const uint8_t* metadata = args.metadata + cell * nm::kTileMetadataBytes;
-        for (int b = 0; b < chunk * nm::kTileMetadataBytes; b += 64) {
-          __builtin_prefetch(metadata + groups * nm::kTileMetadataBytes + b);
-        }
+        const uint8_t* metadata = args.metadata + cell * kMetadata;
+        for (int b = 0; b < chunk * kMetadata; b += 64) __builtin_prefetch(metadata + groups * kMetadata + b);
         const int64_t share0 = (tile - tile0) * tokens / (tile1 - tile0);
         const int64_t share1 = (tile - tile0 + 1) * tokens / (tile1 - tile0);
         for (int64_t t = share0; t < share1; ++t) prefetch_x(args, token0 + t, group0 + chunk, chunk);
-        Core::template offsets<NV>(metadata, chunk, offsets);
+        Core::template offsets<NV, S>(metadata, chunk, offsets);
         const typename Core::Weight* weights = Core::weights(values, chunk, converted);
         float* tile_sums = sums + (tile - tile0) * nm::kTileRows * NV * kLanes;
         for (int row = 0; row < nm::kTileRows; row += R) {
@@ -228,7 +233,7 @@ struct Many {
           // line per group at most: in one burst the requests stand in front of the loads of the step itself (fp32:
           // 270 instead of 340 GFLOP/s).
           const Item* next_weights = values + groups * kSlots + row * chunk * nm::kKeep;
-          many_step<Core, R, NV>(packed, offsets, weights, row, chunk, reinterpret_cast<const char*>(next_weights),
+          many_step<Core, R, NV, S>(packed, offsets, weights, row, chunk, reinterpret_cast<const char*>(next_weights),
                                  tile_sums, group0 == 0);
         }
       }
@@ -241,7 +246,15 @@ struct Many {
     char* const memory = static_cast<char*>(scratch);
     const int vectors = (tokens + kLanes - 1) / kLanes;
     unroll<kPanelVectors>([&](auto v) TWOFOUR_INLINE {
-      if (vectors == v + 1) panel<v + 1>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      constexpr int NV = v + 1;
+      if (vectors != NV) return;
+      if (args.shared == 4) {
+        panel<NV, 4>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      } else if (args.shared == 2) {
+        panel<NV, 2>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      } else {
+        panel<NV, 1>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+      }
     });
   }
 };

@@ -37,9 +37,9 @@ struct FewPairs {
   template <int T>
   static constexpr int unrolled() { return T <= 3 ? 4 : T <= 6 ? 2 : 1; }
 
-  template <int T>
+  template <int T, int S>
   TWOFOUR_INLINE static void group(const bf16* slots, const uint8_t* metadata, const bf16* x, F (&sums)[1][T]) {
-    const I shuffle = look_up(kPairShuffles, nibbles<0>(metadata));
+    const I shuffle = look_up(kPairShuffles, nibbles<0, S>(metadata));
     const I weights = _mm512_loadu_si512(slots);
     unroll<T>([&](auto t) TWOFOUR_INLINE {
       const I x4 = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + nm::kGroup * t)));
@@ -62,7 +62,7 @@ struct ManyPairs {
   // Few vectors, so that a chunk has many groups: between chunks the sums go to the L2 cache and back (with 6 vectors a
   // chunk has 16 groups, and that takes 10 % of the time).
   static constexpr int kPanelVectors = 3;
-  static constexpr int kPanelPercent = 68;       // of the L1 cache
+  static constexpr int kPanelPercent = 77;       // of the L1 cache
 
   template <int NV>
   static void pack(const LinearArgs& args, int64_t token0, int tokens, int64_t group0, int groups, char* panel) {
@@ -103,31 +103,41 @@ struct ManyPairs {
     return _mm512_add_epi32(base, _mm512_set1_epi32(a | (32 + b) << 16));
   }
 
-  // Three vectors of 32 words: where the 16 bits with the nibble of a row begin in the metadata of two groups, how far
+  // Three vectors of 32 words: which 16 bits of the metadata of two groups have the nibble of a row, how far
   // up the nibble is, and the byte offset of its pair (twice, because vpermw reads five bits of the index).
   struct OffsetTables {
     uint16_t word[32], shift[32], offset[32];
   };
-  template <int NV>
+  template <int NV, int S>
   static constexpr OffsetTables offset_tables() {
     OffsetTables tables{};
     for (int i = 0; i < 32; ++i) {
-      const int row = i % nm::kTileRows, shift = nm::shift_of_row(row);
-      tables.word[i] = static_cast<uint16_t>(4 * (i / nm::kTileRows) + 2 * nm::word_of_row(row) + shift / 16);
-      tables.shift[i] = static_cast<uint16_t>(shift % 16);
+      const int bit = 8 * nm::metadata_bytes(S) * (i / nm::kTileRows) + nm::bit_of_row(i % nm::kTileRows, S);
+      tables.word[i] = static_cast<uint16_t>(bit / 16);
+      tables.shift[i] = static_cast<uint16_t>(bit % 16);
       tables.offset[i] = static_cast<uint16_t>(nm::pair_of(i % 16) * NV * static_cast<int>(sizeof(F)));
     }
     return tables;
   }
 
-  template <int NV>
+  // 2, 4, 8 or 16 bytes, and zeros behind them.
+  template <int kBytes>
+  static __m128i load_bytes(const uint8_t* p) {
+    if constexpr (kBytes == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (kBytes == 8) return _mm_cvtsi64_si128(static_cast<int64_t>(bits_of<uint64_t>(p)));
+    if constexpr (kBytes == 4) return _mm_cvtsi32_si128(static_cast<int>(bits_of<uint32_t>(p)));
+    return _mm_cvtsi32_si128(static_cast<int>(bits_of<uint16_t>(p)));
+  }
+
+  template <int NV, int S>
   static void offsets(const uint8_t* metadata, int groups, uint16_t* offsets) {
-    static constexpr OffsetTables kTables = offset_tables<NV>();
+    static constexpr OffsetTables kTables = offset_tables<NV, S>();
+    constexpr int kBytes = nm::metadata_bytes(S);
     const I word = _mm512_loadu_si512(kTables.word), shift = _mm512_loadu_si512(kTables.shift);
     const I offset = _mm512_loadu_si512(kTables.offset);
     for (int g = 0; g < groups; g += 2) {
-      const auto* from = reinterpret_cast<const __m128i*>(metadata + g * nm::kTileMetadataBytes);
-      const __m128i bytes = g + 1 < groups ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
+      const uint8_t* from = metadata + g * kBytes;
+      const __m128i bytes = g + 1 < groups ? load_bytes<2 * kBytes>(from) : load_bytes<kBytes>(from);
       const I nibbles = _mm512_srlv_epi16(_mm512_permutexvar_epi16(word, _mm512_castsi128_si512(bytes)), shift);
       _mm512_storeu_si512(offsets + g * nm::kTileRows, _mm512_permutexvar_epi16(nibbles, offset));
     }
@@ -135,7 +145,7 @@ struct ManyPairs {
 
   static const bf16* weights(const bf16* values, int, float*) { return values; }
 
-  template <int R, int NV>
+  template <int R, int NV, int S>
   TWOFOUR_INLINE static void step(const char* panel, const uint16_t* offsets, const bf16* weights, int row, int groups,
                                   const char* next_weights, F (&sums)[R][NV]) {
     weights += row * nm::kKeep;
@@ -147,12 +157,16 @@ struct ManyPairs {
       ahead.advance();
       unroll<R / 4>([&](auto q) TWOFOUR_INLINE {
         const Quad quad = load_quad(reinterpret_cast<const float*>(weights + q * 4 * nm::kKeep));
-        unroll<4>([&](auto i) TWOFOUR_INLINE {
-          const char* x = panel + (now.words[q / 2][q % 2] >> (16 * i) & 0xffff);
-          const I w = _mm512_castps_si512(splat<i>(quad));
-          F(&to)[NV] = sums[4 * q + i];
+        unroll<4 / S>([&](auto s) TWOFOUR_INLINE {
+          const char* x = panel + (now.words[q / 2][q % 2] >> (16 * S * s) & 0xffff);
+          I w[S];
+          unroll<S>([&](auto i) TWOFOUR_INLINE { w[i] = _mm512_castps_si512(splat<S * s + i>(quad)); });
           unroll<NV>([&](auto v) TWOFOUR_INLINE {
-            to[v] = dot(to[v], w, _mm512_loadu_si512(x + v * sizeof(F)));
+            const I x_v = _mm512_loadu_si512(x + v * sizeof(F));
+            unroll<S>([&](auto i) TWOFOUR_INLINE {
+              F& sum = sums[4 * q + S * s + i][v];
+              sum = dot(sum, w[i], x_v);
+            });
           });
         });
       });

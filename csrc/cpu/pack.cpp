@@ -16,33 +16,33 @@ int slot_of(int row, int kept, int itemsize) {
 
 template <class Item>
 void pack(const Item* values, const uint8_t* metadata, Item* packed_values, uint8_t* packed_metadata,
-          int64_t out_features, int64_t in_features) {
+          int64_t out_features, int64_t in_features, int shared) {
   const int64_t tiles = tiles_of(out_features), groups = groups_of(in_features);
   const int64_t metadata_row = metadata_row_bytes(in_features);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     for (int64_t group = 0; group < groups; ++group) {
       Item* slots = packed_values + (tile * groups + group) * kTileRows * kKeep;
-      uint32_t words[2] = {0, 0};
+      uint64_t bits = 0;
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t row = tile * kTileRows + r;
         Item kept[kKeep] = {0, 0};
-        uint32_t nibble = kPaddingNibble;
+        uint64_t nibble = kPaddingNibble;
         if (row < out_features) {
           std::memcpy(kept, values + (row * groups + group) * kKeep, sizeof kept);
           nibble = metadata[row * metadata_row + group / 2] >> (4 * (group % 2)) & 15u;
         }
         for (int k = 0; k < kKeep; ++k) slots[slot_of(r, k, sizeof(Item))] = kept[k];
-        words[word_of_row(r)] |= nibble << shift_of_row(r);
+        if (r % shared == 0) bits |= nibble << bit_of_row(r, shared);
       }
-      uint8_t* bytes = packed_metadata + (tile * groups + group) * kTileMetadataBytes;
-      for (int b = 0; b < kTileMetadataBytes; ++b) bytes[b] = static_cast<uint8_t>(words[b / 4] >> (8 * (b % 4)));
+      uint8_t* bytes = packed_metadata + (tile * groups + group) * metadata_bytes(shared);
+      for (int b = 0; b < metadata_bytes(shared); ++b) bytes[b] = static_cast<uint8_t>(bits >> (8 * b));
     }
   }
 }
 
 template <class Item>
 void unpack(const Item* packed_values, const uint8_t* packed_metadata, Item* values, uint8_t* metadata,
-            int64_t out_features, int64_t in_features) {
+            int64_t out_features, int64_t in_features, int shared) {
   const int64_t groups = groups_of(in_features), metadata_row = metadata_row_bytes(in_features);
   std::memset(metadata, 0, static_cast<size_t>(out_features * metadata_row));
   for (int64_t row = 0; row < out_features; ++row) {
@@ -52,8 +52,8 @@ void unpack(const Item* packed_values, const uint8_t* packed_metadata, Item* val
       const Item* slots = packed_values + cell * kTileRows * kKeep;
       const Item kept[kKeep] = {slots[slot_of(r, 0, sizeof(Item))], slots[slot_of(r, 1, sizeof(Item))]};
       std::memcpy(values + (row * groups + group) * kKeep, kept, sizeof kept);
-      const uint8_t byte = packed_metadata[cell * kTileMetadataBytes + word_of_row(r) * 4 + shift_of_row(r) / 8];
-      const unsigned nibble = byte >> (shift_of_row(r) % 8) & 15u;
+      const int bit = bit_of_row(r, shared);
+      const unsigned nibble = packed_metadata[cell * metadata_bytes(shared) + bit / 8] >> (bit % 8) & 15u;
       metadata[row * metadata_row + group / 2] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
     }
   }
@@ -63,24 +63,24 @@ void unpack(const Item* packed_values, const uint8_t* packed_metadata, Item* val
 
 // The items move as integers of their size: no NaN is quieted on the way.
 void pack_linear(const void* values, const uint8_t* metadata, void* packed_values, uint8_t* packed_metadata,
-                 int64_t out_features, int64_t in_features, int itemsize) {
+                 int64_t out_features, int64_t in_features, int itemsize, int shared) {
   if (itemsize == 4) {
     pack(static_cast<const uint32_t*>(values), metadata, static_cast<uint32_t*>(packed_values), packed_metadata,
-         out_features, in_features);
+         out_features, in_features, shared);
   } else {
     pack(static_cast<const uint16_t*>(values), metadata, static_cast<uint16_t*>(packed_values), packed_metadata,
-         out_features, in_features);
+         out_features, in_features, shared);
   }
 }
 
 void unpack_linear(const void* packed_values, const uint8_t* packed_metadata, void* values, uint8_t* metadata,
-                   int64_t out_features, int64_t in_features, int itemsize) {
+                   int64_t out_features, int64_t in_features, int itemsize, int shared) {
   if (itemsize == 4) {
     unpack(static_cast<const uint32_t*>(packed_values), packed_metadata, static_cast<uint32_t*>(values), metadata,
-           out_features, in_features);
+           out_features, in_features, shared);
   } else {
     unpack(static_cast<const uint16_t*>(packed_values), packed_metadata, static_cast<uint16_t*>(values), metadata,
-           out_features, in_features);
+           out_features, in_features, shared);
   }
 }
 

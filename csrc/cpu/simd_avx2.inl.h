@@ -55,12 +55,20 @@ inline F second_of_pairs(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_and_si256(load_pairs(p), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Lane r: the nibble of row 8 * kHalf + r of the tile in the low bits, the nibbles of other rows above it.
-template <int kHalf>
+// Lane r: the nibble of row 8 * kHalf + r of the tile in the low bits, the nibbles of other rows above it. S rows share a
+// nibble.
+template <int kHalf, int S>
 inline I nibbles(const uint8_t* metadata) {
-  const int s = 16 * kHalf;
-  const I words = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(metadata)));
-  return _mm256_srlv_epi32(words, _mm256_setr_epi32(s, s, s + 4, s + 4, s + 8, s + 8, s + 12, s + 12));
+  if constexpr (S == 4) {
+    const I word = _mm256_set1_epi32(static_cast<int>(bits_of<uint16_t>(metadata)));
+    const int s = 8 * kHalf;
+    return _mm256_srlv_epi32(word, _mm256_setr_epi32(s, s, s, s, s + 4, s + 4, s + 4, s + 4));
+  } else {
+    const I words = S == 2 ? _mm256_set1_epi32(static_cast<int>(bits_of<uint32_t>(metadata)))
+                           : _mm256_set1_epi64x(static_cast<int64_t>(bits_of<uint64_t>(metadata)));
+    const int s = 16 * kHalf;
+    return _mm256_srlv_epi32(words, _mm256_setr_epi32(s, s, s + 4, s + 4, s + 8, s + 8, s + 12, s + 12));
+  }
 }
 inline I second_index(I nibbles) { return _mm256_srli_epi32(nibbles, 2); }
 
@@ -76,9 +84,9 @@ inline F splat(Quad quad) {
   return _mm256_broadcast_ss(quad + kIndex);
 }
 
-template <int kHalf>
+template <int kHalf, int S>
 inline void half_row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
-  const I n = nibbles<kHalf>(metadata);
+  const I n = nibbles<kHalf, S>(metadata);
   const I three = _mm256_set1_epi32(3);
   const I i0 = _mm256_and_si256(n, three), i1 = _mm256_and_si256(_mm256_srli_epi32(n, 2), three);
   const I both = _mm256_or_si256(i0, _mm256_slli_epi32(i1, 16));
@@ -87,9 +95,10 @@ inline void half_row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* o
 }
 
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
+template <int S>
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
-  half_row_offsets<0>(metadata, row_bytes, offsets);
-  half_row_offsets<1>(metadata, row_bytes, offsets);
+  half_row_offsets<0, S>(metadata, row_bytes, offsets);
+  half_row_offsets<1, S>(metadata, row_bytes, offsets);
 }
 
 inline void transpose(F (&v)[8]) {

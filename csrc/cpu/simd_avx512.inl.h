@@ -47,13 +47,18 @@ inline F second_of_pairs(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Lane r: the nibble of row r of the tile in the low bits, the nibbles of other rows above it.
-template <int kHalf>
+// Lane r: the nibble of row r of the tile in the low bits, the nibbles of other rows above it. S rows share a nibble.
+template <int kHalf, int S>
 inline I nibbles(const uint8_t* metadata) {
   static_assert(kHalf == 0, "one vector holds the 16 rows");
-  const I shifts = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-  const I words = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(metadata)));
-  return _mm512_srlv_epi32(words, shifts);
+  if constexpr (S == 4) {
+    return _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(bits_of<uint16_t>(metadata))),
+                             _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+  } else {
+    const I words = S == 2 ? _mm512_set1_epi32(static_cast<int>(bits_of<uint32_t>(metadata)))
+                           : _mm512_set1_epi64(static_cast<int64_t>(bits_of<uint64_t>(metadata)));
+    return _mm512_srlv_epi32(words, _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28));
+  }
 }
 inline I second_index(I nibbles) { return _mm512_srli_epi32(nibbles, 2); }
 
@@ -70,12 +75,13 @@ inline F splat(Quad quad) {
 }
 
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
+template <int S>
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
   const I nibble = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const I i0 = _mm512_and_si512(nibble, _mm512_set1_epi32(3));
   const I both = _mm512_or_si512(i0, _mm512_slli_epi32(_mm512_srli_epi32(nibble, 2), 16));
   const I table = _mm512_mullo_epi16(both, _mm512_set1_epi16(static_cast<short>(row_bytes)));  // hoisted out of loops
-  _mm512_storeu_si512(offsets, _mm512_permutexvar_epi32(nibbles<0>(metadata), table));
+  _mm512_storeu_si512(offsets, _mm512_permutexvar_epi32(nibbles<0, S>(metadata), table));
 }
 
 inline void transpose(F (&v)[16]) {

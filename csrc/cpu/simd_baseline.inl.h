@@ -57,15 +57,22 @@ inline void store_first(bf16* p, F v, int n) {
 inline F first_of_pairs(const bf16* p) { return F{widen(p[0]), widen(p[2]), widen(p[4]), widen(p[6])}; }
 inline F second_of_pairs(const bf16* p) { return F{widen(p[1]), widen(p[3]), widen(p[5]), widen(p[7])}; }
 
-inline uint32_t metadata_word(const uint8_t* p) {
-  return p[0] | static_cast<uint32_t>(p[1]) << 8 | static_cast<uint32_t>(p[2]) << 16 | static_cast<uint32_t>(p[3]) << 24;
+// The metadata of one (tile, group), read as bytes: the format is little-endian, the machine may not be.
+template <int S>
+inline uint64_t metadata_bits(const uint8_t* metadata) {
+  uint64_t bits = 0;
+  for (int b = 0; b < nm::metadata_bytes(S); ++b) bits |= static_cast<uint64_t>(metadata[b]) << (8 * b);
+  return bits;
 }
 
-// Lane r: the nibble of row 4 * kHalf + r of the tile in the low bits, the nibbles of other rows above it.
-template <int kHalf>
+// Lane r: the nibble of row 4 * kHalf + r of the tile in the low bits, the nibbles of other rows above it. S rows share a
+// nibble.
+template <int kHalf, int S>
 inline I nibbles(const uint8_t* metadata) {
-  const uint32_t even = metadata_word(metadata) >> (8 * kHalf), odd = metadata_word(metadata + 4) >> (8 * kHalf);
-  return I{even, odd, even >> 4, odd >> 4};
+  const uint64_t bits = metadata_bits<S>(metadata);
+  I lanes;
+  for (int r = 0; r < kLanes; ++r) lanes[r] = static_cast<uint32_t>(bits >> nm::bit_of_row(kLanes * kHalf + r, S));
+  return lanes;
 }
 inline I second_index(I nibbles) { return nibbles >> 2; }
 
@@ -100,10 +107,11 @@ inline uint64_t arrived(Ahead bytes) {
 }
 
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
+template <int S>
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
-  const uint32_t words[2] = {metadata_word(metadata), metadata_word(metadata + 4)};
+  const uint64_t bits = metadata_bits<S>(metadata);
   for (int row = 0; row < nm::kTileRows; ++row) {
-    const uint32_t nibble = words[nm::word_of_row(row)] >> nm::shift_of_row(row) & 15u;
+    const unsigned nibble = bits >> nm::bit_of_row(row, S) & 15u;
     offsets[row] = (nm::first_of(nibble) | nm::second_of(nibble) << 16) * static_cast<uint32_t>(row_bytes);
   }
 }

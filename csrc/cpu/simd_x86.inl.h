@@ -1,5 +1,12 @@
 // What AVX2 and AVX-512 share. Included inside an unnamed namespace, by the simd files of both.
 
+template <class Bits>
+inline Bits bits_of(const uint8_t* p) {
+  Bits bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+
 // Sixteen bytes on their way to scalar registers. They go through a vector register, well before their use: behind
 // plain loads, the loads of activations whose addresses they hold were issued too early and then again (Zen 5: 0.66
 // cycles per vdpbf16ps instead of 0.51).

@@ -19,7 +19,11 @@
 //                 word 0     r14    r12  ..    r2     r0
 //                 word 1     r15    r13  ..    r3     r1
 //
-// One 64-bit broadcast puts word 0 into the even and word 1 into the odd 32-bit lanes; one shift by the constants
+// Where each S = 2 or 4 neighbouring rows have one mask (2:4x2, 2:4x4), their nibble is stored once:
+//
+//   metadata      [tiles, groups, 8 / S] uint8, little-endian: the nibble of rows r .. r + S - 1 from bit 4 * r / S on
+//
+// With S = 1, one 64-bit broadcast puts word 0 into the even and word 1 into the odd 32-bit lanes; one shift by the constants
 // {0, 0, 4, 4, .., 28, 28} then leaves the nibble of row r in the low bits of lane r. The bits above are those of
 // other rows: select instructions ignore them.
 //
@@ -33,7 +37,7 @@ namespace twofour::nm {
 constexpr int kGroup = 4;
 constexpr int kKeep = 2;
 constexpr int kTileRows = 16;
-constexpr int kTileMetadataBytes = 8;
+constexpr int kTileMetadataBytes = 8;  // of one (tile, group) where every row has its own nibble
 
 // Internal linkage on purpose: files compiled for different instruction sets must not share these functions.
 static constexpr unsigned nibble_of(unsigned i0, unsigned i1) { return i0 | i1 << 2; }
@@ -43,6 +47,13 @@ static constexpr unsigned second_of(unsigned nibble) { return (nibble >> 2) & 3u
 // Where the nibble of `row` (0..15) of a tile sits in its two metadata words.
 static constexpr int word_of_row(int row) { return row % 2; }
 static constexpr int shift_of_row(int row) { return 4 * (row / 2); }
+
+// The same for any `shared`, the number of neighbouring rows that have one mask: bytes per (tile, group), and the bit at
+// which the nibble of a row starts in them.
+static constexpr int metadata_bytes(int shared) { return kTileMetadataBytes / shared; }
+static constexpr int bit_of_row(int row, int shared) {
+  return shared == 1 ? 32 * word_of_row(row) + shift_of_row(row) : 4 * (row / shared);
+}
 
 static constexpr int64_t tiles_of(int64_t out_features) { return (out_features + kTileRows - 1) / kTileRows; }
 static constexpr int64_t groups_of(int64_t in_features) { return in_features / kGroup; }
@@ -69,6 +80,7 @@ static_assert(kPairNibble[3] == 0b1001 && kPairNibble[4] == 0b1101 && kPairNibbl
 static_assert(first_of(nibble_of(1, 3)) == 1 && second_of(nibble_of(1, 3)) == 3, "nibble halves");
 static_assert(pair_of(nibble_of(2, 3)) == 5 && pair_of(nibble_of(0, 1)) == 0 && pair_of(0) == 0, "pair numbers");
 static_assert(word_of_row(15) == 1 && shift_of_row(15) == 28 && word_of_row(14) == 0, "metadata words");
+static_assert(bit_of_row(15, 1) == 60 && bit_of_row(14, 1) == 28 && bit_of_row(15, 4) == 12, "metadata bits");
 static_assert(kTileRows * 4 == kTileMetadataBytes * 8, "one nibble per row");
 
 }  // namespace twofour::nm

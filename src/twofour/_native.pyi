@@ -20,6 +20,7 @@ def pack_linear(
     out_features: int,
     in_features: int,
     itemsize: int,
+    shared: int = 1,
 ) -> None:
     """Canonical format -> CPU layout (csrc/nm/layout.h)."""
 
@@ -31,6 +32,7 @@ def unpack_linear(
     out_features: int,
     in_features: int,
     itemsize: int,
+    shared: int = 1,
 ) -> None:
     """CPU layout -> canonical format."""
 
@@ -50,5 +52,9 @@ def linear(
     kernel: int = 0,
     isa: str | None = None,
     bias_dtype: int = 0,
+    shared: int = 1,
 ) -> None:
-    """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16. bias 0: none. kernel: 0 automatic, 1 few, 2 many. Strides in elements."""
+    """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16. bias 0: none. kernel: 0 automatic, 1 few, 2 many. Strides in elements.
+
+    shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear.
+    """

@@ -57,13 +57,16 @@ class Weight:
         return out_features, in_features
 
 
-def make_weight(out_features: int, in_features: int, dtype: torch.dtype, *, integers: bool, seed: int = 0) -> Weight:
+def make_weight(
+    out_features: int, in_features: int, dtype: torch.dtype, *, integers: bool, seed: int = 0, shared: int = 1
+) -> Weight:
     generator = torch.Generator().manual_seed(seed + 1000 * out_features + in_features)
     groups = in_features // 4
     shape = (out_features, groups, 4)
     dense = torch.randint(-4, 5, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
     dense = dense.to(dtype)
-    indices = torch.rand(shape, generator=generator).topk(2, -1).indices.sort(-1).values
+    indices = torch.rand(shape, generator=generator)[::shared].topk(2, -1).indices.sort(-1).values
+    indices = indices.repeat_interleave(shared, 0)[:out_features]
     values = dense.gather(-1, indices)
     kept = torch.zeros(shape, dtype=torch.bool).scatter_(-1, indices, True)
     nibbles = indices[..., 0] | indices[..., 1] << 2
@@ -75,7 +78,7 @@ def make_weight(out_features: int, in_features: int, dtype: torch.dtype, *, inte
         kept.view(out_features, in_features),
         values,
         metadata,
-        cpu.pack(values, metadata, out_features, in_features),
+        cpu.pack(values, metadata, out_features, in_features, shared),
     )
 
 
@@ -115,6 +118,37 @@ def test_integers_agree_exactly(isa: str, family: cpu.Family, dtype: torch.dtype
         for tokens in chosen:
             y = run(x_all[:tokens, :in_features], weight, bias, isa, family)  # rows of x are strided
             assert torch.equal(y, expected[:tokens].to(dtype)), (tokens, out_features, in_features)
+
+
+@every_kernel
+@pytest.mark.parametrize("shared", [2, 4])
+def test_shared_masks_agree_exactly(isa: str, family: cpu.Family, dtype: torch.dtype, shared: int) -> None:
+    """Rows that share a mask store it once and read each activation once."""
+    for out_features, in_features in ((shared, 4), (12, 8), (16, 12), (36, 68), (68, 100), (512, 388), (528, 1028)):
+        weight = make_weight(out_features, in_features, dtype, integers=True, shared=shared)
+        assert cpu.shared_rows(weight.metadata) % shared == 0
+        assert weight.packed[1].shape[-1] == 8 // shared
+        for tokens in (1, 3, 8, 9, 16, 33, 49, 97, 193)[out_features % 5 % 2 :: 2]:
+            x = integers(tokens, in_features, dtype=dtype)
+            x[:, in_features // 2] = float("nan")  # dropped by some rows and kept by others
+            kept = torch.nan_to_num(x.double())
+            expected = (kept @ weight.dense.T).to(dtype)
+            expected[:, weight.kept[:, in_features // 2]] = float("nan")
+            y = run(x, weight, None, isa, family)
+            assert torch.equal(y.isnan(), expected.isnan()), (tokens, out_features, in_features)
+            assert torch.equal(y.nan_to_num(), expected.nan_to_num()), (tokens, out_features, in_features)
+        back = cpu.unpack(*weight.packed, out_features, in_features)
+        assert torch.equal(back[0], weight.values)
+        assert torch.equal(back[1], weight.metadata)
+
+
+def test_masks_that_are_not_shared_are_not_packed_as_shared() -> None:
+    weight = make_weight(16, 64, torch.float32, integers=True)
+    assert cpu.shared_rows(weight.metadata) == 1
+    with pytest.raises(ShapeError, match=r"shared=4: it must be 1, 2 or 4, and the masks .* equal; here 1 are"):
+        cpu.pack(weight.values, weight.metadata, 16, 64, 4)
+    assert cpu.shared_rows(make_weight(18, 64, torch.float32, integers=True, shared=2).metadata) == 2
+    assert cpu.shared_rows(make_weight(16, 64, torch.float32, integers=True, shared=4).metadata[:15]) == 1
 
 
 @every_kernel

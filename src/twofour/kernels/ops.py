@@ -35,7 +35,8 @@ _LIBRARY.define(
     "to_dense_cpu(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
 )
 _LIBRARY.define(
-    "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features) -> (Tensor, Tensor)"
+    "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features, int shared=1)"
+    " -> (Tensor, Tensor)"
 )
 
 
@@ -73,8 +74,10 @@ def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features:
     return values.new_empty(out_features, in_features)
 
 
-def _pack_fake(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, values.dtype)
+def _pack_fake(
+    values: Tensor, metadata: Tensor, out_features: int, in_features: int, shared: int = 1
+) -> tuple[Tensor, Tensor]:
+    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, values.dtype, shared)
     return values.new_empty(values_shape), metadata.new_empty(metadata_shape)
 
 
@@ -182,7 +185,7 @@ def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def pattern_text(pattern: Pattern) -> str:
-    """ "2:4", "4:8", ...: what operations are told of a pattern; kernels do not care who shares a mask."""
+    """ "2:4", "4:8", ...: what operations are told of a pattern; who shares a mask shows in a kernel's own layout."""
     return f"{pattern.keep}:{pattern.group}"
 
 

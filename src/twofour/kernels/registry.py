@@ -80,7 +80,7 @@ def _cpu_why_not(spec: LinearSpec) -> str | None:
 
 def _cpu_pack(matrix: SparseMatrix) -> Operands:
     values, metadata = torch.ops.twofour.pack_linear_cpu(
-        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features
+        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, cpu.shared_rows(matrix.metadata)
     )
     return values, metadata
 
