@@ -81,7 +81,7 @@ struct ManyWide {
           const int row_of_step = q * kQuads + i;
           const char* x0 = panel + (two_rows[i / 2] >> (32 * (i % 2)) & 0xffff);
           const char* x1 = panel + (two_rows[i / 2] >> (32 * (i % 2) + 16) & 0xffff);
-          const F w0r = splat<i>(w0), w1r = splat<i>(w1);
+          const auto w0r = splat<i>(w0), w1r = splat<i>(w1);
           F(&to)[NV] = sums[row_of_step];
           unroll<NV>([&](auto v) TWOFOUR_INLINE {
             to[v] = fma(w0r, load(reinterpret_cast<const float*>(x0) + v * kLanes), to[v]);
@@ -100,7 +100,8 @@ struct ManyWide {
 
 // Rows per step: R * NV accumulators, enough to hide the latency of the FMA, few enough for the registers.
 constexpr int rows_per_step(int vectors) {
-  return kLanes == 16 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4) : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
+  return kVectorRegisters == 32 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4)
+                                : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
 }
 
 // Adds the chunk's part of R rows to the sums in memory. The part is summed from zero: that starts without waiting for

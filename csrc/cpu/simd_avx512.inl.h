@@ -3,6 +3,7 @@
 using F = __m512;   // 16 floats
 using I = __m512i;  // 16 32-bit integers
 constexpr int kLanes = 16;
+constexpr int kVectorRegisters = 32;
 constexpr int kFewTokens = 8;  // tokens per pass of the few-token kernel
 
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
