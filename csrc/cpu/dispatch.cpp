@@ -51,7 +51,7 @@ struct Isa {
   bool (*runs_here)();
   const LinearKernels* kernels;
   // The many-token kernel runs from this number of tokens on: [fp32, bf16]. Measured on Zen 5;
-  // for NEON from the number of instructions, without a machine to measure on.
+  // for NEON counted in vector instructions, without a machine to measure on.
   int64_t many_from[2];
   const char* few_name;
   const char* many_name;
@@ -66,8 +66,8 @@ constexpr Isa kIsas[] = {
     {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48}, "avx512bf16/few", "avx512bf16/many"},
 #endif
 #if defined(TWOFOUR_AARCH64)
-    {"neon", always, &linear_neon, {8, 8}, "neon/few", "neon/many"},
-    {"neonbf16", has_neonbf16, &linear_neonbf16, {8, 12}, "neonbf16/few", "neonbf16/many"},
+    {"neon", always, &linear_neon, {5, 5}, "neon/few", "neon/many"},
+    {"neonbf16", has_neonbf16, &linear_neonbf16, {5, 8}, "neonbf16/few", "neonbf16/many"},
 #endif
 };
 // Those of every build: a name from here is not a misspelling, this machine lacks it.
