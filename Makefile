@@ -14,7 +14,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_by
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench-smallest native-test sanitize neon check clean
+.PHONY: demo test lint types examples bench-smallest native-test sanitize sanitize-threads neon check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -42,9 +42,13 @@ native-test: $(VENV)/installed
 	build/native-test/linear_test
 
 sanitize: $(VENV)/installed
-	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=ON)
+	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=address,undefined)
 	$(SANITIZER_OPTIONS) build/native-sanitize/linear_test
 	$(SANITIZER_OPTIONS) tests/native/sanitize_module.sh
+
+sanitize-threads: $(VENV)/installed
+	$(call native_test,native-sanitize-threads,-DTWOFOUR_SANITIZE=thread)
+	build/native-sanitize-threads/linear_test
 
 neon: $(VENV)/installed
 	@command -v $(CROSS_CXX) > /dev/null && command -v $(firstword $(QEMU)) > /dev/null || \

@@ -1,6 +1,6 @@
 # twofour_add_kernels(target): everything in csrc/cpu, with the instruction sets of the processor that is built for.
 # Used by the Python module and by tests/native, so that both run the same files with the same flags.
-option(TWOFOUR_SANITIZE "with AddressSanitizer and UndefinedBehaviorSanitizer; the first finding ends the run" OFF)
+set(TWOFOUR_SANITIZE "" CACHE STRING "sanitizers to build with, as in \"address,undefined\"; a finding fails the run")
 
 function(twofour_add_kernels target)
   get_filename_component(csrc "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/.." ABSOLUTE)
@@ -11,7 +11,7 @@ function(twofour_add_kernels target)
     ${csrc}/cpu/threads.cpp)
   target_include_directories(${target} PRIVATE ${csrc})
   if(TWOFOUR_SANITIZE)  # -O1: a third of the time to compile, and every intrinsic still runs
-    set(sanitizers -fsanitize=address,undefined -fno-sanitize-recover=all)
+    set(sanitizers -fsanitize=${TWOFOUR_SANITIZE} -fno-sanitize-recover=all)
     target_compile_options(${target} PRIVATE -O1 -g1 -fno-omit-frame-pointer ${sanitizers})
     target_link_options(${target} PRIVATE ${sanitizers})
   else()

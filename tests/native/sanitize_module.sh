@@ -11,7 +11,7 @@ rm -rf "$sanitized"
 site=$("$sanitized/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -c 'import sys; print(*[path for path in sys.path if path.endswith("site-packages")], sep="\n")' > "$site/borrowed.pth"
 "$sanitized/bin/python" -m pip install --quiet --no-deps --no-build-isolation --ignore-installed --prefix "$sanitized" \
-  --config-settings build-dir=build/sanitize-module --config-settings cmake.define.TWOFOUR_SANITIZE=ON .
+  --config-settings build-dir=build/sanitize-module --config-settings cmake.define.TWOFOUR_SANITIZE=address,undefined .
 
 # Python itself is not instrumented: the runtimes must be there first. torch keeps what it allocates, so leaks are not
 # looked for here; linear_test does.
