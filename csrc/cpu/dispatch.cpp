@@ -1,4 +1,5 @@
 // Chooses the instruction set and the kernel family, cuts the work and lends scratch memory.
+#include <sys/mman.h>
 #include <unistd.h>
 #if defined(TWOFOUR_AARCH64) && defined(__linux__)
 #include <sys/auxv.h>
@@ -73,8 +74,8 @@ constexpr Isa kIsas[] = {
 // Those of every build: a name from here is not a misspelling, this machine lacks it.
 constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"};
 
-// Rows of a block of the many-token kernel: 1024 rows of 96 sums in fp32 are 384 KiB of an L2 cache.
-constexpr int64_t kBlockTiles = 64;
+// Sums of a block of the many-token kernel: part of an L2 cache. 1024 rows of 96 tokens, 2048 of 48.
+constexpr int64_t kBlockBytes = 384 << 10;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
 constexpr int64_t kAlone = 1 << 18;
 
@@ -114,6 +115,8 @@ const Isa& chosen_isa() {
 
 // ---- scratch memory ------------------------------------------------------------------------------------------------
 
+constexpr size_t kHugePage = 2 << 20;
+
 // Memory of one thread that is kept from call to call and grows when asked for more.
 class Scratch {
  public:
@@ -128,9 +131,13 @@ class Scratch {
     if (bytes > bytes_) {
       std::free(memory_);
       bytes_ = 0;
-      const size_t rounded = (bytes + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(4096, rounded);
+      const size_t page = bytes < kHugePage / 8 ? 4096 : kHugePage;
+      const size_t rounded = (bytes + page - 1) / page * page;
+      memory_ = std::aligned_alloc(page, rounded);
       if (memory_ == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+      if (page == kHugePage) madvise(memory_, rounded, MADV_HUGEPAGE);
+#endif
       bytes_ = rounded;
     }
     return memory_;
@@ -229,7 +236,8 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t panel_vectors = kernel.panel_tokens / kernel.lanes;
   const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
   // Every block packs its panel again, so no more blocks than the cache asks for, unless threads would stand idle.
-  int64_t blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
+  const int64_t tile_bytes = static_cast<int64_t>(sizeof(float)) * nm::kTileRows * kernel.panel_tokens;
+  int64_t blocks = (tiles * tile_bytes + kBlockBytes - 1) / kBlockBytes;
   while (blocks < tiles && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
   for_each_unit(threads, panels * blocks, [&](int64_t i) {

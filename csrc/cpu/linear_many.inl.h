@@ -16,6 +16,31 @@
 constexpr int kMaxChunkGroups = 64;
 constexpr int kChunkStep = 4;  // groups; so that packing works on whole vectors of K
 
+// The offsets of R rows, group after group, each loaded two groups ahead of its turn.
+template <class Offset, int R>
+struct OffsetsAhead {
+  static constexpr int kPerWord = sizeof(uint64_t) / sizeof(Offset);
+  static constexpr int kPieces = (R + 2 * kPerWord - 1) / (2 * kPerWord);  // of two words
+
+  uint64_t words[kPieces][2];
+  Ahead next[kPieces];
+  const Offset* offsets;
+
+  TWOFOUR_INLINE explicit OffsetsAhead(const Offset* first) : offsets(first + nm::kTileRows) {
+    unroll<kPieces>([&](auto p) TWOFOUR_INLINE { next[p] = load_ahead(first + 2 * kPerWord * p); });
+    advance();
+  }
+
+  TWOFOUR_INLINE void advance() {
+    unroll<kPieces>([&](auto p) TWOFOUR_INLINE {
+      words[p][0] = arrived<0>(next[p]);
+      if (2 * kPerWord * p + kPerWord < R) words[p][1] = arrived<1>(next[p]);
+      next[p] = load_ahead(offsets + 2 * kPerWord * p);
+    });
+    offsets += nm::kTileRows;
+  }
+};
+
 // Activations as fp32 rows; weights of fp32 or bf16.
 template <class Item>
 struct ManyWide {
@@ -24,6 +49,7 @@ struct ManyWide {
   using Weight = float;     // as the inner loop reads it
   using Offset = uint32_t;  // i0's byte offset in the low half, i1's in the high half
   static constexpr int kPanelRows = nm::kGroup;  // rows of tokens per group
+  static constexpr int kPanelVectors = 6;        // of tokens; with 3, weights and offsets load the loads too much
   static constexpr int kPanelPercent = 65;       // of the L1 cache; more, and the weights passing through evict it
 
   template <int NV>
@@ -47,8 +73,11 @@ struct ManyWide {
   }
 
   template <int NV>
-  static void offsets(const uint8_t* metadata, Offset* offsets) {
-    row_offsets(metadata, NV * kLanes * static_cast<int>(sizeof(float)), offsets);
+  static void offsets(const uint8_t* metadata, int groups, Offset* offsets) {
+    constexpr int kRowBytes = NV * kLanes * static_cast<int>(sizeof(float));
+    for (int g = 0; g < groups; ++g) {
+      row_offsets(metadata + g * nm::kTileMetadataBytes, kRowBytes, offsets + g * nm::kTileRows);
+    }
   }
 
   // [groups, 2, 16] fp32 weights of a tile's chunk: the packed ones, or converted ones.
@@ -69,18 +98,19 @@ struct ManyWide {
                                   const char* next_weights, F (&sums)[R][NV]) {
     constexpr int kQuads = R < 4 ? R : 4;  // rows per quad of weights
     weights += row;
-    offsets += row;
+    OffsetsAhead<Offset, R> ahead(offsets + row);
     for (int g = 0; g < groups; ++g) {
       __builtin_prefetch(next_weights);
       next_weights += R * nm::kKeep * sizeof(Item);
+      const OffsetsAhead<Offset, R> now = ahead;
+      ahead.advance();
       unroll<R / kQuads>([&](auto q) TWOFOUR_INLINE {
         const Quad w0 = load_quad(weights + q * kQuads), w1 = load_quad(weights + nm::kTileRows + q * kQuads);
-        uint64_t two_rows[kQuads / 2];  // one load serves the offsets of two rows
-        __builtin_memcpy(two_rows, offsets + q * kQuads, sizeof two_rows);
         unroll<kQuads>([&](auto i) TWOFOUR_INLINE {
-          const int row_of_step = q * kQuads + i;
-          const char* x0 = panel + (two_rows[i / 2] >> (32 * (i % 2)) & 0xffff);
-          const char* x1 = panel + (two_rows[i / 2] >> (32 * (i % 2) + 16) & 0xffff);
+          constexpr int row_of_step = q * kQuads + i;
+          const uint64_t two_rows = now.words[row_of_step / 4][row_of_step / 2 % 2];
+          const char* x0 = panel + (two_rows >> (32 * (i % 2)) & 0xffff);
+          const char* x1 = panel + (two_rows >> (32 * (i % 2) + 16) & 0xffff);
           const auto w0r = splat<i>(w0), w1r = splat<i>(w1);
           F(&to)[NV] = sums[row_of_step];
           unroll<NV>([&](auto v) TWOFOUR_INLINE {
@@ -92,7 +122,6 @@ struct ManyWide {
         });
       });
       panel += kPanelRows * NV * sizeof(F);
-      offsets += nm::kTileRows;
       weights += nm::kTileRows * nm::kKeep;
     }
   }
@@ -146,9 +175,9 @@ void many_epilogue(const LinearArgs& args, const float* tile_sums, int64_t tile,
 
 template <class Core>
 struct Many {
-  static constexpr int kPanelVectors = 6;
+  static constexpr int kPanelVectors = Core::kPanelVectors;
   static constexpr int64_t kSlots = nm::kTileRows * nm::kKeep;
-  static constexpr size_t kOffsetBytes = kMaxChunkGroups * nm::kTileRows * sizeof(uint32_t);
+  static constexpr size_t kOffsetBytes = (kMaxChunkGroups + 3) * nm::kTileRows * sizeof(uint32_t);  // 3: loads ahead
   static constexpr size_t kWeightBytes = kMaxChunkGroups * kSlots * sizeof(float);
 
   static size_t scratch_bytes(int panel_bytes, int64_t tiles) {
@@ -190,9 +219,7 @@ struct Many {
         const int64_t share0 = (tile - tile0) * tokens / (tile1 - tile0);
         const int64_t share1 = (tile - tile0 + 1) * tokens / (tile1 - tile0);
         for (int64_t t = share0; t < share1; ++t) prefetch_x(args, token0 + t, group0 + chunk, chunk);
-        for (int g = 0; g < chunk; ++g) {
-          Core::template offsets<NV>(metadata + g * nm::kTileMetadataBytes, offsets + g * nm::kTileRows);
-        }
+        Core::template offsets<NV>(metadata, chunk, offsets);
         const typename Core::Weight* weights = Core::weights(values, chunk, converted);
         float* tile_sums = sums + (tile - tile0) * nm::kTileRows * NV * kLanes;
         for (int row = 0; row < nm::kTileRows; row += R) {
@@ -213,13 +240,9 @@ struct Many {
   static void run(const LinearArgs& args, void* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
                   int64_t tile1) {
     char* const memory = static_cast<char*>(scratch);
-    switch ((tokens + kLanes - 1) / kLanes) {
-      case 1: return panel<1>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
-      case 2: return panel<2>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
-      case 3: return panel<3>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
-      case 4: return panel<4>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
-      case 5: return panel<5>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
-      case 6: return panel<6>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
-    }
+    const int vectors = (tokens + kLanes - 1) / kLanes;
+    unroll<kPanelVectors>([&](auto v) TWOFOUR_INLINE {
+      if (vectors == v + 1) panel<v + 1>(args, memory, panel_bytes, token0, tokens, tile0, tile1);
+    });
   }
 };

@@ -59,7 +59,10 @@ struct ManyPairs {
   using Weight = bf16;
   using Offset = uint16_t;
   static constexpr int kPanelRows = nm::kPairs;  // rows of tokens per group
-  static constexpr int kPanelPercent = 75;       // of the L1 cache
+  // Few vectors, so that a chunk has many groups: between chunks the sums go to the L2 cache and back (with 6 vectors a
+  // chunk has 16 groups, and that takes 10 % of the time).
+  static constexpr int kPanelVectors = 3;
+  static constexpr int kPanelPercent = 68;       // of the L1 cache
 
   template <int NV>
   static void pack(const LinearArgs& args, int64_t token0, int tokens, int64_t group0, int groups, char* panel) {
@@ -100,20 +103,34 @@ struct ManyPairs {
     return _mm512_add_epi32(base, _mm512_set1_epi32(a | (32 + b) << 16));
   }
 
+  // Three vectors of 32 words: where the 16 bits with the nibble of a row begin in the metadata of two groups, how far
+  // up the nibble is, and the byte offset of its pair (twice, because vpermw reads five bits of the index).
+  struct OffsetTables {
+    uint16_t word[32], shift[32], offset[32];
+  };
   template <int NV>
-  static constexpr NibbleTable pair_offsets() {
-    NibbleTable table{};
-    for (unsigned nibble = 0; nibble < 16; ++nibble) {
-      table.entry[nibble] = static_cast<uint32_t>(nm::pair_of(nibble)) * NV * static_cast<uint32_t>(sizeof(F));
+  static constexpr OffsetTables offset_tables() {
+    OffsetTables tables{};
+    for (int i = 0; i < 32; ++i) {
+      const int row = i % nm::kTileRows, shift = nm::shift_of_row(row);
+      tables.word[i] = static_cast<uint16_t>(4 * (i / nm::kTileRows) + 2 * nm::word_of_row(row) + shift / 16);
+      tables.shift[i] = static_cast<uint16_t>(shift % 16);
+      tables.offset[i] = static_cast<uint16_t>(nm::pair_of(i % 16) * NV * static_cast<int>(sizeof(F)));
     }
-    return table;
+    return tables;
   }
 
   template <int NV>
-  static void offsets(const uint8_t* metadata, uint16_t* offsets) {
-    static constexpr NibbleTable kOffsets = pair_offsets<NV>();
-    const I of_rows = look_up(kOffsets, nibbles<0>(metadata));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets), _mm512_cvtepi32_epi16(of_rows));
+  static void offsets(const uint8_t* metadata, int groups, uint16_t* offsets) {
+    static constexpr OffsetTables kTables = offset_tables<NV>();
+    const I word = _mm512_loadu_si512(kTables.word), shift = _mm512_loadu_si512(kTables.shift);
+    const I offset = _mm512_loadu_si512(kTables.offset);
+    for (int g = 0; g < groups; g += 2) {
+      const auto* from = reinterpret_cast<const __m128i*>(metadata + g * nm::kTileMetadataBytes);
+      const __m128i bytes = g + 1 < groups ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
+      const I nibbles = _mm512_srlv_epi16(_mm512_permutexvar_epi16(word, _mm512_castsi128_si512(bytes)), shift);
+      _mm512_storeu_si512(offsets + g * nm::kTileRows, _mm512_permutexvar_epi16(nibbles, offset));
+    }
   }
 
   static const bf16* weights(const bf16* values, int, float*) { return values; }
@@ -122,16 +139,16 @@ struct ManyPairs {
   TWOFOUR_INLINE static void step(const char* panel, const uint16_t* offsets, const bf16* weights, int row, int groups,
                                   const char* next_weights, F (&sums)[R][NV]) {
     weights += row * nm::kKeep;
-    offsets += row;
+    OffsetsAhead<Offset, R> ahead(offsets + row);
     for (int g = 0; g < groups; ++g) {
       __builtin_prefetch(next_weights);
       next_weights += R * nm::kKeep * sizeof(bf16);
+      const OffsetsAhead<Offset, R> now = ahead;
+      ahead.advance();
       unroll<R / 4>([&](auto q) TWOFOUR_INLINE {
         const Quad quad = load_quad(reinterpret_cast<const float*>(weights + q * 4 * nm::kKeep));
-        uint64_t four_rows;  // one load serves the offsets of four rows
-        __builtin_memcpy(&four_rows, offsets + 4 * q, sizeof four_rows);
         unroll<4>([&](auto i) TWOFOUR_INLINE {
-          const char* x = panel + (four_rows >> (16 * i) & 0xffff);
+          const char* x = panel + (now.words[q / 2][q % 2] >> (16 * i) & 0xffff);
           const I w = _mm512_castps_si512(splat<i>(quad));
           F(&to)[NV] = sums[4 * q + i];
           unroll<NV>([&](auto v) TWOFOUR_INLINE {
@@ -140,7 +157,6 @@ struct ManyPairs {
         });
       });
       panel += kPanelRows * NV * sizeof(F);
-      offsets += nm::kTileRows;
       weights += nm::kTileRows * nm::kKeep;
     }
   }

@@ -42,6 +42,7 @@ struct ManyPairs {
   using Weight = bf16;
   using Offset = uint16_t;
   static constexpr int kPanelRows = nm::kPairs;  // rows of tokens per group
+  static constexpr int kPanelVectors = 6;        // of tokens
   static constexpr int kPanelPercent = 75;       // of the L1 cache
 
   // The first n (0..8) bf16 of a row; the others are 0 and their memory is not touched.
@@ -103,13 +104,15 @@ struct ManyPairs {
   }
 
   template <int NV>
-  static void offsets(const uint8_t* metadata, uint16_t* offsets) {
+  static void offsets(const uint8_t* metadata, int groups, uint16_t* offsets) {
     static constexpr PairTable kTable = pair_table();
-    const uint8x16_t nibbles = vandq_u8(row_nibbles(metadata), vdupq_n_u8(15));
-    const uint8x16_t pairs = vqtbl1q_u8(vld1q_u8(kTable.pair), nibbles);
     constexpr uint16_t kRow = NV * kVectorBytes;
-    vst1q_u16(offsets, vmulq_n_u16(vmovl_u8(vget_low_u8(pairs)), kRow));
-    vst1q_u16(offsets + 8, vmulq_n_u16(vmovl_high_u8(pairs), kRow));
+    for (int g = 0; g < groups; ++g, metadata += nm::kTileMetadataBytes, offsets += nm::kTileRows) {
+      const uint8x16_t nibbles = vandq_u8(row_nibbles(metadata), vdupq_n_u8(15));
+      const uint8x16_t pairs = vqtbl1q_u8(vld1q_u8(kTable.pair), nibbles);
+      vst1q_u16(offsets, vmulq_n_u16(vmovl_u8(vget_low_u8(pairs)), kRow));
+      vst1q_u16(offsets + 8, vmulq_n_u16(vmovl_high_u8(pairs), kRow));
+    }
   }
 
   static const bf16* weights(const bf16* values, int, float*) { return values; }
@@ -118,16 +121,16 @@ struct ManyPairs {
   TWOFOUR_INLINE static void step(const char* panel, const uint16_t* offsets, const bf16* weights, int row, int groups,
                                   const char* next_weights, F (&sums)[R][NV]) {
     weights += row * nm::kKeep;
-    offsets += row;
+    OffsetsAhead<Offset, R> ahead(offsets + row);
     for (int g = 0; g < groups; ++g) {
       __builtin_prefetch(next_weights);
       next_weights += R * nm::kKeep * sizeof(bf16);
+      const OffsetsAhead<Offset, R> now = ahead;
+      ahead.advance();
       unroll<R / 4>([&](auto q) TWOFOUR_INLINE {
         const bfloat16x8_t quad = load_bf16(weights + q * 4 * nm::kKeep);
-        uint64_t four_rows;  // one load serves the offsets of four rows
-        __builtin_memcpy(&four_rows, offsets + 4 * q, sizeof four_rows);
         unroll<4>([&](auto i) TWOFOUR_INLINE {
-          const char* x = panel + (four_rows >> (16 * i) & 0xffff);
+          const char* x = panel + (now.words[q / 2][q % 2] >> (16 * i) & 0xffff);
           F(&to)[NV] = sums[4 * q + i];
           unroll<NV>([&](auto v) TWOFOUR_INLINE {
             to[v] = vbfdotq_laneq_f32(to[v], load_bf16(x + v * kVectorBytes), quad, i);
@@ -135,7 +138,6 @@ struct ManyPairs {
         });
       });
       panel += kPanelRows * NV * sizeof(F);
-      offsets += nm::kTileRows;
       weights += nm::kTileRows * nm::kKeep;
     }
   }

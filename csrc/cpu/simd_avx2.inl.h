@@ -6,6 +6,8 @@ constexpr int kLanes = 8;
 constexpr int kVectorRegisters = 16;
 constexpr int kFewTokens = 4;  // tokens per pass of the few-token kernel
 
+#include "cpu/simd_x86.inl.h"
+
 inline F zero() { return _mm256_setzero_ps(); }
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }

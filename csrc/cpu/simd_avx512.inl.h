@@ -6,6 +6,8 @@ constexpr int kLanes = 16;
 constexpr int kVectorRegisters = 32;
 constexpr int kFewTokens = 8;  // tokens per pass of the few-token kernel
 
+#include "cpu/simd_x86.inl.h"
+
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline F zero() { return _mm512_setzero_ps(); }
@@ -70,11 +72,11 @@ inline F splat(Quad quad) {
 
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
-  const I n = nibbles<0>(metadata);
-  const I three = _mm512_set1_epi32(3);
-  const I i0 = _mm512_and_si512(n, three), i1 = _mm512_and_si512(_mm512_srli_epi32(n, 2), three);
-  const I both = _mm512_or_si512(i0, _mm512_slli_epi32(i1, 16));
-  _mm512_storeu_si512(offsets, _mm512_mullo_epi16(both, _mm512_set1_epi16(static_cast<short>(row_bytes))));
+  const I nibble = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const I i0 = _mm512_and_si512(nibble, _mm512_set1_epi32(3));
+  const I both = _mm512_or_si512(i0, _mm512_slli_epi32(_mm512_srli_epi32(nibble, 2), 16));
+  const I table = _mm512_mullo_epi16(both, _mm512_set1_epi16(static_cast<short>(row_bytes)));  // hoisted out of loops
+  _mm512_storeu_si512(offsets, _mm512_permutexvar_epi32(nibbles<0>(metadata), table));
 }
 
 inline void transpose(F (&v)[16]) {

@@ -86,6 +86,20 @@ inline F splat(Quad quad) {
   return F{w, w, w, w};
 }
 
+// Sixteen bytes that are needed later, as two words.
+struct Ahead {
+  uint64_t words[2];
+};
+inline Ahead load_ahead(const void* p) {
+  Ahead bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+template <int kWord>
+inline uint64_t arrived(Ahead bytes) {
+  return bytes.words[kWord];
+}
+
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
   const uint32_t words[2] = {metadata_word(metadata), metadata_word(metadata + 4)};

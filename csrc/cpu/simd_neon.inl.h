@@ -105,6 +105,20 @@ inline F fma(Lane<kIndex> a, F b, F c) {
   return vfmaq_laneq_f32(c, b, a.quad, kIndex);
 }
 
+// Sixteen bytes that are needed later, as two words.
+struct Ahead {
+  uint64_t words[2];
+};
+inline Ahead load_ahead(const void* p) {
+  Ahead bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+template <int kWord>
+inline uint64_t arrived(Ahead bytes) {
+  return bytes.words[kWord];
+}
+
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
   const uint8x16_t n = row_nibbles(metadata), three = vdupq_n_u8(3);
