@@ -153,22 +153,24 @@ TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Off
   });
 }
 
-// [rows][NV * lanes] sums of one tile -> y, + bias.
+// The sums of all tiles, [tile][row][NV * lanes] -> y, + bias. Along the rows of y, one vector of tokens at a time: tile by
+// tile, between the chunks, every store would open another page.
 template <class Output, int NV>
-void many_epilogue(const LinearArgs& args, const float* tile_sums, int64_t tile, int64_t token0, int tokens) {
-  Output* y = static_cast<Output*>(args.y) + token0 * args.y_stride;
-  for (int r = 0; r < nm::kTileRows; r += kLanes) {
-    const int64_t row = tile * nm::kTileRows + r;
-    const int rows = static_cast<int>(smaller(kLanes, args.out_features - row));
-    if (rows <= 0) return;
-    const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
-    for (int v = 0; v < NV; ++v) {
+void many_epilogue(const LinearArgs& args, const float* sums, int64_t token0, int tokens, int64_t tile0,
+                   int64_t tile1) {
+  for (int v = 0; v < NV; ++v) {
+    Output* y = static_cast<Output*>(args.y) + (token0 + v * kLanes) * args.y_stride;
+    const int count = static_cast<int>(smaller(kLanes, tokens - v * kLanes));
+    const float* from = sums + v * kLanes;
+    for (int64_t row = tile0 * nm::kTileRows; row < tile1 * nm::kTileRows; row += kLanes) {
+      const int rows = static_cast<int>(smaller(kLanes, args.out_features - row));
+      if (rows <= 0) break;
+      const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
       F block[kLanes];
-      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(tile_sums + ((r + i) * NV + v) * kLanes); });
+      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(from + i * NV * kLanes); });
+      from += kLanes * NV * kLanes;
       transpose(block);
-      for (int t = 0; t < kLanes && v * kLanes + t < tokens; ++t) {
-        store_first(y + (v * kLanes + t) * args.y_stride + row, add(block[t], bias), rows);
-      }
+      for (int t = 0; t < count; ++t) store_first(y + t * args.y_stride + row, add(block[t], bias), rows);
     }
   }
 }
@@ -230,11 +232,9 @@ struct Many {
           many_step<Core, R, NV>(packed, offsets, weights, row, chunk, reinterpret_cast<const char*>(next_weights),
                                  tile_sums, group0 == 0);
         }
-        if (group0 + chunk == groups) {
-          many_epilogue<typename Core::Output, NV>(args, tile_sums, tile, token0, tokens);
-        }
       }
     }
+    many_epilogue<typename Core::Output, NV>(args, sums, token0, tokens, tile0, tile1);
   }
 
   static void run(const LinearArgs& args, void* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
