@@ -6,8 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+# $(call native_test,NAME,CMAKE ARGUMENTS) builds tests/native/linear_test in build/NAME.
+native_test = export PATH="$(CURDIR)/$(BIN):$$PATH" && \
+  cmake -G Ninja -S tests/native -B build/$(1) $(2) > /dev/null && cmake --build build/$(1)
+# Fresh memory holds NaN, so that whatever is read before it is written shows in the result.
+SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_byte=255:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+CROSS_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench-smallest check clean
+.PHONY: demo test lint types examples bench-smallest native-test sanitize sanitize-threads neon check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -28,7 +35,29 @@ examples: $(VENV)/installed
 bench-smallest: $(VENV)/installed
 	for bench in benchmarks/kernels/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done
 
-check: lint types test examples bench-smallest
+# The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
+# emulated AArch64.
+native-test: $(VENV)/installed
+	$(call native_test,native-test)
+	build/native-test/linear_test
+
+sanitize: $(VENV)/installed
+	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=address,undefined)
+	$(SANITIZER_OPTIONS) build/native-sanitize/linear_test
+	$(SANITIZER_OPTIONS) tests/native/sanitize_module.sh
+
+sanitize-threads: $(VENV)/installed
+	$(call native_test,native-sanitize-threads,-DTWOFOUR_SANITIZE=thread)
+	build/native-sanitize-threads/linear_test
+
+neon: $(VENV)/installed
+	@command -v $(CROSS_CXX) > /dev/null && command -v $(firstword $(QEMU)) > /dev/null || \
+	  { echo "error: make neon needs $(CROSS_CXX) and $(firstword $(QEMU)). On Debian: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	$(call native_test,native-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
+	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
+	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
+
+check: lint types test native-test examples bench-smallest
 
 clean:
 	rm -rf $(VENV) build demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -20,7 +20,7 @@ BLOCKS = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 def shape_of(text: str) -> list[str]:
     """What does not change from machine to machine: words, with numbers and kernel names taken out."""
-    text = re.sub(r"\b(cpu (avx512bf16|avx512|avx2|baseline)|reference|dense \(torch\))", "KERNEL", text)
+    text = re.sub(r"\b(cpu (avx512bf16|avx512|avx2|neonbf16|neon|baseline)|reference|dense \(torch\))", "KERNEL", text)
     text = re.sub(r"-?\d[\d,.]*(e[-+]\d+)?", "#", text)
     return [" ".join(line.split()) for line in text.strip().splitlines()]
 

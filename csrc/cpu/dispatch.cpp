@@ -1,6 +1,11 @@
 // Chooses the instruction set and the kernel family, cuts the work and lends scratch memory.
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(TWOFOUR_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(TWOFOUR_AARCH64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -27,12 +32,27 @@ bool has_avx512() {
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(TWOFOUR_AARCH64)
+bool has_neonbf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Isa {
   const char* name;
   bool (*runs_here)();
   const LinearKernels* kernels;
-  // The many-token kernel runs from this number of tokens on: [fp32, bf16]. Measured on Zen 5.
+  // The many-token kernel runs from this number of tokens on: [fp32, bf16]. Measured on Zen 5;
+  // for NEON counted in vector instructions, without a machine to measure on.
   int64_t many_from[2];
   const char* few_name;
   const char* many_name;
@@ -46,7 +66,13 @@ constexpr Isa kIsas[] = {
     {"avx512", has_avx512, &linear_avx512, {32, 32}, "avx512/few", "avx512/many"},
     {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48}, "avx512bf16/few", "avx512bf16/many"},
 #endif
+#if defined(TWOFOUR_AARCH64)
+    {"neon", always, &linear_neon, {5, 5}, "neon/few", "neon/many"},
+    {"neonbf16", has_neonbf16, &linear_neonbf16, {5, 8}, "neonbf16/few", "neonbf16/many"},
+#endif
 };
+// Those of every build: a name from here is not a misspelling, this machine lacks it.
+constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"};
 
 // Sums of a block of the many-token kernel: part of an L2 cache. 1024 rows of 96 tokens, 2048 of 48.
 constexpr int64_t kBlockBytes = 384 << 10;
@@ -60,8 +86,8 @@ const Isa& find_isa(const std::string& name) {
     known += std::string(known.empty() ? "" : ", ") + isa.name;
     if (isa.runs_here()) here += std::string(here.empty() ? "" : ", ") + isa.name;
   }
-  for (const char* of_x86 : {"avx2", "avx512", "avx512bf16"}) {
-    if (name != of_x86 && name != "baseline") continue;
+  for (const char* elsewhere : kIsasAnywhere) {
+    if (name != elsewhere) continue;
     throw std::invalid_argument("instruction set '" + name + "' does not run on this machine; it has: " + here);
   }
   throw std::invalid_argument("instruction set '" + name + "' is unknown; this build has: " + known);
@@ -96,6 +122,12 @@ class Scratch {
  public:
   ~Scratch() { std::free(memory_); }
   void* get(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)  // a new piece of exactly this size each time, so that one byte too many is seen
+    std::free(memory_);
+    memory_ = nullptr;
+    if (posix_memalign(&memory_, 64, bytes) != 0) throw std::bad_alloc();
+    return memory_;
+#endif
     if (bytes > bytes_) {
       std::free(memory_);
       bytes_ = 0;

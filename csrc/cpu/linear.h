@@ -53,11 +53,13 @@ struct LinearKernels {
   LinearKernel bf16;
 };
 
-// One object file each; the x86 ones exist only on x86-64.
+// One object file each; the avx ones exist only on x86-64, the neon ones only on AArch64.
 extern const LinearKernels linear_baseline;
 extern const LinearKernels linear_avx2;
 extern const LinearKernels linear_avx512;
 extern const LinearKernels linear_avx512bf16;
+extern const LinearKernels linear_neon;
+extern const LinearKernels linear_neonbf16;
 
 // Name of the instruction set that runs by default: the best one here, or what TWOFOUR_ISA asks for.
 // Throws std::invalid_argument when TWOFOUR_ISA names no instruction set or one that this machine lacks.

@@ -96,11 +96,11 @@ struct ManyWide {
   // sums[row + i] += weight first + i of the quad * x, for the `kSame` rows that read the same x.
   template <int kRow, int kFirst, int kSame, int R, int NV>
   TWOFOUR_INLINE static void add_products(Quad quad, const float* x, F (&sums)[R][NV]) {
-    F w[kSame];
-    unroll<kSame>([&](auto i) TWOFOUR_INLINE { w[i] = splat<kFirst + i>(quad); });
     unroll<NV>([&](auto v) TWOFOUR_INLINE {
       const F x_v = load(x + v * kLanes);
-      unroll<kSame>([&](auto i) TWOFOUR_INLINE { sums[kRow + i][v] = fma(w[i], x_v, sums[kRow + i][v]); });
+      unroll<kSame>([&](auto i) TWOFOUR_INLINE {
+        sums[kRow + i][v] = fma(splat<kFirst + i>(quad), x_v, sums[kRow + i][v]);
+      });
     });
   }
 
@@ -135,7 +135,8 @@ struct ManyWide {
 
 // Rows per step: R * NV accumulators, enough to hide the latency of the FMA, few enough for the registers.
 constexpr int rows_per_step(int vectors) {
-  return kLanes == 16 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4) : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
+  return kVectorRegisters == 32 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4)
+                                : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
 }
 
 // Adds the chunk's part of R rows to the sums in memory. The part is summed from zero: that starts without waiting for

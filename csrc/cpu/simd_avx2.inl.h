@@ -3,6 +3,7 @@
 using F = __m256;   // 8 floats
 using I = __m256i;  // 8 32-bit integers
 constexpr int kLanes = 8;
+constexpr int kVectorRegisters = 16;
 constexpr int kFewTokens = 4;  // tokens per pass of the few-token kernel
 
 #include "cpu/simd_x86.inl.h"

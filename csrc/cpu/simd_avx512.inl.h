@@ -3,6 +3,7 @@
 using F = __m512;   // 16 floats
 using I = __m512i;  // 16 32-bit integers
 constexpr int kLanes = 16;
+constexpr int kVectorRegisters = 32;
 constexpr int kFewTokens = 8;  // tokens per pass of the few-token kernel
 
 #include "cpu/simd_x86.inl.h"

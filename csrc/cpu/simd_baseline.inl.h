@@ -4,6 +4,7 @@
 typedef float F __attribute__((vector_size(16)));     // 4 floats
 typedef uint32_t I __attribute__((vector_size(16)));  // 4 32-bit integers
 constexpr int kLanes = 4;
+constexpr int kVectorRegisters = 16;
 constexpr int kFewTokens = 2;  // tokens per pass of the few-token kernel
 
 inline F zero() { return F{0, 0, 0, 0}; }

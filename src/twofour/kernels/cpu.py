@@ -1,8 +1,8 @@
 """The CPU kernels: 2:4 linear layers on the native module, torch tensors in and out.
 
 The kernels read a layout of their own (`pack`, drawn in csrc/nm/layout.h), which holds the same bits as the canonical
-format with the rows rounded up to whole tiles of 16. The instruction set is chosen at run time; `TWOFOUR_ISA` (baseline,
-avx2, avx512, avx512bf16) overrides the choice.
+format with the rows rounded up to whole tiles of 16. The instruction set is chosen at run time; `TWOFOUR_ISA` (baseline;
+avx2, avx512, avx512bf16; neon, neonbf16) overrides the choice.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..errors import UnsupportedError
 from ..format import SparseMatrix
@@ -79,8 +80,11 @@ def _cpu_why_not(spec: LinearSpec) -> str | None:
 
 
 def _cpu_pack(matrix: SparseMatrix) -> Operands:
+    # Who shares a mask shows in the numbers, and a tracer has none.
+    traced = torch.compiler.is_compiling() or isinstance(matrix.metadata, FakeTensor)
+    shared = 1 if traced else cpu.shared_rows(matrix.metadata)
     values, metadata = torch.ops.twofour.pack_linear_cpu(
-        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, cpu.shared_rows(matrix.metadata)
+        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, shared
     )
     return values, metadata
 

@@ -1,0 +1,47 @@
+# twofour_add_kernels(target): everything in csrc/cpu, with the instruction sets of the processor that is built for.
+# Used by the Python module and by tests/native, so that both run the same files with the same flags.
+set(TWOFOUR_SANITIZE "" CACHE STRING "sanitizers to build with, as in \"address,undefined\"; a finding fails the run")
+
+function(twofour_add_kernels target)
+  get_filename_component(csrc "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/.." ABSOLUTE)
+  target_sources(${target} PRIVATE
+    ${csrc}/cpu/dispatch.cpp
+    ${csrc}/cpu/linear_baseline.cpp
+    ${csrc}/cpu/pack.cpp
+    ${csrc}/cpu/threads.cpp)
+  target_include_directories(${target} PRIVATE ${csrc})
+  if(TWOFOUR_SANITIZE)  # -O1: a third of the time to compile, and every intrinsic still runs
+    set(sanitizers -fsanitize=${TWOFOUR_SANITIZE} -fno-sanitize-recover=all)
+    target_compile_options(${target} PRIVATE -O1 -g1 -fno-omit-frame-pointer ${sanitizers})
+    target_link_options(${target} PRIVATE ${sanitizers})
+  else()
+    target_compile_options(${target} PRIVATE -O3)
+  endif()
+  target_compile_options(${target} PRIVATE -Wall -Wextra)
+  target_link_libraries(${target} PRIVATE Threads::Threads ${CMAKE_DL_LIBS})
+
+  # One object file per instruction set; dispatch.cpp chooses at run time. Explicit flags: -march names differ between
+  # compilers and would allow more than dispatch.cpp asks the machine for.
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    set(isas avx2 avx512 avx512bf16)
+    set(avx2 -mavx2 -mfma)
+    set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
+    set(avx512bf16 ${avx512} -mavx512bf16)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
+    endif()
+    target_compile_definitions(${target} PRIVATE TWOFOUR_X86)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+    set(isas neon neonbf16)
+    set(neon)  # every AArch64 machine has it
+    set(neonbf16 -march=armv8.2-a+bf16)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      set(gnu -fno-schedule-insns)  # before registers are given out it hoists loads, and accumulators spill
+    endif()
+    target_compile_definitions(${target} PRIVATE TWOFOUR_AARCH64)
+  endif()
+  foreach(isa ${isas})
+    target_sources(${target} PRIVATE ${csrc}/cpu/linear_${isa}.cpp)
+    set_source_files_properties(${csrc}/cpu/linear_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}};${gnu}")
+  endforeach()
+endfunction()

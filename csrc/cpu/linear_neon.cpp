@@ -1,0 +1,23 @@
+// NEON as every AArch64 machine has it. bf16 runs on fp32 arithmetic.
+#include <arm_neon.h>
+
+#include "cpu/linear.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/simd_neon.inl.h"
+#include "cpu/linear_few.inl.h"
+#include "cpu/linear_many.inl.h"
+#include "cpu/linear_kernels.inl.h"
+
+}  // namespace
+
+const LinearKernels linear_neon = {
+    kernel_of<FewWide<float>, ManyWide<float>>(),
+    kernel_of<FewWide<bf16>, ManyWide<bf16>>(),
+};
+
+}  // namespace twofour::cpu

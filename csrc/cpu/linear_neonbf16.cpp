@@ -1,0 +1,24 @@
+// NEON with BFDOT (Armv8.6, optional before): bf16 pairs are multiplied and added as they are; fp32 as on NEON.
+#include <arm_neon.h>
+
+#include "cpu/linear.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/simd_neon.inl.h"
+#include "cpu/linear_few.inl.h"
+#include "cpu/linear_many.inl.h"
+#include "cpu/linear_pairs_neon.inl.h"
+#include "cpu/linear_kernels.inl.h"
+
+}  // namespace
+
+const LinearKernels linear_neonbf16 = {
+    kernel_of<FewWide<float>, ManyWide<float>>(),
+    kernel_of<FewPairs, ManyPairs>(),
+};
+
+}  // namespace twofour::cpu

@@ -1,0 +1,614 @@
+// The linear kernels without Python: every instruction set of this build that runs here, both families, every mode,
+// against a double loop over the canonical format.
+//
+//   linear_test [--require NAME]...     exit status 1 for a wrong result, or for a required instruction set that is
+//                                       not there
+//
+// Rules for numbers, as in tests/kernels: integers agree exactly; real inputs stay inside a component-wise bound; bits
+// do not depend on threads. To add a mode (other dtypes), give it a row in kModes; what a call takes is in `call`, what
+// it should give in `reference`, and how a weight is made in `make_weight`.
+#include <algorithm>
+#include <chrono>
+#include <cinttypes>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/linear.h"
+#include "cpu/pack.h"
+#include "cpu/threads.h"
+#include "nm/layout.h"
+#include "support.h"
+
+namespace twofour::test {
+namespace {
+
+struct Mode {
+  const char* name;
+  cpu::DType code;
+  const Type& weight;
+  const Type& tokens;  // x and y
+  int shared = 1;      // neighbouring rows that have one mask
+};
+constexpr Mode kModes[] = {
+    {"fp32", cpu::DType::kFp32, kFp32, kFp32},
+    {"bf16", cpu::DType::kBf16, kBf16, kBf16},
+    {"fp32 x2", cpu::DType::kFp32, kFp32, kFp32, 2},
+    {"fp32 x4", cpu::DType::kFp32, kFp32, kFp32, 4},
+    {"bf16 x2", cpu::DType::kBf16, kBf16, kBf16, 2},
+    {"bf16 x4", cpu::DType::kBf16, kBf16, kBf16, 4},
+};
+
+struct Kernel {
+  std::string isa;
+  cpu::Family family;
+
+  std::string name() const { return isa + (family == cpu::Family::kFew ? "/few" : "/many"); }
+};
+
+std::vector<Kernel> kernels() {
+  std::vector<Kernel> all;
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    for (const cpu::Family family : {cpu::Family::kFew, cpu::Family::kMany}) all.push_back({cpu::isa_name(i), family});
+  }
+  return all;
+}
+
+// ---- weights, the reference, the call ------------------------------------------------------------------------------
+
+// A matrix in the canonical format and in the CPU layout.
+struct Weight {
+  int64_t out_features, in_features;
+  Rows values;                      // [out, in / 2]
+  std::vector<int64_t> columns;     // [out, in / 2], where in the row each value stands
+  std::vector<uint8_t> metadata;    // canonical
+  int shared;                       // as in Mode
+  Memory packed_values, packed_metadata;
+
+  bool keeps(int64_t row, int64_t column) const { return value_at(row, column) >= 0; }
+  // Index among the kept values of the row, or -1.
+  int64_t value_at(int64_t row, int64_t column) const {
+    const int64_t kept = in_features / 2;
+    for (int64_t j = column / 4 * 2; j < column / 4 * 2 + 2; ++j) {
+      if (columns[static_cast<size_t>(row * kept + j)] == column) return j;
+    }
+    return -1;
+  }
+
+  void pack() {
+    const size_t cells = static_cast<size_t>(nm::tiles_of(out_features) * nm::groups_of(in_features));
+    packed_values = Memory(cells * 32 * static_cast<size_t>(values.type().size));
+    packed_metadata = Memory(cells * static_cast<size_t>(nm::metadata_bytes(shared)));
+    cpu::pack_linear(values.data(), metadata.data(), packed_values.data(),
+                     reinterpret_cast<uint8_t*>(packed_metadata.data()), out_features, in_features,
+                     values.type().size, shared);
+  }
+};
+
+enum class Numbers { kIntegers, kReals };
+
+double draw(Random& random, Numbers numbers) {
+  return numbers == Numbers::kIntegers ? random.integer() : random.real();
+}
+
+Weight make_weight(const Mode& mode, int64_t out_features, int64_t in_features, Numbers numbers, uint64_t seed = 0) {
+  Random random(seed * 1000003 + static_cast<uint64_t>(out_features * 4099 + in_features));
+  const int64_t groups = in_features / 4, kept = in_features / 2;
+  Weight weight{out_features, in_features, Rows(mode.weight, out_features, kept), {}, {}, mode.shared, {}, {}};
+  weight.columns.resize(static_cast<size_t>(out_features * kept));
+  weight.metadata.assign(static_cast<size_t>(out_features * nm::metadata_row_bytes(in_features)), 0);
+  weight.values.fill([&] { return draw(random, numbers); });
+  for (int64_t row = 0; row < out_features; ++row) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int first = random.below(4), other = (first + 1 + random.below(3)) % 4;
+      int i0 = std::min(first, other), i1 = std::max(first, other);
+      if (row % mode.shared != 0) {  // as in the row above
+        i0 = static_cast<int>(weight.columns[static_cast<size_t>((row - 1) * kept + 2 * group)] % 4);
+        i1 = static_cast<int>(weight.columns[static_cast<size_t>((row - 1) * kept + 2 * group + 1)] % 4);
+      }
+      weight.columns[static_cast<size_t>(row * kept + 2 * group)] = 4 * group + i0;
+      weight.columns[static_cast<size_t>(row * kept + 2 * group + 1)] = 4 * group + i1;
+      weight.metadata[static_cast<size_t>(row * nm::metadata_row_bytes(in_features) + group / 2)] |=
+          static_cast<uint8_t>((i0 | i1 << 2) << (4 * (group % 2)));
+    }
+  }
+  weight.pack();
+  return weight;
+}
+
+// Per output: the exact result (exact for integers, else rounded to double) and the sum of the terms' magnitudes.
+struct Reference {
+  std::vector<double> y, magnitude;
+  int64_t out_features;
+
+  double at(int64_t token, int64_t row) const { return y[static_cast<size_t>(token * out_features + row)]; }
+  double magnitude_at(int64_t token, int64_t row) const {
+    return magnitude[static_cast<size_t>(token * out_features + row)];
+  }
+};
+
+Reference reference(const Weight& weight, const Rows& x, const Rows* bias, int64_t tokens) {
+  const int64_t kept = weight.in_features / 2;
+  Reference result{{}, {}, weight.out_features};
+  std::vector<double> row_values(static_cast<size_t>(kept)), token(static_cast<size_t>(weight.in_features));
+  result.y.resize(static_cast<size_t>(tokens * weight.out_features));
+  result.magnitude.resize(result.y.size());
+  std::vector<double> values(static_cast<size_t>(weight.out_features * kept));
+  for (int64_t row = 0; row < weight.out_features; ++row) {
+    for (int64_t j = 0; j < kept; ++j) values[static_cast<size_t>(row * kept + j)] = weight.values.get(row, j);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t k = 0; k < weight.in_features; ++k) token[static_cast<size_t>(k)] = x.get(t, k);
+    for (int64_t row = 0; row < weight.out_features; ++row) {
+      double sum = bias != nullptr ? bias->get(0, row) : 0, magnitude = std::fabs(sum);
+      for (int64_t j = 0; j < kept; ++j) {
+        const size_t at = static_cast<size_t>(row * kept + j);
+        const double product = values[at] * token[static_cast<size_t>(weight.columns[at])];
+        sum += product;
+        magnitude += std::fabs(product);
+      }
+      result.y[static_cast<size_t>(t * weight.out_features + row)] = sum;
+      result.magnitude[static_cast<size_t>(t * weight.out_features + row)] = magnitude;
+    }
+  }
+  return result;
+}
+
+// As the output type has it.
+double rounded(const Type& type, double value) {
+  char item[8];
+  type.write(item, value);
+  return type.read(item);
+}
+
+// Runs y.rows() tokens and returns what ran.
+std::string call(const char* isa, cpu::Family family, const Mode& mode, const Weight& weight, const Rows& x,
+                 const Rows* bias, Rows& y, int threads) {
+  const cpu::LinearArgs args = {x.data(),
+                                weight.packed_values.data(),
+                                reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()),
+                                nullptr,
+                                y.data(),
+                                y.rows(),
+                                weight.out_features,
+                                weight.in_features,
+                                x.stride(),
+                                y.stride(),
+                                weight.shared};
+  const cpu::DType bias_code = bias != nullptr && &bias->type() == &kBf16 ? cpu::DType::kBf16 : cpu::DType::kFp32;
+  return cpu::linear(args, mode.code, bias != nullptr ? bias->data() : nullptr, bias_code, threads, isa, family);
+}
+
+// The same, having made sure that the kernel asked for is the one that ran.
+void run(const Kernel& kernel, const Mode& mode, const Weight& weight, const Rows& x, const Rows* bias, Rows& y,
+         int threads) {
+  const std::string ran = call(kernel.isa.c_str(), kernel.family, mode, weight, x, bias, y, threads);
+  check(ran == kernel.name(), "asked for %s, ran %s", kernel.name().c_str(), ran.c_str());
+}
+
+// Calls `expected(token, row)` for every output and reports the first that differs.
+template <class Expected>
+void check_equal(const char* test, const Kernel& kernel, const Mode& mode, const Weight& weight, const Rows& y,
+                 Expected&& expected) {
+  for (int64_t token = 0; token < y.rows(); ++token) {
+    for (int64_t row = 0; row < y.columns(); ++row) {
+      const double is = y.get(token, row), should = expected(token, row);
+      if (is == should || (std::isnan(is) && std::isnan(should))) continue;
+      check(false, "%s, %s %s, %" PRId64 " tokens, %" PRId64 " x %" PRId64 ": y[%" PRId64 ", %" PRId64 "] = %g, not %g",
+            test, kernel.name().c_str(), mode.name, y.rows(), weight.out_features, weight.in_features, token, row, is,
+            should);
+      return;
+    }
+  }
+  check(true, "%s", test);
+}
+
+// ---- the tests -----------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t out_features, in_features;
+};
+
+// Around the edges of a tile (16 rows), of a step of packing (4 groups), of a chunk (64 groups at most, fewer where the
+// panel has more tokens), and of the metadata's bytes (2 groups).
+constexpr Shape kShapes[] = {{1, 4},    {1, 1028}, {15, 8},   {15, 64},   {16, 12},  {16, 256}, {17, 60}, {17, 260},
+                             {31, 68},  {33, 100}, {33, 388}, {50, 516},  {64, 4},   {65, 36},  {130, 96}};
+// Around the edges of a vector (4, 8, 16 tokens), of a pass of the few-token kernel and of a panel (6 vectors).
+constexpr int64_t kTokens[] = {1,  2,  3,  4,  5,  7,  8,  9,  15, 16, 17, 23, 24, 25,
+                               31, 33, 47, 48, 49, 64, 80, 95, 96, 97, 193};
+
+void integers_agree_exactly(const Mode& mode) {
+  int number = 0;
+  for (const Shape& shape : kShapes) {
+    const Weight weight = make_weight(mode, shape.out_features, shape.in_features, Numbers::kIntegers);
+    Random random(1);
+    Rows x(mode.tokens, 193, shape.in_features, number % 2 == 0 ? 0 : 5);
+    x.fill([&] { return random.integer(); });
+    Rows bias(number % 3 == 1 ? kBf16 : kFp32, 1, shape.out_features);
+    bias.fill([&] { return random.integer(); });
+    const Rows* with = number % 3 != 0 ? &bias : nullptr;
+    const Reference exact = reference(weight, x, with, x.rows());
+    for (const int64_t tokens : kTokens) {
+      for (const Kernel& kernel : kernels()) {
+        Rows y(mode.tokens, tokens, shape.out_features);
+        run(kernel, mode, weight, x, with, y, 1 + number % 2);
+        check_equal("integers", kernel, mode, weight, y,
+                    [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+      }
+    }
+    ++number;
+  }
+}
+
+// Several panels, several blocks of rows, several threads.
+void large_integers_agree_exactly(const Mode& mode) {
+  const Weight weight = make_weight(mode, 1100, 132, Numbers::kIntegers);
+  Random random(2);
+  Rows x(mode.tokens, 110, 132);
+  x.fill([&] { return random.integer(); });
+  const Reference exact = reference(weight, x, nullptr, x.rows());
+  for (const Kernel& kernel : kernels()) {
+    Rows y(mode.tokens, kernel.family == cpu::Family::kFew ? 11 : 110, 1100);
+    run(kernel, mode, weight, x, nullptr, y, 3);
+    check_equal("large", kernel, mode, weight, y,
+                [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+  }
+}
+
+void reals_stay_in_bound(const Mode& mode) {
+  struct {
+    int64_t tokens;
+    Shape shape;
+  } const sizes[] = {{37, {1, 512}}, {96, {18, 1028}}, {7, {70, 260}}};
+  for (const auto& size : sizes) {
+    const Weight weight = make_weight(mode, size.shape.out_features, size.shape.in_features, Numbers::kReals);
+    Random random(3);
+    Rows x(mode.tokens, size.tokens, weight.in_features), bias(kFp32, 1, weight.out_features);
+    x.fill([&] { return random.real(); });
+    bias.fill([&] { return random.real(); });
+    const Reference exact = reference(weight, x, &bias, size.tokens);
+    // One rounding for each product and each sum, to nearest (u = 2^-24). BFDOT and vdpbf16ps round half as often, to
+    // odd or to nearest, and take subnormals for 0: below 2^-126 for each.
+    const double terms = static_cast<double>(weight.in_features) / 2 + 1;
+    for (const Kernel& kernel : kernels()) {
+      Rows y(mode.tokens, size.tokens, weight.out_features);
+      run(kernel, mode, weight, x, &bias, y, 1);
+      double worst = 0;
+      for (int64_t t = 0; t < size.tokens; ++t) {
+        for (int64_t row = 0; row < weight.out_features; ++row) {
+          const double bound = mode.tokens.unit * std::fabs(exact.at(t, row)) * 1.01 +
+                               2 * terms * 0x1p-24 * exact.magnitude_at(t, row) + terms * 0x1p-126;
+          const double error = std::fabs(y.get(t, row) - exact.at(t, row)) / bound;
+          worst = error <= worst ? worst : error;  // a NaN is the worst and stays it
+        }
+      }
+      check(worst <= 1, "bound, %s %s, %" PRId64 " tokens, %" PRId64 " x %" PRId64 ": %g times the bound",
+            kernel.name().c_str(), mode.name, size.tokens, weight.out_features, weight.in_features, worst);
+    }
+  }
+}
+
+// inf and NaN in x at a dropped position do not reach y; at a kept one they do, even times 0.
+void dropped_positions_take_no_part(const Mode& mode) {
+  const int64_t tokens = 26, column = 9;
+  const Weight weight = make_weight(mode, 19, 64, Numbers::kIntegers, 5);
+  Random random(4);
+  Rows x(mode.tokens, tokens, 64);
+  x.fill([&] { return random.integer(); });
+  const Reference exact = reference(weight, x, nullptr, tokens);
+  for (const double bad : {static_cast<double>(NAN), static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
+    for (int64_t t = 0; t < tokens; ++t) x.set(t, column, bad);
+    for (const Kernel& kernel : kernels()) {
+      Rows y(mode.tokens, tokens, 19);
+      run(kernel, mode, weight, x, nullptr, y, 1);
+      check_equal("dropped", kernel, mode, weight, y, [&](int64_t t, int64_t row) {
+        const int64_t j = weight.value_at(row, column);
+        return j < 0 ? rounded(mode.tokens, exact.at(t, row)) : bad * weight.values.get(row, j);
+      });
+    }
+  }
+}
+
+// A NaN or an infinity among the values damages its row and no other.
+void bad_values_stay_in_their_row(const Mode& mode) {
+  Weight weight = make_weight(mode, 33, 32, Numbers::kIntegers);
+  weight.values.set(3, 5, NAN);
+  weight.values.set(17, 0, INFINITY);
+  weight.values.set(32, 15, -INFINITY);
+  weight.pack();
+  Random random(5);
+  Rows x(mode.tokens, 21, 32);
+  x.fill([&] { return std::fabs(random.integer()) + 1; });
+  const Reference exact = reference(weight, x, nullptr, 21);
+  for (const Kernel& kernel : kernels()) {
+    Rows y(mode.tokens, 21, 33);
+    run(kernel, mode, weight, x, nullptr, y, 1);
+    check_equal("bad values", kernel, mode, weight, y,
+                [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+  }
+}
+
+// The bias alone reaches y: ties, carries into the exponent, the largest float, subnormals, both zeros, NaN.
+void rounding_is_to_nearest_even(const Mode& mode) {
+  constexpr uint32_t kBits[] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f7fffff, 0x7f7fffff, 0x00000001, 0x00018000,
+                                0x807fffff, 0x00000000, 0x80000000, 0x7f800000, 0xff800000, 0x7fc00000, 0xffffffff};
+  constexpr int64_t kCount = sizeof kBits / sizeof kBits[0];
+  Weight weight = make_weight(mode, kCount, 8, Numbers::kIntegers);
+  weight.values.fill([] { return 0; });
+  weight.pack();
+  Rows x(mode.tokens, 5, 8), bias(kFp32, 1, kCount);
+  x.fill([] { return 0; });
+  std::memcpy(bias.data(), kBits, sizeof kBits);
+  for (const Kernel& kernel : kernels()) {
+    Rows y(mode.tokens, 5, kCount);
+    run(kernel, mode, weight, x, &bias, y, 1);
+    for (int64_t row = 0; row < kCount; ++row) {
+      char expected[8];
+      mode.tokens.write(expected, bias.get(0, row) + 0.0);  // 0 + -0 = +0
+      for (int64_t t = 0; t < 5; ++t) {
+        const bool nan = std::isnan(bias.get(0, row)) && std::isnan(y.get(t, row));
+        check(nan || std::memcmp(y.at(t, row), expected, static_cast<size_t>(mode.tokens.size)) == 0,
+              "rounding, %s %s: %08" PRIx32 " becomes %a", kernel.name().c_str(), mode.name, kBits[row], y.get(t, row));
+      }
+    }
+  }
+}
+
+// Damaged metadata gives some number, never a read outside the buffers: every byte value in every place.
+void any_nibble_stays_inside(const Mode& mode) {
+  Weight weight = make_weight(mode, 16, 256, Numbers::kIntegers);
+  weight.values.fill([] { return 1; });
+  for (size_t i = 0; i < weight.metadata.size(); ++i) weight.metadata[i] = static_cast<uint8_t>(i);
+  weight.pack();
+  for (const int64_t tokens : {1, 20, 97}) {
+    Rows x(mode.tokens, tokens, 256);
+    x.fill([] { return 1; });
+    for (const Kernel& kernel : kernels()) {
+      Rows y(mode.tokens, tokens, 16);
+      run(kernel, mode, weight, x, nullptr, y, 1);
+      check_equal("any nibble", kernel, mode, weight, y, [](int64_t, int64_t) { return 128; });
+    }
+  }
+}
+
+// Rows apart with NaN between them, everything one element off any alignment, pages without access on either side:
+// nothing outside the tensors is read, and what lies around the rows of y keeps its bytes.
+void nothing_outside_is_touched(const Mode& mode) {
+  struct {
+    int64_t tokens;
+    Shape shape;
+  } const sizes[] = {{1, {1, 4}},    {3, {17, 12}},  {5, {17, 12}},  {8, {16, 64}},   {17, {15, 36}},
+                     {25, {16, 60}}, {33, {31, 68}}, {97, {33, 100}}, {49, {50, 264}}};
+  for (const auto& size : sizes) {
+    const auto [out_features, in_features] = size.shape;
+    Weight weight = make_weight(mode, out_features, in_features, Numbers::kIntegers, 6);
+    const Memory& values = weight.packed_values;
+    const Memory& metadata = weight.packed_metadata;
+    for (int variant = 0; variant < 4; ++variant) {
+      const auto place = variant % 2 == 0 ? Memory::Place::kEnd : Memory::Place::kBegin;
+      const int skipped = variant / 2;
+      const int64_t gap = 3 * skipped;
+      Random random(7);
+      Rows x(mode.tokens, size.tokens, in_features, gap, skipped, place), bias(kFp32, 1, out_features, 0, skipped, place);
+      x.fill([&] { return random.integer(); });
+      bias.fill([&] { return random.integer(); });
+      // The packed weights once more, at the same kind of place.
+      Weight placed = make_weight(mode, out_features, in_features, Numbers::kIntegers, 6);
+      const size_t shift = static_cast<size_t>(skipped * mode.weight.size);
+      placed.packed_values = Memory(values.size() + 2 * shift, place);
+      placed.packed_metadata = Memory(metadata.size() + 2 * static_cast<size_t>(skipped), place);
+      std::memset(placed.packed_values.data(), 0xff, placed.packed_values.size());
+      std::memcpy(placed.packed_values.data() + shift, values.data(), values.size());
+      std::memcpy(placed.packed_metadata.data() + skipped, metadata.data(), metadata.size());
+      const Reference exact = reference(weight, x, &bias, size.tokens);
+      for (const Kernel& kernel : kernels()) {
+        const Rows untouched(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
+        Rows y(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
+        const cpu::LinearArgs args = {x.data(),
+                                      placed.packed_values.data() + shift,
+                                      reinterpret_cast<const uint8_t*>(placed.packed_metadata.data()) + skipped,
+                                      nullptr,
+                                      y.data(),
+                                      size.tokens,
+                                      out_features,
+                                      in_features,
+                                      x.stride(),
+                                      y.stride(),
+                                      mode.shared};
+        const std::string ran = cpu::linear(args, mode.code, bias.data(), cpu::DType::kFp32, 2, kernel.isa.c_str(),
+                                            kernel.family);
+        check(ran == kernel.name(), "asked for %s, ran %s", kernel.name().c_str(), ran.c_str());
+        check_equal("outside", kernel, mode, weight, y,
+                    [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+        check(y.same_around(untouched), "outside, %s %s, %" PRId64 " tokens, %" PRId64 " x %" PRId64 ": wrote around y",
+              kernel.name().c_str(), mode.name, size.tokens, out_features, in_features);
+      }
+    }
+  }
+}
+
+void bits_do_not_depend_on_threads(const Mode& mode) {
+  struct {
+    int64_t tokens;
+    Shape shape;
+  } const sizes[] = {{1, {1100, 516}}, {7, {300, 260}}, {50, {200, 140}}, {130, {40, 140}}};  // all beyond kAlone
+  for (const auto& size : sizes) {
+    const Weight weight = make_weight(mode, size.shape.out_features, size.shape.in_features, Numbers::kReals);
+    Random random(8);
+    Rows x(mode.tokens, size.tokens, weight.in_features);
+    x.fill([&] { return random.real(); });
+    for (const Kernel& kernel : kernels()) {
+      Rows alone(mode.tokens, size.tokens, weight.out_features);
+      run(kernel, mode, weight, x, nullptr, alone, 1);
+      for (const int threads : {2, 3}) {
+        Rows y(mode.tokens, size.tokens, weight.out_features);
+        run(kernel, mode, weight, x, nullptr, y, threads);
+        check(y.same_bytes(alone), "threads, %s %s, %" PRId64 " tokens: %d threads give other bits than 1",
+              kernel.name().c_str(), mode.name, size.tokens, threads);
+      }
+    }
+  }
+}
+
+// The pool serves one caller; the others work alone meanwhile, with the same result.
+void several_callers_at_once(const Mode& mode) {
+  const Weight weight = make_weight(mode, 400, 260, Numbers::kIntegers);
+  Random random(9);
+  Rows x(mode.tokens, 24, 260);
+  x.fill([&] { return random.integer(); });
+  const Reference exact = reference(weight, x, nullptr, 24);
+  for (const Kernel& kernel : kernels()) {
+    std::vector<Rows> results;
+    for (int i = 0; i < 4; ++i) results.emplace_back(mode.tokens, 6 + 6 * i, 400);
+    std::vector<std::thread> callers;
+    for (Rows& y : results) {
+      callers.emplace_back([&] { call(kernel.isa.c_str(), kernel.family, mode, weight, x, nullptr, y, 3); });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (const Rows& y : results) {
+      check_equal("callers", kernel, mode, weight, y,
+                  [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+    }
+  }
+}
+
+// Unless told otherwise, one token takes the few-token kernel, hundreds the other, and no tokens touch nothing.
+void family_follows_the_number_of_tokens(const Mode& mode) {
+  const Weight weight = make_weight(mode, 20, 32, Numbers::kIntegers);
+  Random random(10);
+  Rows x(mode.tokens, 512, 32);
+  x.fill([&] { return random.integer(); });
+  const Reference exact = reference(weight, x, nullptr, 512);
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    const std::string isa = cpu::isa_name(i);
+    for (const int64_t tokens : {0, 1, 512}) {
+      Rows y(mode.tokens, tokens, 20);
+      const std::string ran = call(isa.c_str(), cpu::Family::kAuto, mode, weight, x, nullptr, y, 2);
+      const Kernel expected = {isa, tokens > 1 ? cpu::Family::kMany : cpu::Family::kFew};
+      check(ran == expected.name(), "%" PRId64 " tokens ran %s", tokens, ran.c_str());
+      check_equal("auto", expected, mode, weight, y,
+                  [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+    }
+  }
+}
+
+// The CPU layout, written down a second time from the drawing in nm/layout.h; and back, bit for bit.
+void packing_is_the_layout(const Mode& mode) {
+  const int size = mode.weight.size;
+  for (const Shape& shape : {Shape{1, 4}, Shape{16, 8}, Shape{17, 12}, Shape{31, 100}, Shape{48, 36}}) {
+    Weight weight = make_weight(mode, shape.out_features, shape.in_features, Numbers::kReals);
+    // A signalling NaN and a negative zero must keep their bits.
+    const uint32_t special[] = {0x7f800001u, 0x80000000u};
+    const uint16_t special16[] = {0x7f81u, 0x8000u};
+    std::memcpy(weight.values.data(), size == 4 ? static_cast<const void*>(special) : special16,
+                static_cast<size_t>(2 * size));
+    weight.pack();
+    const int64_t groups = shape.in_features / 4, metadata_row = nm::metadata_row_bytes(shape.in_features);
+    bool right = true;
+    for (int64_t row = 0; row < nm::tiles_of(shape.out_features) * 16; ++row) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t cell = row / 16 * groups + group, r = row % 16;
+        const bool padding = row >= shape.out_features;
+        for (int64_t kept = 0; kept < 2; ++kept) {
+          const int64_t slot = cell * 32 + (size == 4 ? kept * 16 + r : r * 2 + kept);
+          const char zero[4] = {};
+          const char* from = padding ? zero : weight.values.at(row, 2 * group + kept);
+          right &= std::memcmp(weight.packed_values.data() + slot * size, from, static_cast<size_t>(size)) == 0;
+        }
+        const auto* bytes = reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()) + cell * 8 / mode.shared;
+        const int64_t first = row / mode.shared * mode.shared;  // whose nibble is stored
+        const unsigned nibble = first >= shape.out_features
+                                    ? 4u
+                                    : weight.metadata[static_cast<size_t>(first * metadata_row + group / 2)] >>
+                                              (group % 2 * 4) & 15u;
+        const unsigned stored = mode.shared == 1   ? bytes[r % 2 * 4 + r / 4] >> (r / 2 % 2 * 4)
+                                : mode.shared == 2 ? bytes[r / 4] >> (r / 2 % 2 * 4)
+                                                   : bytes[r / 8] >> (r / 4 % 2 * 4);
+        right &= (stored & 15u) == nibble;
+      }
+    }
+    check(right, "packing, %s, %" PRId64 " x %" PRId64, mode.name, shape.out_features, shape.in_features);
+
+    Rows values(mode.weight, shape.out_features, shape.in_features / 2);
+    Memory metadata(weight.metadata.size());
+    cpu::unpack_linear(weight.packed_values.data(), reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()),
+                       values.data(), reinterpret_cast<uint8_t*>(metadata.data()), shape.out_features,
+                       shape.in_features, size, mode.shared);
+    check(values.same_bytes(weight.values) &&
+              std::memcmp(metadata.data(), weight.metadata.data(), weight.metadata.size()) == 0,
+          "unpacking, %s, %" PRId64 " x %" PRId64, mode.name, shape.out_features, shape.in_features);
+  }
+}
+
+void names_are_checked(const Mode& mode) {
+  const Weight weight = make_weight(mode, 16, 4, Numbers::kIntegers);
+  Rows x(mode.tokens, 1, 4), y(mode.tokens, 1, 16);
+  const auto message_of = [&](const char* isa) -> std::string {
+    try {
+      call(isa, cpu::Family::kAuto, mode, weight, x, nullptr, y, 1);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  check(message_of("sse9").find("instruction set 'sse9' is unknown; this build has: baseline") == 0, "%s",
+        message_of("sse9").c_str());
+  for (const char* name : {"avx2", "avx512", "avx512bf16", "neon", "neonbf16"}) {
+    bool here = false;
+    for (int i = 0; i < cpu::isa_count(); ++i) here |= std::string(cpu::isa_name(i)) == name;
+    const std::string expected = std::string("instruction set '") + name + "' does not run on this machine; it has: ";
+    if (!here) check(message_of(name).find(expected) == 0, "%s", message_of(name).c_str());
+  }
+}
+
+struct Test {
+  const char* name;
+  void (*run)(const Mode& mode);
+};
+constexpr Test kTests[] = {
+    {"packing is the layout", packing_is_the_layout},
+    {"names of instruction sets are checked", names_are_checked},
+    {"integers agree exactly", integers_agree_exactly},
+    {"large integers agree exactly", large_integers_agree_exactly},
+    {"reals stay in bound", reals_stay_in_bound},
+    {"dropped positions take no part", dropped_positions_take_no_part},
+    {"bad values stay in their row", bad_values_stay_in_their_row},
+    {"rounding is to nearest even", rounding_is_to_nearest_even},
+    {"any nibble stays inside the buffers", any_nibble_stays_inside},
+    {"nothing outside the tensors is touched", nothing_outside_is_touched},
+    {"bits do not depend on threads", bits_do_not_depend_on_threads},
+    {"several callers at once", several_callers_at_once},
+    {"family follows the number of tokens", family_follows_the_number_of_tokens},
+};
+
+int main(int argc, char** argv) {
+  std::string here;
+  for (int i = 0; i < cpu::isa_count(); ++i) here += std::string(i == 0 ? "" : ", ") + cpu::isa_name(i);
+  std::printf("instruction sets: %s; threads: %s\n", here.c_str(), cpu::threads_source());
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::string(argv[i]) != "--require") {
+      std::fprintf(stderr, "usage: linear_test [--require NAME]...\n");
+      return 2;
+    }
+    check((", " + here + ",").find(std::string(", ") + argv[i + 1] + ",") != std::string::npos,
+          "instruction set %s is required and not here", argv[i + 1]);
+  }
+  for (const Test& test : kTests) {
+    for (const Mode& mode : kModes) {
+      const auto begin = std::chrono::steady_clock::now();
+      const int64_t before = checks;
+      test.run(mode);
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+      std::printf("%-42s %-6s %7" PRId64 " checks %7.2f s\n", test.name, mode.name, checks - before, seconds.count());
+      std::fflush(stdout);
+    }
+  }
+  std::printf("%" PRId64 " checks, %" PRId64 " failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace twofour::test
+
+int main(int argc, char** argv) { return twofour::test::main(argc, argv); }
