@@ -55,9 +55,13 @@ def native() -> None:
     needs_native()
 
 
-@pytest.fixture(scope="session", params=["cpu", "reference"])
+@pytest.fixture(scope="session", params=["cpu", "reference", "onednn"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the CPU in turn."""
+    from twofour.kernels import onednn
+
     if request.param == "cpu":
         needs_native()
+    if request.param == "onednn" and (reason := onednn.why_not(torch.bfloat16)) is not None:
+        pytest.skip(reason)
     return str(request.param)

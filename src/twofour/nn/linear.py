@@ -215,6 +215,10 @@ class SparseLinear(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
         other = SparseLinear.__new__(SparseLinear)
         memo[id(self)] = other
+        if id(self.values) not in memo:  # a kernel's layout may not be for others to copy
+            memo[id(self.values)], memo[id(self.metadata)] = KERNELS[self.backend].copy(
+                (self.values, self.metadata), self.spec
+            )
         other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return other
 
