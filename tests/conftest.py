@@ -19,6 +19,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("TWOFOUR_CACHE", str(tmp_path_factory.getbasetemp() / "no-timings" / os.urandom(8).hex()))
+
+
 @pytest.fixture
 def mlp() -> Callable[[], nn.Sequential]:
     """A fresh small model on each call: two Linears that fit 2:4, a norm, and one that fits too."""
