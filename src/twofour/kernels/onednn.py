@@ -92,7 +92,7 @@ def linear(
     values: Tensor,
     metadata: Tensor,
     bias: Tensor | None,
-    pattern: Pattern,
+    pattern: Pattern | str,
     out_features: int,
     in_features: int,
 ) -> Tensor:
@@ -113,13 +113,13 @@ def linear(
     rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
-    y = _run(rows.contiguous(), packed, None if late is not None else bias)
+    y = _run(rows if rows.is_contiguous() else rows.contiguous(), packed, None if late is not None else bias)
     if late is not None:  # a bias of another dtype than the layer's
         y = (y.float() + late.float()).to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
-def to_dense(values: Tensor, metadata: Tensor, pattern: Pattern, out_features: int, in_features: int) -> Tensor:
+def to_dense(values: Tensor, metadata: Tensor, pattern: Pattern | str, out_features: int, in_features: int) -> Tensor:
     """The dense weight [out_features, in_features], bit for bit."""
     dense: Tensor = _packed(values, metadata, pattern, out_features, in_features).to_dense()
     return dense
@@ -132,8 +132,14 @@ def _prepack(weight: Tensor) -> Tensor:
 
 
 def _run(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y: Tensor = _linear_pointwise()(x, packed, bias, "none", [], "")
     return y
+
+
+@cache
+def _linear_pointwise() -> Callable[..., Tensor]:
+    operation: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default  # half a microsecond to look up
+    return operation
 
 
 def _address(packed: Tensor) -> tuple[int, int]:
@@ -156,14 +162,14 @@ def _view(packed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(owner, dtype=dtype)
 
 
-def _packed(values: Tensor, metadata: Tensor, pattern: Pattern, out_features: int, in_features: int) -> Tensor:
+def _packed(values: Tensor, metadata: Tensor, pattern: Pattern | str, out_features: int, in_features: int) -> Tensor:
     """The opaque tensor that `values` is a view of, or a twin of it where they are a copy."""
     owner = _owners.get(values.data_ptr())
     if owner is not None and len(owner) == values.nbytes:
         found: Tensor = owner.packed
         return found
     if values not in _adopted:
-        _adopted[values] = _adopt(values, metadata, pattern, (out_features, in_features))
+        _adopted[values] = _adopt(values, metadata, Pattern.parse(pattern), (out_features, in_features))
     twin: Tensor = _adopted[values]
     return twin
 

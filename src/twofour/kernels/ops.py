@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
-from . import cpu, onednn, reference
+from . import cpu, direct, onednn, reference
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
@@ -64,7 +64,7 @@ def _linear_cpu(
 def _linear_onednn(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
 ) -> Tensor:
-    return onednn.linear(x, values, metadata, bias, Pattern.parse(pattern), out_features, in_features)
+    return onednn.linear(x, values, metadata, bias, pattern, out_features, in_features)
 
 
 def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
@@ -113,6 +113,8 @@ _LINEAR = {
     "cpu": torch.ops.twofour.linear_cpu.default,
     "onednn": torch.ops.twofour.linear_onednn.default,
 }
+_DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "onednn": _linear_onednn}
+"""What the dispatcher would call in the end, for calls that need nothing else of it."""
 _TO_DENSE = {
     "reference": torch.ops.twofour.to_dense_reference.default,
     "cpu": torch.ops.twofour.to_dense_cpu.default,
@@ -186,6 +188,8 @@ def linear(
     """
     values, metadata = operands
     _require_input(x, values, bias, out_features, in_features)
+    if not torch.compiler.is_compiling() and direct.applies(x, bias):
+        return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features)
     run = _LINEAR[backend]
     if forward_ad._current_level >= 0:  # operations of a Library would drop tangents without a word
         (x, tangent), (bias, bias_tangent) = forward_ad.unpack_dual(x), _unpack_dual(bias)
