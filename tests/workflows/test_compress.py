@@ -26,7 +26,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def paired(rivals: Mapping[str, Callable[[], object]], **_: object) -> dict[str, timing.Timing]:
             for function in rivals.values():
                 function()
-            found = {"dense": dense_us, "sparse": sparse_us, "onednn": onednn_us}
+            found = {"dense": dense_us, "sparse": sparse_us, "onednn": onednn_us, "packed": onednn_us}
             return {name: timing.Timing(found[name], found[name], found[name], 1) for name in rivals}
 
         monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
@@ -495,3 +495,19 @@ def test_explain_shows_every_kernel_with_its_time(mlp: Build, native: None, spee
     assert reasons[3] == "not measured here"
     mixed = nn.Sequential(nn.Conv2d(4, 4, 1))
     assert [row["reason"] for row in twofour.explain(mixed, kernels=True).rows] == ["no kernel for convolutions yet"]
+
+
+def test_what_would_run_decides_and_the_bare_rival_is_shown(
+    mlp: Build, native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    us = {"dense": 9.0, "onednn": 4.0, "packed": 6.0, "sparse": 5.0}
+
+    def paired(rivals: Mapping[str, Callable[[], object]], **_: object) -> dict[str, timing.Timing]:
+        assert set(rivals) == set(us)
+        return {name: timing.Timing(us[name], us[name], us[name], 15) for name in rivals}
+
+    monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
+    model = mlp()
+    twofour.prune(model)
+    row = twofour.compress(model, tokens=[1]).rows[0]
+    assert (row["action"], row["onednn_us"], row["against_best"], row["gain"]) == ("compressed", 4.0, 0.8, 1.8)

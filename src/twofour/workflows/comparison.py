@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import KERNELS
 from ..kernels.choices import Measured, Store, bucket, key
+from ..kernels.onednn import prepacked_linear
 from ..nn import SparseLinear
 from .timing import paired
 
@@ -27,13 +28,15 @@ _ATTEMPTS = 3
 class LayerTimes:
     """Microseconds of all calls: the Linear as torch runs it, oneDNN with packed weights (None where it cannot), sparse.
 
-    `kept` is the date of the oldest time that was not measured now but before, or None; `disturbed` tells that other
-    programs were in the way; `by_tokens` has the parts, for one call each.
+    `packed_us` is oneDNN inside a SparseLinear, some microseconds more than on its own: what would run. `kept` is the
+    date of the oldest time that was not measured now but before, or None; `disturbed` tells that other programs were in
+    the way; `by_tokens` has the parts, for one call each.
     """
 
     dense_us: float
     onednn_us: float | None
     sparse_us: float
+    packed_us: float | None = None
     kept: str | None = None
     disturbed: bool = False
     by_tokens: Mapping[int, Measured] = field(default_factory=dict)
@@ -57,18 +60,18 @@ class LayerTimes:
     def best(self) -> str:
         """ "sparse", "onednn" or "dense": what the layer should run.
 
-        Sparse where it beats torch's Linear and is at least TIE of oneDNN's speed; oneDNN where it is really faster than
-        torch's Linear (by more than 3 %, because it holds more bytes); else the Linear as it is.
+        Sparse where it beats torch's Linear and is at least TIE of the speed of a layer on oneDNN; oneDNN where it is
+        really faster than torch's Linear (by more than 3 %, because it holds more bytes); else the Linear as it is.
         """
-        if self.sparse_us < self.dense_us and self.against_best >= TIE:
+        if self.sparse_us < self.dense_us and (self.packed_us is None or self.packed_us / self.sparse_us >= TIE):
             return "sparse"
-        if self.onednn_us is not None and self.onednn_us < TIE * self.dense_us:
+        if self.packed_us is not None and self.packed_us < TIE * self.dense_us:
             return "onednn"
         return "dense"
 
     def us(self, rival: str) -> float:
-        """The time of one of the three."""
-        found = {"dense": self.dense_us, "onednn": self.onednn_us, "sparse": self.sparse_us}[rival]
+        """The time of a layer that runs one of the three."""
+        found = {"dense": self.dense_us, "onednn": self.packed_us, "sparse": self.sparse_us}[rival]
         assert found is not None
         return found
 
@@ -94,8 +97,7 @@ class Comparison:
             sparse: the layer on the kernel that holds it compressed.
             dense: its dense twin; None makes one where it is needed.
         """
-        dense_us = sparse_us = 0.0
-        onednn_us: float | None = 0.0
+        sums: dict[str, float | None] = dict.fromkeys(("dense", "onednn", "sparse", "packed"), 0.0)
         dates: list[str] = []
         any_disturbed = False
         by_tokens: dict[int, Measured] = {}
@@ -108,14 +110,18 @@ class Comparison:
                 self._found[name] = self._look_up_or_measure(name, sparse, dense, standing)
             measured, from_store, disturbed = self._found[name]
             scale = calls * count / standing
-            dense_us += scale * measured.us["dense"]
-            sparse_us += scale * measured.us["sparse"]
-            packed = measured.us.get("onednn")
-            onednn_us = None if onednn_us is None or packed is None else onednn_us + scale * packed
+            for rival, total in sums.items():
+                us = measured.us.get(rival)
+                sums[rival] = None if total is None or us is None else total + scale * us
             dates += [measured.date] if from_store else []
             any_disturbed |= disturbed
             by_tokens[standing] = measured
-        return LayerTimes(dense_us, onednn_us, sparse_us, min(dates, default=None), any_disturbed, by_tokens)
+        dense_us, sparse_us = sums["dense"], sums["sparse"]
+        assert dense_us is not None
+        assert sparse_us is not None
+        return LayerTimes(
+            dense_us, sums["onednn"], sparse_us, sums["packed"], min(dates, default=None), any_disturbed, by_tokens
+        )
 
     def _look_up_or_measure(
         self, name: str, sparse: SparseLinear, dense: nn.Linear | None, tokens: int
@@ -137,7 +143,8 @@ def _measure(sparse: SparseLinear, dense: nn.Linear, tokens: int) -> tuple[Measu
     # forward, not the call: the user's hooks must not see timing runs.
     rivals = {"dense": _bind(dense.forward, x), "sparse": _bind(sparse.forward, x)}
     if KERNELS["onednn"].why_not(sparse.spec) is None:
-        rivals["onednn"] = _bind(SparseLinear(sparse.matrix, sparse.bias, backend="onednn").forward, x)
+        rivals["onednn"] = _bind(prepacked_linear(dense.weight, dense.bias), x)
+        rivals["packed"] = _bind(SparseLinear(sparse.matrix, sparse.bias, backend="onednn").forward, x)
     lowest: dict[str, float] = {}
     for _ in range(_ATTEMPTS):
         with torch.no_grad():

@@ -111,7 +111,7 @@ def _kernel_rows(layer: Layer, store: Store) -> list[dict[str, Any]]:
     measured_as, found = measurements.get(module, (None, {}))
     if measured_as != spec:  # never, or before it was converted
         found = store.known(spec, default, has_bias, torch.get_num_threads())
-    rivals = {default: "sparse", "onednn": "onednn", DENSE: "dense"}
+    rivals = {default: "sparse", "onednn": "packed", DENSE: "dense"}
     rows = []
     for name in (*KERNELS, DENSE):
         why_not = KERNELS[name].why_not(spec) if name in KERNELS else None
