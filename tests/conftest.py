@@ -19,6 +19,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("TWOFOUR_CACHE", str(tmp_path_factory.getbasetemp() / "no-timings" / os.urandom(8).hex()))
+
+
 @pytest.fixture
 def mlp() -> Callable[[], nn.Sequential]:
     """A fresh small model on each call: two Linears that fit 2:4, a norm, and one that fits too."""
@@ -55,9 +60,13 @@ def native() -> None:
     needs_native()
 
 
-@pytest.fixture(scope="session", params=["cpu", "reference"])
+@pytest.fixture(scope="session", params=["cpu", "reference", "onednn"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the CPU in turn."""
+    from twofour.kernels import onednn
+
     if request.param == "cpu":
         needs_native()
+    if request.param == "onednn" and (reason := onednn.why_not(torch.bfloat16)) is not None:
+        pytest.skip(reason)
     return str(request.param)

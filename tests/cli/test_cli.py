@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import twofour
 from twofour import cli
+from twofour.kernels import onednn
+from twofour.workflows.timing import Timing
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
 
@@ -581,3 +583,43 @@ def test_measure_gives_a_vision_model_pixels(
     assert batches[0]["pixel_values"].dtype == torch.bfloat16
     (tmp_path / "text.txt").write_text("hello", encoding="utf-8")
     assert "leave out --text" in run("measure", tmp_path / "small", "--text", tmp_path / "text.txt").err
+
+
+def test_timings_are_kept_shown_and_forgotten(
+    run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TWOFOUR_CACHE", str(cache))
+    calls: list[int] = []
+
+    def paired(rivals: dict[str, Callable[[], object]], **_: object) -> dict[str, Timing]:
+        calls.append(1)
+        us = {"dense": 9.0, "onednn": 2.0, "packed": 3.0, "sparse": 6.0}
+        return {name: Timing(us[name], us[name], us[name], 15) for name in rivals}
+
+    monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
+    if reason := onednn.why_not(torch.float32):
+        pytest.skip(reason)
+    run("prune", folder, tmp_path / "pruned")
+    assert run("compress", tmp_path / "pruned", tmp_path / "small", "--tokens", "1,8").code == 0
+    timed = len(calls)
+    assert timed > 0
+    result = run("compress", tmp_path / "pruned", tmp_path / "again", "--tokens", "1,8")
+    assert len(calls) == timed
+    assert f"{timed} of {timed} timings were made before" in " ".join(result.out.split())
+    run("compress", tmp_path / "pruned", tmp_path / "anew", "--tokens", "1,8", "--remeasure")
+    assert len(calls) == 2 * timed
+
+    report = json.loads(run("info", "--json").out)
+    assert report["summary"]["timings kept"] == timed
+    assert Path(report["summary"]["timings kept in"]).parent == cache
+    explained = json.loads(run("explain", tmp_path / "small", "--kernels", "--json").out)
+    timed_rows = [row for row in explained["rows"] if row.get("us")]
+    assert {row["kernel"] for row in timed_rows if row["chosen"]} == {"onednn (dense)"}
+    assert {"1": 9.0, "8": 9.0} in [row["us"] for row in timed_rows if row["kernel"] == "dense (torch)"]
+
+    cleared = json.loads(run("info", "--clear-cache", "--json").out)
+    assert cleared["summary"]["timings kept"] == 0
+    assert cleared["notes"] == ["1 files of kept timings were removed"]
+    monkeypatch.setenv("TWOFOUR_CACHE", "off")
+    assert json.loads(run("info", "--json").out)["summary"]["timings kept in"] == "nowhere (TWOFOUR_CACHE=off)"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from twofour import SparseMatrix, UnsupportedError, kernels
 from twofour.errors import ShapeError
-from twofour.kernels import KERNELS, LinearSpec, choose
+from twofour.kernels import KERNELS, LinearSpec, choose, onednn
+from twofour.masks import nm_mask
 from twofour.pattern import Pattern
 from twofour.testing import assert_within_bound
 
@@ -43,6 +44,8 @@ def test_integers_are_exact_at_any_size(
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 129])
 def test_real_inputs_stay_within_the_bound(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    if backend == "onednn" and onednn.why_not(dtype):
+        pytest.skip(str(onednn.why_not(dtype)))
     if backend == "cpu" and dtype == torch.float16:
         matrix = SparseMatrix.from_dense(torch.randn(8, 8).to(dtype), prune=True)
         with pytest.raises(UnsupportedError, match="backend 'cpu' cannot run this layer: float16 has no native kernel"):
@@ -65,6 +68,9 @@ def test_inputs_at_dropped_places_never_reach_the_output(
     matrix = SparseMatrix.from_dense(weight.to(dtype))
     x = torch.ones(tokens, 16).to(dtype)
     x[:, 0::4] = bad
+    if KERNELS[backend].dense:  # its zeros are multiplied: NaN, as from an nn.Linear
+        assert bool(kernels.linear(x, matrix, backend=backend).isnan().all())
+        return
     assert torch.equal(kernels.linear(x, matrix, backend=backend), torch.zeros(tokens, 20).to(dtype))
     x[:, 1] = bad
     assert not bool(torch.isfinite(kernels.linear(x, matrix, backend=backend)).any())
@@ -101,7 +107,7 @@ def test_the_table_says_which_kernel_and_why(native: None) -> None:
     assert chosen("4:8") == ("reference", "cpu: pattern 4:8 has no native kernel, only 2:4")
     assert chosen(dtype=torch.float16) == ("reference", "cpu: float16 has no native kernel, only float32 and bfloat16")
     assert chosen(device="meta") == ("reference", "cpu: the weight is on meta")
-    with pytest.raises(UnsupportedError, match="unknown backend 'gpu': the kernels are cpu, reference"):
+    with pytest.raises(UnsupportedError, match="unknown backend 'gpu': the kernels are cpu, reference, onednn"):
         choose(LinearSpec(8, 8, Pattern(), torch.float32, torch.device("cpu")), "gpu")
 
 
@@ -115,11 +121,19 @@ def test_without_native_kernels_the_reference_serves_and_says_so(monkeypatch: py
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 4), (16, 64), (37, 20), (3, 132)])
 def test_every_layout_gives_the_matrix_back(backend: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    matrix = SparseMatrix.from_dense(torch.randn(shape).to(dtype), prune=True)
-    kernel = KERNELS[backend]
-    back = kernel.unpack(kernel.pack(matrix), LinearSpec.of(matrix))
-    assert torch.equal(back.values, matrix.values)
-    assert torch.equal(back.metadata, matrix.metadata)
+    weight = torch.randn(shape)
+    weight[0, :4] = torch.tensor([float("nan"), -0.0, float("-inf"), 0.0])
+    mask = nm_mask(weight.abs(), "2:4")
+    matrix = SparseMatrix.from_dense(weight.to(dtype), mask=mask)
+    kernel, spec = KERNELS[backend], LinearSpec.of(matrix)
+    operands = kernel.pack(matrix)
+    copied = kernel.copy(operands, spec)
+    assert copied[0].data_ptr() != operands[0].data_ptr()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for layout in (operands, copied):
+        back = kernel.unpack(layout, spec)
+        assert torch.equal(back.values.view(bits), matrix.values.view(bits))
+        assert torch.equal(back.metadata, matrix.metadata)
 
 
 def test_functional_form_works_under_compile_before_and_after_packing(native: None) -> None:

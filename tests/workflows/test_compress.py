@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 import twofour
 from twofour import ModelError, SparseLinear
+from twofour.kernels import KERNELS
+from twofour.kernels.choices import Store
 from twofour.workflows import timing
 
 Build = Callable[[], nn.Sequential]
@@ -23,7 +26,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def paired(rivals: Mapping[str, Callable[[], object]], **_: object) -> dict[str, timing.Timing]:
             for function in rivals.values():
                 function()
-            found = {"dense": dense_us, "sparse": sparse_us, "onednn": onednn_us}
+            found = {"dense": dense_us, "sparse": sparse_us, "onednn": onednn_us, "packed": onednn_us}
             return {name: timing.Timing(found[name], found[name], found[name], 1) for name in rivals}
 
         monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
@@ -48,13 +51,88 @@ def test_faster_layers_are_replaced(mlp: Build, native: None, speeds: Callable[.
     torch.testing.assert_close(model(x), expected)
 
 
-def test_the_report_has_the_strongest_dense_rival_too(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("dense_us", "sparse_us", "onednn_us", "action"),
+    [
+        (10, 5, 4, "packed"),
+        (10, 5, 4.9, "compressed"),  # 0.98x of oneDNN, in half the bytes
+        (10, 5, 4.8, "packed"),
+        (4, 5, 3, "packed"),
+        (4, 4.05, 6, "dense"),  # never slower than before
+        (4, 5, 3.95, "dense"),  # 1 % does not pay for more bytes
+        (4, 3.9, 9, "compressed"),
+    ],
+)
+def test_the_fastest_of_three_kernels_runs(
+    mlp: Build,
+    native: None,
+    speeds: Callable[..., None],
+    dense_us: float,
+    sparse_us: float,
+    onednn_us: float,
+    action: str,
+) -> None:
     model = mlp()
     twofour.prune(model)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    speeds(dense_us, sparse_us, onednn_us)
+    report = twofour.compress(model, x)
+    times = {"compressed": sparse_us, "packed": onednn_us, "dense": dense_us}
+    assert {row["action"] for row in report.rows} == {action}
+    assert report.rows[0]["gain"] == dense_us / times[action]
+    assert times[action] <= min(times.values()) / 0.97
+    assert kinds(model)[0] == ("Linear" if action == "dense" else "SparseLinear")
+    if action != "dense":
+        assert model[0].backend == ("onednn" if action == "packed" else "cpu")
+        assert report.rows[0]["bytes"] == model[0].nbytes
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_layers_on_dense_onednn_are_told_and_can_train_their_inputs(
+    mlp: Build, native: None, speeds: Callable[..., None]
+) -> None:
+    model = mlp()
+    twofour.prune(model)
+    weight = model[0].weight.detach().clone()
     speeds(10, 5, 4)
-    report = twofour.compress(model, torch.randn(5, 64))
-    assert [row["against_best"] for row in report.rows] == [0.8] * 3
-    assert "3 compressed layers beat torch's Linear but not oneDNN" in report.notes[0]
+    report = twofour.compress(model, tokens=[7])
+    assert report.summary["layers compressed"] == "0 of 3"
+    assert report.summary["on dense oneDNN, because sparse would be slower"] == 3
+    assert report.summary["weight bytes of those on oneDNN, after"] == sum(model[i].nbytes for i in (0, 2, 4))
+    assert all(row["kernel"] == "onednn (dense)" for row in report.rows)
+    assert all(row["reason"].endswith("would run at 0.80x of oneDNN") for row in report.rows)
+    explained = twofour.explain(model)
+    assert explained.rows[0]["reason"] == report.rows[0]["reason"]
+    assert explained.summary == {"layers on a sparse kernel": "0 of 3", "layers on dense oneDNN": "3 of 3"}
+    x = torch.randn(3, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert model[0].bias.grad is not None
+    layer = model[0]
+    twofour.compress(model, tokens=[7])
+    assert model[0] is layer
+    speeds(10, 5, 8)
+    twofour.compress(model, tokens=[7], remeasure=True)
+    assert model[0].backend == "cpu"
+    speeds(10, 20, 15)
+    twofour.compress(model, tokens=[7], remeasure=True)
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_tied_layers_share_one_packed_weight(native: None, speeds: Callable[..., None]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    twofour.prune(model)
+    x = torch.randn(2, 16)
+    expected = model(x)
+    for onednn_us, backend in ((4, "onednn"), (9, "cpu"), (4, "onednn")):
+        speeds(10, 5, onednn_us)
+        twofour.compress(model, tokens=[3], remeasure=True)
+        assert (model[0].backend, model[1].backend) == (backend, backend)
+        assert model[0].values is model[1].values
+        assert model[0].bias is not model[1].bias
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_slower_layers_stay_dense_and_the_reports_say_so(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
@@ -87,7 +165,8 @@ def test_real_timing_gives_numbers_and_the_better_choice(mlp: Build) -> None:
     report = twofour.compress(model, torch.randn(3, 64))
     for row in report.rows:
         assert row["dense_us"] > 0
-        assert (row["action"] == "compressed") == (row["speedup"] > 1)
+        assert (row["action"] == "dense") == (row["gain"] == 1)
+        assert row["gain"] >= 1
 
 
 def test_force_needs_no_timing(mlp: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,3 +390,124 @@ def test_timing_leaves_the_random_numbers_alone(mlp: Build, speeds: Callable[...
     before = torch.get_rng_state()
     twofour.compress(model, tokens=[3])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_second_time_nothing_is_timed(
+    mlp: Build, native: None, speeds: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds(10, 5)
+    model = mlp()
+    twofour.prune(model)
+    first = twofour.compress(model, tokens=[1, 100])
+    monkeypatch.setattr("twofour.workflows.comparison.paired", None)
+    model = mlp()
+    twofour.prune(model)
+    second = twofour.compress(model, tokens=[1, 100])
+    assert [row["action"] for row in second.rows] == ["compressed"] * 3
+    assert [row["sparse_us"] for row in second.rows] == [row["sparse_us"] for row in first.rows]
+    assert {row["measured"] for row in first.rows} == {"now"}
+    assert second.rows[0]["measured"].startswith("20")
+    assert second.notes[0].startswith("6 of 6 timings were made before, from 20")
+    assert "remeasure=True (--remeasure) times again" in second.notes[0]
+    with pytest.raises(TypeError, match="not callable"):
+        twofour.compress(model, tokens=[1, 100], remeasure=True)
+    with pytest.raises(TypeError, match="not callable"):
+        twofour.compress(model, tokens=[2])
+
+
+def test_other_threads_are_timed_anew(mlp: Build, speeds: Callable[..., None]) -> None:
+    speeds(10, 5)
+    model = mlp()
+    twofour.prune(model)
+    twofour.compress(model, tokens=[1], dry_run=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert twofour.compress(model, tokens=[1], dry_run=True).rows[0]["measured"] == "now"
+    finally:
+        torch.set_num_threads(threads)
+    assert twofour.compress(model, tokens=[1], dry_run=True).rows[0]["measured"] != "now"
+
+
+def test_disturbed_timings_are_noted_and_not_kept(mlp: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+
+    def paired(rivals: Mapping[str, Callable[[], object]], **_: object) -> dict[str, timing.Timing]:
+        rounds.append(1)
+        low = 5.0 + len(rounds)
+        return {name: timing.Timing(2 * low, low, 3 * low, 15) for name in rivals}
+
+    monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
+    model = nn.Sequential(nn.Linear(8, 8))
+    twofour.prune(model)
+    report = twofour.compress(model, tokens=[1])
+    assert len(rounds) == 3
+    assert report.rows[0]["dense_us"] == 6  # the least disturbed
+    assert "other programs disturbed the timing of 0: the choice may be wrong" in report.notes[0]
+    assert not Store.open().entries
+
+
+def test_an_unwritable_or_damaged_cache_is_a_note(
+    mlp: Build, speeds: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    speeds(10, 5)
+    model = mlp()
+    twofour.prune(model)
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    monkeypatch.setenv("TWOFOUR_CACHE", str(blocked))
+    report = twofour.compress(model, tokens=[1], dry_run=True)
+    assert any(note.startswith(f"choices cannot be kept in {blocked}") for note in report.notes)
+    monkeypatch.setenv("TWOFOUR_CACHE", str(tmp_path))
+    twofour.compress(model, tokens=[1], dry_run=True)
+    file = Store.open().file
+    assert file is not None
+    file.write_text("{")
+    report = twofour.compress(model, tokens=[1], dry_run=True)
+    assert any("cannot be read (it is not JSON): its choices are measured again" in note for note in report.notes)
+    assert twofour.compress(model, tokens=[1], dry_run=True).rows[0]["measured"] != "now"
+
+
+def test_explain_shows_every_kernel_with_its_time(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
+    model = mlp()
+    assert twofour.explain(model, kernels=True).notes == (
+        "nothing was measured here yet: twofour.compress(model) does",
+    )
+    twofour.prune(model)
+    speeds(10, 5, 8)
+    twofour.compress(model, tokens=[1, 100])
+    report = twofour.explain(model, kernels=True)
+    rows = report.where(layer="0")
+    assert [row["kernel"] for row in rows] == [KERNELS["cpu"].label(), "reference", "onednn (dense)", "dense (torch)"]
+    assert [row["chosen"] for row in rows] == ["yes", "", "", ""]
+    assert [row["times"] for row in rows] == ["1: 5.0, 104: 5.0", "", "1: 8.0, 104: 8.0", "1: 10.0, 104: 10.0"]
+    assert [row["reason"] for row in rows] == [
+        "",
+        "writes the weight out dense at each call",
+        "0.62x of the chosen",
+        "0.50x of the chosen",
+    ]
+    again = mlp()
+    twofour.prune(again)
+    assert [row["us"] for row in twofour.explain(again, kernels=True).where(layer="0")] == [row["us"] for row in rows]
+    reasons = [row["reason"] for row in twofour.explain(model.half(), kernels=True).where(layer="0")]
+    assert reasons[0] == "float16 has no native kernel, only float32 and bfloat16"
+    assert reasons[3] == "not measured here"
+    mixed = nn.Sequential(nn.Conv2d(4, 4, 1))
+    assert [row["reason"] for row in twofour.explain(mixed, kernels=True).rows] == ["no kernel for convolutions yet"]
+
+
+def test_what_would_run_decides_and_the_bare_rival_is_shown(
+    mlp: Build, native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    us = {"dense": 9.0, "onednn": 4.0, "packed": 6.0, "sparse": 5.0}
+
+    def paired(rivals: Mapping[str, Callable[[], object]], **_: object) -> dict[str, timing.Timing]:
+        assert set(rivals) == set(us)
+        return {name: timing.Timing(us[name], us[name], us[name], 15) for name in rivals}
+
+    monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
+    model = mlp()
+    twofour.prune(model)
+    row = twofour.compress(model, tokens=[1]).rows[0]
+    assert (row["action"], row["onednn_us"], row["against_best"], row["gain"]) == ("compressed", 4.0, 0.8, 1.8)

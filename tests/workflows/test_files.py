@@ -13,6 +13,7 @@ from torch import nn
 import twofour
 from twofour import ModelError, SparseLinear, SparseMatrix, UnsupportedError
 from twofour.format import file
+from twofour.kernels import KERNELS, onednn
 
 Build = Callable[[], nn.Sequential]
 
@@ -280,3 +281,32 @@ def test_8_bit_weights_that_ran_dense_come_back(path: Path) -> None:
     fresh = nn.Sequential(nn.Linear(8, 8, bias=False))
     twofour.load(fresh, path)
     assert torch.equal(fresh[0].weight.float(), model[0].weight.float())
+
+
+def test_layers_on_dense_onednn_come_back_on_it_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if onednn.why_not(torch.float32):
+        pytest.skip(str(onednn.why_not(torch.float32)))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    twofour.prune(model)
+    matrices = [SparseMatrix.from_dense(layer.weight) for layer in model]
+    packed = nn.Sequential(SparseLinear(matrices[0], model[0].bias, backend="onednn"), SparseLinear(matrices[1]))
+    twofour.save(packed, tmp_path / "model.safetensors")
+    fresh = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8, bias=False))
+    report = twofour.load(fresh, tmp_path / "model.safetensors")
+    assert fresh[0].backend == "onednn"
+    assert not KERNELS[fresh[1].backend].dense
+    assert report.rows[0]["kernel"] == "onednn (dense)"
+    assert report.rows[0]["reason"] == "was faster than sparse where it was compressed"
+    x = torch.randn(3, 16)
+    assert torch.equal(fresh(x), packed(x))
+    twofour.save(fresh, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    one = SparseLinear(SparseMatrix.from_dense(torch.zeros(16, 16)), torch.zeros(16))
+    twofour.save(packed[0], tmp_path / "one.safetensors")
+    twofour.load(one, tmp_path / "one.safetensors")
+    assert one.backend == "onednn"
+
+    monkeypatch.setattr("twofour.kernels.onednn.why_not", lambda dtype: "no oneDNN here")
+    twofour.load(fresh, tmp_path / "model.safetensors")
+    assert not KERNELS[fresh[0].backend].dense
+    torch.testing.assert_close(fresh(x), packed(x))

@@ -38,6 +38,9 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Run every layer that can be compressed, without timing.")
     ] = False,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Time again what was timed on this machine before.")
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     dtype: Dtype = None,
@@ -59,7 +62,14 @@ def run(
     models.require_target(model, output, overwrite or dry_run)
     loaded = models.open_model(model, wanted)
     report = compress(
-        loaded, pattern=pattern, tokens=counts, force=force, include=include, exclude=exclude, dry_run=dry_run
+        loaded,
+        pattern=pattern,
+        tokens=counts,
+        force=force,
+        remeasure=remeasure,
+        include=include,
+        exclude=exclude,
+        dry_run=dry_run,
     )
     if not dry_run:
         saved = models.write_compressed(loaded, model, output, overwrite, pattern)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated, Any
 
-from ..kernels import KERNELS, LinearSpec
+import torch
+import typer
+
+from ..kernels import KERNELS, LinearSpec, choices
 from ..kernels.machine import describe
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -13,8 +16,14 @@ from .options import Json, show
 NAME = "info"
 
 
-def run(json: Json = False) -> None:
-    """Show the machine, the versions, and which kernels can run here, with the reason where one cannot."""
+def run(
+    json: Json = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Forget all timings that compress has kept, of every build.")
+    ] = False,
+) -> None:
+    """Show the machine, the versions, which kernels can run here (or why not), and where timings are kept."""
+    notes = [f"{choices.clear()} files of kept timings were removed"] if clear_cache else []
     rows = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         spec = LinearSpec(64, 64, Pattern(), dtype, torch.device("cpu"))
@@ -34,5 +43,8 @@ def run(json: Json = False) -> None:
         Column("runs", "runs"),
         Column("reason", "why"),
     )
-    machine = {**environment(), **describe()}
-    show(Report("info", columns, tuple(rows), machine, (), {}), json)
+    store = choices.Store.open()
+    machine: dict[str, Any] = {**environment(), **describe()}
+    machine["timings kept in"] = str(store.file) if store.file is not None else "nowhere (TWOFOUR_CACHE=off)"
+    machine["timings kept"] = len(store.entries)
+    show(Report("info", columns, tuple(rows), machine, (*notes, *store.notes), {}), json)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
-from . import cpu, reference
+from . import cpu, direct, onednn, reference
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
@@ -29,10 +29,17 @@ _LIBRARY.define(
     " int in_features) -> Tensor"
 )
 _LIBRARY.define(
+    "linear_onednn(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
+    " int in_features) -> Tensor"
+)
+_LIBRARY.define(
     "to_dense_reference(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
 )
 _LIBRARY.define(
     "to_dense_cpu(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
+)
+_LIBRARY.define(
+    "to_dense_onednn(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
 )
 _LIBRARY.define(
     "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features, int shared=1)"
@@ -55,6 +62,12 @@ def _linear_cpu(
     return y.view(*x.shape[:-1], out_features)
 
 
+def _linear_onednn(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    return onednn.linear(x, values, metadata, bias, pattern, out_features, in_features)
+
+
 def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
     return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
 
@@ -62,6 +75,10 @@ def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_feat
 def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
     canonical = cpu.unpack(values, metadata, out_features, in_features)
     return reference.to_dense(*canonical, Pattern.parse(pattern), in_features)
+
+
+def _to_dense_onednn(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return onednn.to_dense(values, metadata, Pattern.parse(pattern), out_features, in_features)
 
 
 def _linear_fake(
@@ -85,20 +102,26 @@ _LIBRARY.impl("linear_reference", _linear_reference, "CompositeExplicitAutograd"
 _LIBRARY.impl("to_dense_reference", _to_dense_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cpu", _linear_cpu, "CPU")
 _LIBRARY.impl("to_dense_cpu", _to_dense_cpu, "CPU")
+_LIBRARY.impl("linear_onednn", _linear_onednn, "CPU")
+_LIBRARY.impl("to_dense_onednn", _to_dense_onednn, "CPU")
 _LIBRARY.impl("pack_linear_cpu", cpu.pack, "CPU")
-for _name in ("linear_reference", "linear_cpu"):
+for _name in ("linear_reference", "linear_cpu", "linear_onednn"):
     torch.library.register_fake(f"twofour::{_name}", _linear_fake, lib=_LIBRARY)
-for _name in ("to_dense_reference", "to_dense_cpu"):
+for _name in ("to_dense_reference", "to_dense_cpu", "to_dense_onednn"):
     torch.library.register_fake(f"twofour::{_name}", _to_dense_fake, lib=_LIBRARY)
 torch.library.register_fake("twofour::pack_linear_cpu", _pack_fake, lib=_LIBRARY)
 
 _LINEAR = {
     "reference": torch.ops.twofour.linear_reference.default,
     "cpu": torch.ops.twofour.linear_cpu.default,
+    "onednn": torch.ops.twofour.linear_onednn.default,
 }
+_DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "onednn": _linear_onednn}
+"""What the dispatcher would call in the end, for calls that need nothing else of it."""
 _TO_DENSE = {
     "reference": torch.ops.twofour.to_dense_reference.default,
     "cpu": torch.ops.twofour.to_dense_cpu.default,
+    "onednn": torch.ops.twofour.to_dense_onednn.default,
 }
 
 
@@ -138,7 +161,7 @@ def _over_batches(backend: str) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-for _backend in ("reference", "cpu"):
+for _backend in _LINEAR:
     torch.library.register_autograd(
         f"twofour::linear_{_backend}", _backward(_backend), setup_context=_setup_context, lib=_LIBRARY
     )
@@ -157,7 +180,7 @@ def linear(
     """x @ W.T + bias through one backend, differentiable in x and bias.
 
     Args:
-        backend: "reference" or "cpu"; `operands` must be that backend's layout (registry: `Kernel.pack`).
+        backend: "cpu", "reference" or "onednn"; `operands` must be that backend's layout (registry: `Kernel.pack`).
         pattern: `pattern_text(...)`.
         x: [..., in_features] of the values' dtype (any floating dtype where the values are int8 or float8).
         bias: [out_features] or None.
@@ -168,6 +191,8 @@ def linear(
     """
     values, metadata = operands
     _require_input(x, values, bias, out_features, in_features)
+    if not torch.compiler.is_compiling() and direct.applies(x, bias):
+        return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features)
     run = _LINEAR[backend]
     if forward_ad._current_level >= 0:  # operations of a Library would drop tangents without a word
         (x, tangent), (bias, bias_tangent) = forward_ad.unpack_dual(x), _unpack_dual(bias)

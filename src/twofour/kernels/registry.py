@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from ..errors import UnsupportedError
 from ..format import SparseMatrix
 from ..pattern import Pattern
-from . import cpu
+from . import cpu, onednn
 
 Operands = tuple[Tensor, Tensor]
 
@@ -41,7 +41,9 @@ class Kernel:
     """One row of the table.
 
     `why_not(spec)` is None where the kernel applies. `pack` makes the kernel's own layout from the canonical matrix and
-    `unpack` gives the matrix back, bit for bit, so that a layer needs to hold only one of them.
+    `unpack` gives the matrix back, bit for bit, so that a layer needs to hold only one of them; `copy` gives the same
+    layout on memory of its own. A `dense` kernel holds and multiplies the zeros: `choose` never picks it by itself, but
+    `twofour.compress` does where it measures it faster.
     """
 
     backend: str
@@ -49,6 +51,8 @@ class Kernel:
     pack: Callable[[SparseMatrix], Operands]
     unpack: Callable[[Operands, LinearSpec], SparseMatrix]
     label: Callable[[], str]
+    copy: Callable[[Operands, LinearSpec], Operands] = lambda operands, _: (operands[0].clone(), operands[1].clone())
+    dense: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,22 @@ def _cpu_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
     return SparseMatrix(values, metadata, spec.pattern, (spec.out_features, spec.in_features))
 
 
+def _onednn_why_not(spec: LinearSpec) -> str | None:
+    if spec.device.type != "cpu":
+        return f"the weight is on {spec.device}"
+    if spec.out_features == 0 or spec.in_features == 0:
+        return "the weight is empty"
+    return onednn.why_not(spec.dtype)
+
+
+def _onednn_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    return onednn.unpack(*operands, spec.pattern, spec.out_features, spec.in_features)
+
+
+def _onednn_copy(operands: Operands, spec: LinearSpec) -> Operands:
+    return onednn.copy(*operands, spec.pattern, spec.out_features, spec.in_features)
+
+
 def _reference_why_not(spec: LinearSpec) -> str | None:
     return None
 
@@ -109,12 +129,15 @@ def _reference_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel("cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}"),
     "reference": Kernel("reference", _reference_why_not, _reference_pack, _reference_unpack, lambda: "reference"),
+    "onednn": Kernel(
+        "onednn", _onednn_why_not, onednn.pack, _onednn_unpack, lambda: "onednn (dense)", _onednn_copy, dense=True
+    ),
 }
-"""All kernels, fastest first."""
+"""All kernels: those that hold the weight compressed, fastest first, then those that hold it dense."""
 
 
 def choose(spec: LinearSpec, backend: str | None = None) -> Choice:
-    """The first kernel of the table that applies, or the one asked for.
+    """The first kernel of the table that applies and holds the weight compressed, or the one asked for.
 
     Raises:
         UnsupportedError: an unknown backend, or one that does not apply; says why.
@@ -130,6 +153,8 @@ def choose(spec: LinearSpec, backend: str | None = None) -> Choice:
         return Choice(KERNELS[backend], ())
     rejected: list[tuple[str, str]] = []
     for kernel in KERNELS.values():
+        if kernel.dense:
+            continue
         reason = kernel.why_not(spec)
         if reason is None:
             return Choice(kernel, tuple(rejected))

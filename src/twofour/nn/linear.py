@@ -158,9 +158,16 @@ class SparseLinear(nn.Module):
         return self._run(x.to(self.values.dtype)).to(torch.get_autocast_dtype(x.device.type))
 
     def _run(self, x: Tensor) -> Tensor:
-        operands = (self.values, self.metadata)
-        shape = (self.out_features, self.in_features)
-        return ops.linear(self.backend, x, operands, self.bias, self._pattern_text, *shape)
+        held = self._buffers  # not by attribute: three calls of Module.__getattr__ cost 1.5 us
+        return ops.linear(
+            self.backend,
+            x,
+            (held["values"], held["metadata"]),  # type: ignore[arg-type]
+            self._parameters["bias"],
+            self._pattern_text,
+            self.out_features,
+            self.in_features,
+        )
 
     def extra_repr(self) -> str:
         dtype = str(self.values.dtype).removeprefix("torch.")
@@ -215,6 +222,10 @@ class SparseLinear(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
         other = SparseLinear.__new__(SparseLinear)
         memo[id(self)] = other
+        if id(self.values) not in memo:  # a kernel's layout may not be for others to copy
+            memo[id(self.values)], memo[id(self.metadata)] = KERNELS[self.backend].copy(
+                (self.values, self.metadata), self.spec
+            )
         other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return other
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix
 from ..format.pack import VALUE_DTYPES
+from ..kernels import KERNELS, LinearSpec
 from ..masks import check_pattern
 from ..nn import SparseLinear
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .comparison import Comparison
-from .explain import DENSE, decisions
+from .comparison import Comparison, LayerTimes
+from .explain import DENSE, decisions, measurements
 from .inputs import Batch, batches, call, evaluating
 from .layers import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
 from .progress import track
@@ -36,6 +37,8 @@ class _Candidate:
     tokens: list[int] = field(default_factory=list)
     sparse: SparseLinear | None = None
     dense_weight: nn.Parameter | None = None
+    times: LayerTimes | None = None
+    spec: LinearSpec | None = None
     row: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,32 +53,39 @@ def compress(
     pattern: Pattern | str = "2:4",
     tokens: Sequence[int] | int | None = None,
     force: bool = False,
+    remeasure: bool = False,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> Report:
-    """Replaces, in place, each Linear that holds `pattern` by a SparseLinear, where that is faster on this machine.
+    """Gives each Linear that holds `pattern`, in place, the kernel that is fastest on this machine.
 
-    Each layer's kernel is timed against the dense layer it would replace, in turns, at the token counts that `inputs`
-    bring it (or `tokens`, or 1 and 128). A layer that would be slower stays dense, and one that is compressed already
-    goes back to dense if it turns out slower now. Nothing is dropped: a layer that does not hold the pattern stays dense.
-    The report also has the best that torch could do dense: oneDNN with weights packed in advance.
+    Three are timed in turns, at the token counts that `inputs` bring the layer (or `tokens`, or 1 and 128): the Linear
+    as torch runs it, oneDNN with the weight packed in advance, and the sparse kernel. A layer becomes a SparseLinear on
+    the sparse kernel, a SparseLinear that holds its weight dense for oneDNN, or stays (or goes back to) an nn.Linear,
+    whichever wins; the sparse kernel is preferred down to 0.97x of oneDNN, because it holds half the bytes, but never
+    where torch's Linear is faster. One kernel serves all token counts of a layer: two would hold its weight twice.
+    Nothing is dropped: a layer that does not hold the pattern stays dense.
+
+    Times are kept on disk (`twofour info` says where), so that the next model with these shapes is not timed again.
 
     Args:
         model: any nn.Module, pruned before.
         inputs: model inputs as in use: a tensor, a tuple, a dict, or a list of these.
         tokens: token counts to decide by, instead of `inputs`.
         force: compress every layer that can be, without timing.
+        remeasure: time again what is on disk.
         include, exclude: shell wildcards over module names.
         dry_run: measure and report; change nothing.
         progress: a progress bar; None shows one on a terminal only.
     Returns:
-        Report with a row per layer: action ("compressed", "dense", "skipped"), kernel, tokens, dense_us, sparse_us,
-        speedup, bytes before and after, reason.
+        Report with a row per layer: action ("compressed", "packed" for oneDNN, "dense", "skipped"), kernel, tokens,
+        dense_us, onednn_us, sparse_us, gain (of the chosen kernel over torch's Linear), speedup and against_best (of
+        the sparse kernel over torch's Linear and the best dense), bytes before and after, reason.
     Raises:
         ModelError: no layer holds the pattern, or none that does can be compressed. Nothing is changed then.
-    Cost: a run of the model per batch, about 20 runs of each distinct layer, and the packing.
+    Cost: a run of the model per batch, about 20 runs of each distinct layer that was not timed before, and the packing.
     """
     pattern = Pattern.parse(pattern)
     if inputs is not None and tokens is not None:
@@ -95,7 +105,7 @@ def compress(
         notes.append("force: every layer that can be was compressed, without timing")
     else:
         _collect_tokens(model, candidates, inputs, tokens, notes)
-    comparison = None if force else Comparison()
+    comparison = None if force else Comparison(remeasure=remeasure)
     for candidate in track(candidates, "compress", progress):
         _decide(candidate, pattern, comparison)
         for layer in candidate.layers:
@@ -104,30 +114,31 @@ def compress(
                 _apply(model, layer, candidate)
     if dry_run:
         notes.append("dry run: nothing was changed")
-    behind = [row for candidate in candidates if (row := candidate.row).get("against_best", 1) < 1 < row["speedup"]]
-    if behind:
-        notes.append(
-            f"{len(behind)} compressed layers beat torch's Linear but not oneDNN with packed weights (column oneDNN): a"
-            " model frozen for oneDNN would run these faster dense"
-        )
+    if comparison is not None:
+        comparison.store.save()
+        notes += _timing_notes(comparison, candidates)
     ordered = tuple(rows[id(layer)] for layer in layers)
     compressed = [row for row in ordered if row["action"] == "compressed"]
-    legal = [row for row in ordered if "speedup" in row or row["action"] == "compressed"]
-    summary = {
-        "layers compressed": f"{len(compressed)} of {len(ordered)}",
-        "kept dense because sparse would be slower": len(legal) - len(compressed),
-        "weight bytes of those compressed, before": sum(row["dense_bytes"] for row in compressed),
-        "weight bytes of those compressed, after": sum(row["bytes"] for row in compressed),
-    }
+    packed = [row for row in ordered if row["action"] == "packed"]
+    slower = [row for row in ordered if row["action"] == "dense" and "speedup" in row]
+    summary: dict[str, Any] = {"layers compressed": f"{len(compressed)} of {len(ordered)}"}
+    if packed:
+        summary["on dense oneDNN, because sparse would be slower"] = len(packed)
+    summary["kept dense because sparse would be slower"] = len(slower)
+    summary["weight bytes of those compressed, before"] = sum(row["dense_bytes"] for row in compressed)
+    summary["weight bytes of those compressed, after"] = sum(row["bytes"] for row in compressed)
+    if packed:
+        summary["weight bytes of those on oneDNN, before"] = sum(row["dense_bytes"] for row in packed)
+        summary["weight bytes of those on oneDNN, after"] = sum(row["bytes"] for row in packed)
     columns = (
         Column("layer", "layer"),
         Column("shape", "shape"),
-        Column("kernel", "kernel"),
         Column("tokens", "tokens"),
         Column("dense_us", "dense µs", "us"),
         Column("onednn_us", "oneDNN µs", "us"),
         Column("sparse_us", "sparse µs", "us"),
-        Column("speedup", "speed", "ratio"),
+        Column("kernel", "kernel"),
+        Column("gain", "speed", "ratio"),
         Column("reason", "why"),
     )
     return Report("compress", columns, ordered, summary, tuple(notes), environment())
@@ -227,11 +238,33 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
+def _timing_notes(comparison: Comparison, candidates: list[_Candidate]) -> list[str]:
+    now, kept, _ = comparison.counts
+    notes = list(comparison.store.notes)
+    dates = [candidate.times.kept for candidate in candidates if candidate.times is not None and candidate.times.kept]
+    if kept:
+        oldest = min(str(date) for date in dates)[:10]
+        notes.append(
+            f"{kept} of {now + kept} timings were made before, from {oldest} on, and kept in {comparison.store.file}:"
+            " remeasure=True (--remeasure) times again"
+        )
+    disturbed = [c.first.name for c in candidates if c.times is not None and c.times.disturbed]
+    if disturbed:
+        notes.append(
+            f"other programs disturbed the timing of {_some(disturbed)}: the choice may be wrong and is not kept for the"
+            " next run"
+        )
+    return notes
+
+
 def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None) -> None:
-    """Fills `candidate.row`, and `candidate.sparse` where the layer is to be compressed."""
+    """Fills `candidate.row`, and `candidate.sparse` where the layer is to become (or stay) a SparseLinear."""
     module = candidate.first.module
+    sparse: SparseLinear
     if isinstance(module, SparseLinear):
-        sparse = module
+        # One that runs on a dense kernel is compared by its compressed form.
+        is_dense = KERNELS[module.backend].dense
+        sparse = SparseLinear(module.matrix, module.bias).train(module.training) if is_dense else module
         dense_bytes = module.in_features * module.out_features * module.values.dtype.itemsize
     else:
         assert isinstance(module, nn.Linear)
@@ -242,6 +275,7 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
             return
         dense_bytes = module.weight.nbytes
     choice = sparse.choice
+    candidate.sparse = sparse
     candidate.row = {
         "action": "compressed",
         "kernel": choice.kernel.label(),
@@ -249,41 +283,57 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         "bytes": sparse.nbytes,
         "reason": choice.reason,
     }
-    if comparison is not None:
-        times = comparison.times(sparse, module if isinstance(module, nn.Linear) else None, candidate.tokens)
-        candidate.row.update(
-            tokens=", ".join(map(str, sorted(set(candidate.tokens)))),
-            dense_us=times.dense_us,
-            onednn_us=times.onednn_us,
-            sparse_us=times.sparse_us,
-            speedup=times.speedup,
-            against_best=times.against_best,
-        )
-        if times.speedup <= 1:
-            reason = f"{choice.kernel.label()} would run at {times.speedup:.2f}x of dense"
-            candidate.row.update(
-                action="dense",
-                kernel=DENSE,
-                bytes=dense_bytes,
-                reason=f"{reason} ({choice.reason})" if choice.reason else reason,
-            )
-            return
-    candidate.sparse = sparse
+    if comparison is None:
+        return
+    times = comparison.times(sparse, module if isinstance(module, nn.Linear) else None, candidate.tokens)
+    candidate.times, candidate.spec = times, sparse.spec
+    candidate.row.update(
+        tokens=", ".join(map(str, sorted(set(candidate.tokens)))),
+        dense_us=times.dense_us,
+        onednn_us=times.onednn_us,
+        sparse_us=times.sparse_us,
+        speedup=times.speedup,
+        against_best=times.against_best,
+        gain=times.dense_us / times.us(times.best),
+        measured=times.kept or "now",
+    )
+    if times.best == "sparse":
+        return
+    rival, ratio = (
+        ("oneDNN", times.us("onednn") / times.sparse_us) if times.best == "onednn" else ("dense", times.speedup)
+    )
+    reason = f"{choice.kernel.label()} would run at {ratio:.2f}x of {rival}"
+    reason = f"{reason} ({choice.reason})" if choice.reason else reason
+    if times.best == "onednn":
+        if isinstance(module, SparseLinear) and KERNELS[module.backend].dense:
+            candidate.sparse = module
+        else:
+            candidate.sparse = SparseLinear(sparse.matrix, sparse.bias, backend="onednn").train(sparse.training)
+        kernel = candidate.sparse.choice.kernel.label()
+        candidate.row.update(action="packed", kernel=kernel, bytes=candidate.sparse.nbytes, reason=reason)
+    else:
+        candidate.sparse = None
+        candidate.row.update(action="dense", kernel=DENSE, bytes=dense_bytes, reason=reason)
 
 
 def _apply(model: nn.Module, layer: Layer, candidate: _Candidate) -> None:
     module = layer.module
+    new: nn.Module = module
     if candidate.sparse is None:
-        decisions[module] = str(candidate.row["reason"])
         if isinstance(module, SparseLinear):
             dense = module.to_linear()
             if candidate.dense_weight is None:
                 candidate.dense_weight = cast(nn.Parameter, dense.weight)
             dense.weight = candidate.dense_weight
-            decisions[dense] = str(candidate.row["reason"])
-            replace_module(model, module, dense)
+            new = dense
     elif module is candidate.first.module:
-        if module is not candidate.sparse:
-            replace_module(model, module, candidate.sparse)
-    elif isinstance(module, nn.Linear):
-        replace_module(model, module, candidate.sparse.twin(module.bias))
+        new = candidate.sparse
+    elif isinstance(module, nn.Linear) or candidate.first.module is not candidate.sparse:
+        new = candidate.sparse.twin(cast("nn.Parameter | None", module.bias))
+    if new is not module:
+        replace_module(model, module, new)
+    if reason := str(candidate.row["reason"]):
+        decisions[module] = decisions[new] = reason
+    if candidate.times is not None:
+        assert candidate.spec is not None
+        measurements[module] = measurements[new] = candidate.spec, candidate.times.by_tokens

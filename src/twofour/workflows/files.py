@@ -11,23 +11,25 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix, file
-from ..kernels import LinearSpec, choose
+from ..kernels import KERNELS, LinearSpec, choose
 from ..masks import check_pattern
 from ..nn import SparseLinear
 from ..nn.swap import replace_module, why_not_swappable
 from ..pattern import Pattern
 from ..report import Column, Report, environment
+from .explain import decisions
 from .layers import dtype_name, is_linear_like, survey
 
 _RUN_DENSE = "dense"
 _RUN_SPARSE = "sparse"
+_RUN_ONEDNN = "onednn"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | str = "2:4") -> Report:
     """Writes every parameter and persistent buffer of `model` to one safetensors file; see format/SPEC.md.
 
     SparseLinear weights, and Linear weights that hold `pattern`, are stored compressed; the file remembers which of them
-    ran dense. Shared weights are stored once. The file appears whole or not at all.
+    ran dense, and on which kernel. Shared weights are stored once. The file appears whole or not at all.
 
     Args:
         model: any nn.Module; not on the meta device.
@@ -57,7 +59,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | s
                 aliases[name] = stored[key]
                 continue
             stored[key] = name
-            matrices[name], notes[name] = layer.module.matrix, {"run": _RUN_SPARSE}
+            is_dense = KERNELS[layer.module.backend].dense
+            matrices[name], notes[name] = layer.module.matrix, {"run": _RUN_ONEDNN if is_dense else _RUN_SPARSE}
         elif layer.skip is None and name in tensors and check_pattern(layer.weight, pattern).holds:
             matrices[name] = SparseMatrix.from_dense(tensors.pop(name), pattern, name=name)
             notes[name] = {"run": _RUN_DENSE}
@@ -219,6 +222,12 @@ def _ran_dense(source: str, contents: file.Contents) -> bool:
     return contents.notes.get(source, {}).get("run") == _RUN_DENSE
 
 
+def _backend(matrix: SparseMatrix, source: str, contents: file.Contents) -> str | None:
+    """The dense kernel where the layer ran on it when it was saved and it runs here too; else None, for the best."""
+    ran_on_it = contents.notes.get(source, {}).get("run") == _RUN_ONEDNN
+    return "onednn" if ran_on_it and KERNELS["onednn"].why_not(LinearSpec.of(matrix)) is None else None
+
+
 def _require_fillable(model: nn.Module, name: str, slot: _Slot, source: str, contents: file.Contents) -> None:
     """Raises for what `_fill` could not do, before it changes anything."""
     is_layer = slot.attribute == "weight" and isinstance(slot.module, (nn.Linear, SparseLinear))
@@ -286,12 +295,15 @@ def _fill(
         }
         if row["run"] == _RUN_SPARSE:
             bias = getattr(module, "bias", None)
-            new = sparse[source].twin(bias) if source in sparse else SparseLinear(matrix, bias)
+            backend = _backend(matrix, source, contents)
+            new = sparse[source].twin(bias) if source in sparse else SparseLinear(matrix, bias, backend=backend)
             sparse.setdefault(source, new)
             _put(model, module, new)
             replaced[module] = new
-            choice = choose(LinearSpec.of(matrix))
-            row.update(kernel=choice.kernel.label(), reason=choice.reason)
+            choice = choose(LinearSpec.of(matrix), backend)
+            reason = "was faster than sparse where it was compressed" if choice.kernel.dense else choice.reason
+            row.update(kernel=choice.kernel.label(), reason=reason)
+            decisions[new] = reason
         else:
             if source not in dense:
                 weight = matrix.to_dense()
@@ -314,6 +326,7 @@ def _put(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
     """Puts `new` in the place of `old`; if `old` is the model itself, it must be a SparseLinear and takes new's weight."""
     if old is model:
         assert isinstance(old, SparseLinear)
+        old._wanted_backend = new._wanted_backend
         old._set_matrix(new.matrix)
     else:
         replace_module(model, old, new)

@@ -1,0 +1,46 @@
+"""May a kernel be called without torch's dispatcher? Where nothing listens, its Python side costs 6 us a call for nothing.
+
+Everything that must see an operation (autograd, forward-mode AD, vmap, tracers, fake tensors, functionalization, dispatch
+modes, lazy negation) announces itself by a dispatch key, on the tensor or on the thread. So the sets of keys are compared
+with those of plain tensors on a plain thread, as a whole: what is not known here takes the dispatcher.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _tensor_keys(x: Tensor) -> int:
+    keys: int = torch._C._dispatch_keys(x).raw_repr()
+    return keys
+
+
+def _thread_keys() -> int:
+    keys: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return keys
+
+
+def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
+    tensors, threads = set(), set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            tensors.add(_tensor_keys(torch.empty(0)))
+            threads.add(_thread_keys())
+    return frozenset(tensors), frozenset(threads)
+
+
+_PLAIN_TENSORS, _PLAIN_THREADS = _plain_sets()
+
+
+def applies(x: Tensor, bias: Tensor | None) -> bool:
+    """True where calling the CPU kernel itself does all that calling the operation would."""
+    return (
+        torch._C._dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
+        and (bias is None or torch._C._dispatch_keys(bias).raw_repr() in _PLAIN_TENSORS)
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_THREADS
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and forward_ad._current_level < 0
+        and not torch._C._autograd._profiler_enabled()  # profilers show operations by name
+    )
