@@ -46,9 +46,10 @@ struct GradValuesArgs {
 struct GradKernel {
   // Input gradient. `sort` arranges the weights of groups [group0, group1) by which pair of places they keep, in chunks
   // of chunk_rows rows (a multiple of 16); `input` then computes in_features 4 * group0 .. 4 * group1 of a panel.
-  int lanes;
-  int panel_tokens;
+  int step_tokens;      // a panel has whole steps of tokens
+  int panel_tokens;     // of the largest panel
   int panel_row_bytes;  // of one row of W in the packed panel
+  int vector_bytes;
   size_t (*cell_bytes)(int chunk_rows);
   void (*sort)(const GradInputArgs& args, int chunk_rows, void* sorted, int64_t group0, int64_t group1);
   size_t (*input_scratch_bytes)(int chunk_rows, int64_t groups);
@@ -58,7 +59,7 @@ struct GradKernel {
   // Values' gradient. `transpose_x` and `transpose_grad` make rows of tokens of [tokens, columns], `pitch` bytes apart
   // and zero behind the last token; two rows of the gradient lie vector by vector, so its columns come in even numbers
   // but for the last. `values` adds one chunk of tokens to the sums of tiles [tile0, tile1).
-  int tokens_per_vector;  // of a vector of sizeof(float) * lanes bytes
+  int tokens_per_vector;  // of a vector of vector_bytes
   int block_groups;       // groups whose transposed x should stay in the L1 cache
   void (*transpose_x)(const void* from, int64_t stride, int64_t tokens, int64_t columns, void* to, int64_t pitch);
   void (*transpose_grad)(const void* from, int64_t stride, int64_t tokens, int64_t columns, void* to, int64_t pitch);

@@ -18,8 +18,8 @@ namespace {
 }  // namespace
 
 const GradKernels grad_avx512 = {
-    grad_kernel_of<GradInput<float>, GradValues<float, MultiplyWide>, MultiplyWide>(),
-    grad_kernel_of<GradInput<bf16>, GradValues<bf16, MultiplyWide>, MultiplyWide>(),
+    grad_kernel_of<GradInput<GradInputWide<float>>, GradValues<float, MultiplyWide>, MultiplyWide>(),
+    grad_kernel_of<GradInput<GradInputWide<bf16>>, GradValues<bf16, MultiplyWide>, MultiplyWide>(),
 };
 
 }  // namespace twofour::cpu

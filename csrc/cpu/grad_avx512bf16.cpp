@@ -1,4 +1,4 @@
-// AVX-512 with vdpbf16ps, which the values' gradient of bf16 uses.
+// AVX-512 with vdpbf16ps: bf16 pairs are multiplied and added as they are; fp32 as on AVX-512.
 #include <immintrin.h>
 
 #include "cpu/grad.h"
@@ -19,8 +19,8 @@ namespace {
 }  // namespace
 
 const GradKernels grad_avx512bf16 = {
-    grad_kernel_of<GradInput<float>, GradValues<float, MultiplyWide>, MultiplyWide>(),
-    grad_kernel_of<GradInput<bf16>, GradValuesPairs, MultiplyPairs>(),
+    grad_kernel_of<GradInput<GradInputWide<float>>, GradValues<float, MultiplyWide>, MultiplyWide>(),
+    grad_kernel_of<GradInput<GradInputPairs>, GradValuesPairs, MultiplyPairs>(),
 };
 
 }  // namespace twofour::cpu

@@ -16,8 +16,8 @@ namespace {
 }  // namespace
 
 const GradKernels grad_baseline = {
-    grad_kernel_of<GradInput<float>, GradValues<float, MultiplyWide>, MultiplyWide>(),
-    grad_kernel_of<GradInput<bf16>, GradValues<bf16, MultiplyWide>, MultiplyWide>(),
+    grad_kernel_of<GradInput<GradInputWide<float>>, GradValues<float, MultiplyWide>, MultiplyWide>(),
+    grad_kernel_of<GradInput<GradInputWide<bf16>>, GradValues<bf16, MultiplyWide>, MultiplyWide>(),
 };
 
 }  // namespace twofour::cpu

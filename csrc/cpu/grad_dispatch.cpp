@@ -87,7 +87,7 @@ const char* grad_input(const GradInputArgs& args, DType dtype, int threads, cons
 
   int64_t chunk_rows = l1_data_bytes() * kPanelPercent / 100 / kernel.panel_row_bytes / nm::kTileRows * nm::kTileRows;
   if (chunk_rows < nm::kTileRows) chunk_rows = nm::kTileRows;
-  if (chunk_rows > 256) chunk_rows = 256;
+  if (chunk_rows > 240) chunk_rows = 240;  // the number of a row, or one behind, is a byte
   if (chunk_rows > all_rows) chunk_rows = all_rows;
   const int rows = static_cast<int>(chunk_rows);
   const int64_t chunks = (all_rows + rows - 1) / rows;
@@ -98,15 +98,15 @@ const char* grad_input(const GradInputArgs& args, DType dtype, int threads, cons
     kernel.sort(args, rows, sorted, even_part(groups, parts, i), even_part(groups, parts, i + 1));
   });
 
-  const int64_t vectors = (args.tokens + kernel.lanes - 1) / kernel.lanes;
-  const int64_t panel_vectors = kernel.panel_tokens / kernel.lanes;
+  const int64_t vectors = (args.tokens + kernel.step_tokens - 1) / kernel.step_tokens;
+  const int64_t panel_vectors = kernel.panel_tokens / kernel.step_tokens;
   const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
   const int64_t fours = (groups + 3) / 4;  // blocks of whole 16 columns
   const int64_t blocks = balanced((groups + kBlockGroups - 1) / kBlockGroups, fours, panels, threads);
   run_units(threads, panels * blocks, [&](int64_t i) {
     const int64_t panel = i / blocks, block = i % blocks;
-    const int64_t token0 = even_part(vectors, panels, panel) * kernel.lanes;
-    const int64_t end = even_part(vectors, panels, panel + 1) * kernel.lanes;
+    const int64_t token0 = even_part(vectors, panels, panel) * kernel.step_tokens;
+    const int64_t end = even_part(vectors, panels, panel + 1) * kernel.step_tokens;
     const int64_t token1 = end < args.tokens ? end : args.tokens;
     const int64_t group0 = even_part(fours, blocks, block) * 4;
     const int64_t last = even_part(fours, blocks, block + 1) * 4, group1 = last < groups ? last : groups;
@@ -130,7 +130,7 @@ const char* grad_values(const GradValuesArgs& args, DType dtype, int threads, co
 
   // Chunks of tokens whose transposed x of a block of groups stays in the L1 cache.
   constexpr int64_t kLine = 64;
-  const int64_t vector_bytes = kernel.lanes * static_cast<int64_t>(sizeof(float));
+  const int64_t vector_bytes = kernel.vector_bytes;
   const int64_t columns = kernel.block_groups * nm::kGroup;
   const int64_t fitting = l1_data_bytes() * kColumnsPercent / 100 / columns / kLine * kLine;
   const int64_t vectors = (args.tokens + kernel.tokens_per_vector - 1) / kernel.tokens_per_vector;

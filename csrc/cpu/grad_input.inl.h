@@ -101,15 +101,53 @@ GradCell grad_cell_of(int vectors, Indices<kIndices...>) {
   return kFunctions[vectors - 1];
 }
 
+// fp32 arithmetic; gradients and weights of fp32 or bf16.
 template <class Item>
-struct GradInput {
-  static constexpr int64_t kSlots = nm::kTileRows * nm::kKeep;
+struct GradInputWide {
+  using Element = Item;
+  static constexpr int kStepVectors = 1;  // vectors of tokens that are packed together
+  static constexpr int kRowBytes = kGradRowBytes;
+  static constexpr int kSpareRows = 0;  // of the panel
 
-  static size_t cell_bytes(int chunk_rows) { return kCellHead + static_cast<size_t>(chunk_rows); }
+  struct Weights {
+    float w0[kMaxChunkRows], w1[kMaxChunkRows];
+  };
+  static void gather(const Item* values, int64_t groups, int tiles, int, Weights& weights) {
+    gather_values(values, groups, tiles, weights.w0, weights.w1);
+  }
+
+  static void pack(const Item* grad, int64_t stride, int tokens, int64_t rows, int, int vectors, char* panel) {
+    transpose_wide<1>(grad, stride, tokens, rows, panel, kRowBytes, vectors);
+  }
+
+  static void arrange(int, uint16_t*, uint8_t*) {}
+
+  TWOFOUR_INLINE static void add_cell(const char* panel, const char* cell, const Weights& weights, int vectors,
+                                      float* sums, bool first) {
+    for (int v = 0; v < vectors; v += kGradPassVectors) {
+      const int pass = vectors - v < kGradPassVectors ? vectors - v : kGradPassVectors;
+      grad_cell_of(pass, typename IndicesUpTo<kGradPassVectors>::Type{})(
+          panel + v * static_cast<int>(sizeof(F)), cell, weights.w0, weights.w1, sums + v * kLanes, first);
+    }
+  }
+};
+
+template <class Core>
+struct GradInput {
+  using Item = typename Core::Element;
+  static constexpr int64_t kSlots = nm::kTileRows * nm::kKeep;
+  static constexpr int kRowBytes = Core::kRowBytes;
+  static constexpr int kStepTokens = Core::kStepVectors * kLanes;
+
+  // Room for a filler behind each kind.
+  static size_t cell_bytes(int chunk_rows) { return 2 * kCellHead + static_cast<size_t>(chunk_rows); }
+
+  static size_t panel_bytes(int chunk_rows) {
+    return (static_cast<size_t>(chunk_rows + Core::kSpareRows) * Core::kRowBytes + 63) / 64 * 64;
+  }
 
   static size_t scratch_bytes(int chunk_rows, int64_t groups) {
-    return static_cast<size_t>(chunk_rows) * kGradRowBytes +
-           static_cast<size_t>((groups + kLanes) * nm::kGroup) * kGradRowBytes;
+    return panel_bytes(chunk_rows) + static_cast<size_t>((groups + kLanes) * nm::kGroup) * kGradRowBytes;
   }
 
   static void sort(const GradInputArgs& args, int chunk_rows, void* sorted, int64_t group0, int64_t group1) {
@@ -120,8 +158,10 @@ struct GradInput {
       const int count = static_cast<int>(smaller(chunk_tiles, tiles - tile));
       for (int64_t group = group0; group < group1; ++group) {
         char* cell = static_cast<char*>(sorted) + (chunk * groups + group) * bytes;
-        sort_cell(args.metadata + (tile * groups + group) * nm::kTileMetadataBytes, groups, count,
-                  reinterpret_cast<uint16_t*>(cell), reinterpret_cast<uint8_t*>(cell + kCellHead));
+        auto* ends = reinterpret_cast<uint16_t*>(cell);
+        auto* rows = reinterpret_cast<uint8_t*>(cell + kCellHead);
+        sort_cell(args.metadata + (tile * groups + group) * nm::kTileMetadataBytes, groups, count, ends, rows);
+        Core::arrange(chunk_rows, ends, rows);
       }
     }
   }
@@ -130,30 +170,25 @@ struct GradInput {
                     int tokens, int64_t group0, int64_t group1) {
     const int64_t groups = nm::groups_of(args.in_features);
     const int64_t bytes = static_cast<int64_t>(cell_bytes(chunk_rows));
-    const int vectors = (tokens + kLanes - 1) / kLanes;
+    const int vectors = (tokens + kStepTokens - 1) / kStepTokens * Core::kStepVectors;
     char* const panel = static_cast<char*>(scratch);
-    auto* const sums = reinterpret_cast<float*>(panel + static_cast<int64_t>(chunk_rows) * kGradRowBytes);
+    auto* const sums = reinterpret_cast<float*>(panel + panel_bytes(chunk_rows));
     const Item* grad = static_cast<const Item*>(args.grad) + token0 * args.grad_stride;
 
     for (int64_t row = 0, chunk = 0; row < args.out_features; row += chunk_rows, ++chunk) {
       const int64_t rows = smaller(chunk_rows, args.out_features - row);
-      transpose_wide<1>(grad + row, args.grad_stride, tokens, rows, panel, kGradRowBytes, vectors);
-      // Rows that fill the last tile weigh 0; what they meet must be finite.
-      for (int64_t r = rows; r % nm::kTileRows != 0; ++r) {
-        for (int v = 0; v < vectors; ++v) store(reinterpret_cast<float*>(panel + r * kGradRowBytes) + v * kLanes, zero());
-      }
       const int chunk_tiles = static_cast<int>(nm::tiles_of(rows));
+      Core::pack(grad + row, args.grad_stride, tokens, rows, chunk_rows, vectors, panel);
+      // Rows that fill the last tile weigh 0; what they meet must be finite.
+      __builtin_memset(panel + rows * Core::kRowBytes, 0,
+                       static_cast<size_t>(chunk_tiles * nm::kTileRows - rows) * Core::kRowBytes);
       const char* cell = static_cast<const char*>(sorted) + (chunk * groups + group0) * bytes;
       const Item* values = static_cast<const Item*>(args.values) + (row / nm::kTileRows * groups + group0) * kSlots;
       for (int64_t group = group0; group < group1; ++group, cell += bytes, values += kSlots) {
-        float w0[kMaxChunkRows], w1[kMaxChunkRows];
-        gather_values(values, groups, chunk_tiles, w0, w1);
+        typename Core::Weights weights;
+        Core::gather(values, groups, chunk_tiles, chunk_rows, weights);
         float* to = sums + (group - group0) * nm::kGroup * kGradPanelVectors * kLanes;
-        for (int v = 0; v < vectors; v += kGradPassVectors) {
-          const int pass = vectors - v < kGradPassVectors ? vectors - v : kGradPassVectors;
-          grad_cell_of(pass, typename IndicesUpTo<kGradPassVectors>::Type{})(
-              panel + v * static_cast<int>(sizeof(F)), cell, w0, w1, to + v * kLanes, row == 0);
-        }
+        Core::add_cell(panel, cell, weights, vectors, to, row == 0);
       }
     }
 

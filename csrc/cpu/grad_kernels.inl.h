@@ -2,9 +2,10 @@
 
 template <class Input, class Values, class Multiply>
 constexpr GradKernel grad_kernel_of() {
-  return {kLanes,
+  return {Input::kStepTokens,
           kLanes * kGradPanelVectors,
-          kGradRowBytes,
+          Input::kRowBytes,
+          kLanes * static_cast<int>(sizeof(float)),
           Input::cell_bytes,
           Input::sort,
           Input::scratch_bytes,
