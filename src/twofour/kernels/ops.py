@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
 from . import cpu, reference
+from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
@@ -93,31 +94,29 @@ _LINEAR = {
     "reference": torch.ops.twofour.linear_reference.default,
     "cpu": torch.ops.twofour.linear_cpu.default,
 }
-_TO_DENSE = {
-    "reference": torch.ops.twofour.to_dense_reference.default,
-    "cpu": torch.ops.twofour.to_dense_cpu.default,
-}
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, metadata, bias, pattern, out_features, in_features = inputs
-    ctx.save_for_backward(values, metadata)
+    x, values, metadata, bias, pattern, out_features, in_features = inputs
+    # Each gradient is held by what it needs alone: constant values do not keep the inputs alive.
+    ctx.save_for_backward(values, metadata, x if ctx.needs_input_grad[1] else None)
     ctx.arguments = (pattern, out_features, in_features)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Gradients of x and the bias; the kept values are constants here."""
-    to_dense = _TO_DENSE[backend]
+    """Gradients of x, the kept values (in their layout) and the bias."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, metadata = ctx.saved_tensors
-        grad_x = grad_bias = None
+        values, metadata, x = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ to_dense(values, metadata, *ctx.arguments).to(grad.dtype)
+            grad_x = GRAD_INPUT[backend](grad, values, metadata, *ctx.arguments)
+        if ctx.needs_input_grad[1]:
+            grad_values = GRAD_VALUES[backend](grad, x, metadata, *ctx.arguments)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None, None
+        return grad_x, grad_values, None, grad_bias, None, None, None
 
     return backward
 
@@ -151,7 +150,7 @@ def linear(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """x @ W.T + bias through one backend, differentiable in x and bias.
+    """x @ W.T + bias through one backend, differentiable in x, the values and bias.
 
     Args:
         backend: "reference" or "cpu"; `operands` must be that backend's layout (registry: `Kernel.pack`).
@@ -168,11 +167,14 @@ def linear(
     run = _LINEAR[backend]
     if forward_ad._current_level >= 0:  # operations of a Library would drop tangents without a word
         (x, tangent), (bias, bias_tangent) = forward_ad.unpack_dual(x), _unpack_dual(bias)
+        values, values_tangent = forward_ad.unpack_dual(values)
         y = run(x, values, metadata, bias, pattern, out_features, in_features)
-        if tangent is None and bias_tangent is None:
+        if tangent is None and bias_tangent is None and values_tangent is None:
             return cast(Tensor, y)
         tangent = torch.zeros_like(x) if tangent is None else tangent
         moved = run(tangent, values, metadata, bias_tangent, pattern, out_features, in_features)
+        if values_tangent is not None:
+            moved = moved + run(x, values_tangent, metadata, None, pattern, out_features, in_features)
         return cast(Tensor, forward_ad.make_dual(y, moved))
     return cast(Tensor, run(x, values, metadata, bias, pattern, out_features, in_features))
 
@@ -182,8 +184,8 @@ def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def pattern_text(pattern: Pattern) -> str:
-    """ "2:4", "4:8", ...: what operations are told of a pattern; kernels do not care who shares a mask."""
-    return f"{pattern.keep}:{pattern.group}"
+    """ "2:4", "4:8", "2:4t", ...: what operations are told of a pattern; kernels do not care who shares a mask."""
+    return f"{pattern.keep}:{pattern.group}" + ("t" if pattern.transposable else "")
 
 
 def _require_input(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
