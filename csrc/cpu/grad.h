@@ -80,8 +80,8 @@ extern const GradKernels grad_avx512bf16;
 
 // Run on up to `threads` threads; `isa` null means default_isa(). Return "isa/grad_input" or "isa/grad_values", a
 // literal. Throw std::invalid_argument for an instruction set that does not run here, std::bad_alloc.
-// Memory: grad_input about 1.2 (fp32) or 2.3 (bf16) times the bytes of the packed weight; grad_values one chunk of
-// tokens of both inputs transposed, and for bf16 fp32 sums if there are several chunks.
+// Memory: grad_input keeps 1.6 bytes for each group of each row of W at most (the rows' order); grad_values one chunk of
+// tokens of both inputs transposed, and for bf16 fp32 sums during the call if there are several chunks.
 const char* grad_input(const GradInputArgs& args, DType dtype, int threads, const char* isa);
 const char* grad_values(const GradValuesArgs& args, DType dtype, int threads, const char* isa);
 

@@ -42,21 +42,29 @@ inline F second_values(const float* slots) { return load(slots + nm::kTileRows);
 inline F first_values(const bf16* slots) { return first_of_pairs(slots); }
 inline F second_values(const bf16* slots) { return second_of_pairs(slots); }
 
+// The same tile some groups later: there are more streams than the machine's prefetchers follow.
+template <class Item>
+TWOFOUR_INLINE inline void prefetch_cell(const Item* slots) {
+  constexpr int64_t kCellBytes = nm::kTileRows * nm::kKeep * sizeof(Item), kAhead = 8 * kCellBytes;
+  for (int64_t b = 0; b < kCellBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(slots) + kAhead + b);
+}
+
 // The two values of each row of `tiles` cells, `groups` cells apart, as fp32.
 template <class Item>
 TWOFOUR_INLINE inline void gather_values(const Item* values, int64_t groups, int tiles, float* w0, float* w1) {
   for (int tile = 0; tile < tiles; ++tile) {
     const Item* slots = values + tile * groups * nm::kTileRows * nm::kKeep;
+    prefetch_cell(slots);
     store(w0 + tile * nm::kTileRows, first_values(slots));
     store(w1 + tile * nm::kTileRows, second_values(slots));
   }
 }
 
-// The rows of `tiles` tiles of one group, sorted by kind; tiles are `groups` cells apart. Kind by kind, so that what a
-// compressed vector writes too far is overwritten by the next.
-inline void sort_cell(const uint8_t* metadata, int64_t groups, int tiles, uint16_t* ends, uint8_t* rows) {
+// The rows of `tiles` tiles of one group, sorted by kind; tiles are `groups` cells apart. A filler that is not negative
+// makes the number of rows of each kind even. Kind by kind, so that what a compressed vector writes too far is
+// overwritten by the next; the last one writes up to 16 bytes of the slack behind.
+inline void sort_cell(const uint8_t* metadata, int64_t groups, int tiles, int filler, uint16_t* ends, uint8_t* rows) {
   constexpr int kMaxTiles = kMaxChunkRows / nm::kTileRows;
-  uint8_t sorted[kMaxChunkRows + nm::kTileRows];
   __mmask16 masks[kMaxTiles][nm::kPairs];
   for (int tile = 0; tile < tiles; ++tile) {
     const uint8_t* of_tile = metadata + tile * groups * nm::kTileMetadataBytes;
@@ -73,11 +81,11 @@ inline void sort_cell(const uint8_t* metadata, int64_t groups, int tiles, uint16
   for (int kind = 0; kind < nm::kPairs; ++kind) {
     for (int tile = 0; tile < tiles; ++tile) {
       const I numbers = _mm512_add_epi32(lane, _mm512_set1_epi32(tile * nm::kTileRows));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(sorted + to),
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + to),
                        _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(masks[tile][kind], numbers)));
       to += __builtin_popcount(masks[tile][kind]);
     }
+    if (filler >= 0 && to % 2 != 0) rows[to++] = static_cast<uint8_t>(filler);
     ends[kind] = static_cast<uint16_t>(to);
   }
-  __builtin_memcpy(rows, sorted, static_cast<size_t>(to));
 }

@@ -7,7 +7,7 @@
 //   rows of kind (i, j)  sums[i][v] += w0 * panel[r][v];  sums[j][v] += w1 * panel[r][v]
 //
 // The multiplications are the limit here, where the forward kernels are limited by loads. Only the rows' order is kept,
-// a byte each: values sorted with it were 40 MiB more to write and read for 4096 x 4096 (68 instead of SORTED ms).
+// a byte each: values sorted with it were 40 MiB more to write and read for 4096 x 4096 (68 ms with them, 54 without).
 // One sort serves all panels of a call.
 //
 //   sorted   [chunks][groups] cells:   ends of the six kinds, uint16 [8] | rows of the chunk in order, uint8 [rows]
@@ -120,7 +120,7 @@ struct GradInputWide {
     transpose_wide<1>(grad, stride, tokens, rows, panel, kRowBytes, vectors);
   }
 
-  static void arrange(int, uint16_t*, uint8_t*) {}
+  static int filler(int) { return -1; }
 
   TWOFOUR_INLINE static void add_cell(const char* panel, const char* cell, const Weights& weights, int vectors,
                                       float* sums, bool first) {
@@ -139,8 +139,7 @@ struct GradInput {
   static constexpr int kRowBytes = Core::kRowBytes;
   static constexpr int kStepTokens = Core::kStepVectors * kLanes;
 
-  // Room for a filler behind each kind.
-  static size_t cell_bytes(int chunk_rows) { return 2 * kCellHead + static_cast<size_t>(chunk_rows); }
+  static size_t cell_bytes(int chunk_rows) { return kCellHead + static_cast<size_t>(chunk_rows) + kCellSlack; }
 
   static size_t panel_bytes(int chunk_rows) {
     return (static_cast<size_t>(chunk_rows + Core::kSpareRows) * Core::kRowBytes + 63) / 64 * 64;
@@ -158,10 +157,9 @@ struct GradInput {
       const int count = static_cast<int>(smaller(chunk_tiles, tiles - tile));
       for (int64_t group = group0; group < group1; ++group) {
         char* cell = static_cast<char*>(sorted) + (chunk * groups + group) * bytes;
-        auto* ends = reinterpret_cast<uint16_t*>(cell);
-        auto* rows = reinterpret_cast<uint8_t*>(cell + kCellHead);
-        sort_cell(args.metadata + (tile * groups + group) * nm::kTileMetadataBytes, groups, count, ends, rows);
-        Core::arrange(chunk_rows, ends, rows);
+        sort_cell(args.metadata + (tile * groups + group) * nm::kTileMetadataBytes, groups, count,
+                  Core::filler(chunk_rows), reinterpret_cast<uint16_t*>(cell),
+                  reinterpret_cast<uint8_t*>(cell + kCellHead));
       }
     }
   }

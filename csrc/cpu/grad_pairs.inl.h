@@ -16,8 +16,9 @@ struct GradInputPairs {
   };
   static void gather(const bf16* values, int64_t groups, int tiles, int chunk_rows, Weights& weights) {
     for (int tile = 0; tile < tiles; ++tile) {
-      _mm512_storeu_si512(weights.of_row + tile * nm::kTileRows,
-                          _mm512_loadu_si512(values + tile * groups * nm::kTileRows * nm::kKeep));
+      const bf16* slots = values + tile * groups * nm::kTileRows * nm::kKeep;
+      prefetch_cell(slots);
+      _mm512_storeu_si512(weights.of_row + tile * nm::kTileRows, _mm512_loadu_si512(slots));
     }
     weights.of_row[chunk_rows] = 0;
   }
@@ -43,19 +44,7 @@ struct GradInputPairs {
     __builtin_memset(panel + chunk_rows * kRowBytes, 0, kRowBytes);
   }
 
-  // Makes the number of rows of each kind even.
-  static void arrange(int chunk_rows, uint16_t* ends, uint8_t* rows) {
-    uint8_t sorted[kMaxChunkRows + 16];
-    const int count = ends[nm::kPairs - 1];
-    __builtin_memcpy(sorted, rows, static_cast<size_t>(count));
-    int from = 0, to = 0;
-    for (int kind = 0; kind < nm::kPairs; ++kind) {
-      const int end = ends[kind];
-      for (; from < end; ++from) rows[to++] = sorted[from];
-      if (to % 2 != 0) rows[to++] = static_cast<uint8_t>(chunk_rows);
-      ends[kind] = static_cast<uint16_t>(to);
-    }
-  }
+  static int filler(int chunk_rows) { return chunk_rows; }
 
   static I row_as_words(const bf16* from, int64_t stride, int64_t token, int64_t tokens, int count) {
     if (token >= tokens) return _mm512_setzero_si512();

@@ -65,7 +65,7 @@ inline void gather_values(const Item* values, int64_t groups, int tiles, float* 
 }
 
 // The rows of `tiles` tiles of one group, sorted by kind; tiles are `groups` cells apart.
-inline void sort_cell(const uint8_t* metadata, int64_t groups, int tiles, uint16_t* ends, uint8_t* rows) {
+inline void sort_cell(const uint8_t* metadata, int64_t groups, int tiles, int, uint16_t* ends, uint8_t* rows) {
   uint8_t kinds[kMaxChunkRows];
   int place[nm::kPairs] = {};
   for (int tile = 0; tile < tiles; ++tile) {

@@ -5,3 +5,4 @@ constexpr int kGradPassVectors = kLanes == 16 ? 6 : 3;  // whose four columns fi
 constexpr int kGradRowBytes = kGradPanelVectors * static_cast<int>(sizeof(F));
 constexpr int kMaxChunkRows = 256;  // a row's number is one byte
 constexpr int kCellHead = 16;       // bytes before the rows of a sorted cell
+constexpr int kCellSlack = 32;      // bytes behind them: a filler for each kind, and what a vector writes too far

@@ -10,7 +10,7 @@ def threads_source() -> str:
     """Whose threads run the kernels: "libgomp" (torch's own workers) or "pool"."""
 
 def last_kernel() -> str:
-    """What the calling thread ran last, as "isa/few" or "isa/many"; "" before its first call."""
+    """What the calling thread ran last, as "isa/few", "isa/many", "isa/grad_input" or "isa/grad_values"; "" before its first call."""
 
 def pack_linear(
     values: int,
@@ -52,3 +52,35 @@ def linear(
     bias_dtype: int = 0,
 ) -> None:
     """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16. bias 0: none. kernel: 0 automatic, 1 few, 2 many. Strides in elements."""
+
+def grad_input(
+    grad: int,
+    values: int,
+    metadata: int,
+    grad_x: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    grad_stride: int,
+    x_stride: int,
+    dtype: int,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """grad_x = grad @ W, W in the CPU layout. Dtypes: 0 fp32, 1 bf16. Strides in elements."""
+
+def grad_values(
+    grad: int,
+    x: int,
+    metadata: int,
+    grad_values: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    grad_stride: int,
+    x_stride: int,
+    dtype: int,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """grad_values = (grad.T @ x) at the kept places, in the CPU layout. Dtypes and strides as in grad_input."""

@@ -26,8 +26,8 @@ def grad_input(
     Raises:
         ShapeError: shapes that do not fit each other.
         UnsupportedError: another dtype or device; an instruction set that this machine lacks; no native kernels.
-    Cost: sorts the weights anew at each call (about 5 bytes of memory for a weight of the dense matrix); 2:4 matrices
-        that are transposable run faster through the transposed matrix where bfloat16 has instructions of its own.
+    Cost: sorts the rows of each group anew at each call: a byte of memory for each four weights of the dense matrix, and
+        3 to 4 ms for 4096x4096 on one core, which is most of the time below 64 tokens.
     """
     native = cpu._module()
     cpu._require_packed(values, metadata, out_features, in_features)
