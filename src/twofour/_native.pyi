@@ -10,7 +10,7 @@ def threads_source() -> str:
     """Whose threads run the kernels: "libgomp" (torch's own workers) or "pool"."""
 
 def last_kernel() -> str:
-    """What the calling thread ran last, as "isa/few", "isa/many", "isa/grad_input" or "isa/grad_values"; "" before its first call."""
+    """What the calling thread ran last: "isa/few", "isa/many", "isa/grad_input" or "isa/grad_values", or "" at first."""
 
 def pack_linear(
     values: int,
