@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/grad.h"
 #include "cpu/linear.h"
 #include "cpu/pack.h"
 #include "cpu/threads.h"
@@ -90,6 +91,37 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
                             static_cast<cpu::Family>(kernel));
 }
 
+void check_grad(int64_t tokens, int64_t out_features, int64_t in_features, int64_t grad_stride, int64_t x_stride,
+                int dtype) {
+  check_weight(out_features, in_features);
+  if (tokens < 0 || (tokens > 1 && (grad_stride < out_features || x_stride < in_features))) {
+    throw std::invalid_argument("tokens must not be negative, nor rows overlap");
+  }
+  if (dtype < 0 || dtype > 1) throw std::invalid_argument("dtypes are 0..1");
+}
+
+void grad_input(uintptr_t grad, uintptr_t values, uintptr_t metadata, uintptr_t grad_x, int64_t tokens,
+                int64_t out_features, int64_t in_features, int64_t grad_stride, int64_t x_stride, int dtype, int threads,
+                const std::optional<std::string>& isa) {
+  check_grad(tokens, out_features, in_features, grad_stride, x_stride, dtype);
+  const cpu::GradInputArgs args = {at<const void>(grad), at<const void>(values), at<const uint8_t>(metadata),
+                                   at<void>(grad_x),     tokens,                 out_features,
+                                   in_features,          grad_stride,            x_stride};
+  const nb::gil_scoped_release nogil;
+  last_kernel = cpu::grad_input(args, static_cast<cpu::DType>(dtype), threads, isa ? isa->c_str() : nullptr);
+}
+
+void grad_values(uintptr_t grad, uintptr_t x, uintptr_t metadata, uintptr_t grad_values, int64_t tokens,
+                 int64_t out_features, int64_t in_features, int64_t grad_stride, int64_t x_stride, int dtype,
+                 int threads, const std::optional<std::string>& isa) {
+  check_grad(tokens, out_features, in_features, grad_stride, x_stride, dtype);
+  const cpu::GradValuesArgs args = {at<const void>(grad), at<const void>(x), at<const uint8_t>(metadata),
+                                    at<void>(grad_values), tokens,           out_features,
+                                    in_features,          grad_stride,       x_stride};
+  const nb::gil_scoped_release nogil;
+  last_kernel = cpu::grad_values(args, static_cast<cpu::DType>(dtype), threads, isa ? isa->c_str() : nullptr);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -105,4 +137,8 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
         "bias_dtype"_a = 0, "shared"_a = 1);
+  m.def("grad_input", &grad_input, "grad"_a, "values"_a, "metadata"_a, "grad_x"_a, "tokens"_a, "out_features"_a,
+        "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
+  m.def("grad_values", &grad_values, "grad"_a, "x"_a, "metadata"_a, "grad_values"_a, "tokens"_a, "out_features"_a,
+        "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
 }

@@ -60,6 +60,14 @@ def native() -> None:
     needs_native()
 
 
+@pytest.fixture(scope="session", params=["cpu", "reference"])
+def trained_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the CPU that has a gradient of the values."""
+    if request.param == "cpu":
+        needs_native()
+    return str(request.param)
+
+
 @pytest.fixture(scope="session", params=["cpu", "reference", "onednn"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the CPU in turn."""

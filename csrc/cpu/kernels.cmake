@@ -6,6 +6,8 @@ function(twofour_add_kernels target)
   get_filename_component(csrc "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/.." ABSOLUTE)
   target_sources(${target} PRIVATE
     ${csrc}/cpu/dispatch.cpp
+    ${csrc}/cpu/grad_baseline.cpp
+    ${csrc}/cpu/grad_dispatch.cpp
     ${csrc}/cpu/linear_baseline.cpp
     ${csrc}/cpu/pack.cpp
     ${csrc}/cpu/threads.cpp)
@@ -30,6 +32,9 @@ function(twofour_add_kernels target)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
     endif()
+    foreach(isa ${isas})
+      set(sources_${isa} linear grad)
+    endforeach()
     target_compile_definitions(${target} PRIVATE TWOFOUR_X86)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     set(isas neon neonbf16)
@@ -38,10 +43,14 @@ function(twofour_add_kernels target)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       set(gnu -fno-schedule-insns)  # before registers are given out it hoists loads, and accumulators spill
     endif()
+    set(sources_neon linear)
+    set(sources_neonbf16 linear)
     target_compile_definitions(${target} PRIVATE TWOFOUR_AARCH64)
   endif()
   foreach(isa ${isas})
-    target_sources(${target} PRIVATE ${csrc}/cpu/linear_${isa}.cpp)
-    set_source_files_properties(${csrc}/cpu/linear_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}};${gnu}")
+    foreach(source ${sources_${isa}})
+      target_sources(${target} PRIVATE ${csrc}/cpu/${source}_${isa}.cpp)
+      set_source_files_properties(${csrc}/cpu/${source}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}};${gnu}")
+    endforeach()
   endforeach()
 endfunction()

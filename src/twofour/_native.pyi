@@ -10,7 +10,7 @@ def threads_source() -> str:
     """Whose threads run the kernels: "libgomp" (torch's own workers) or "pool"."""
 
 def last_kernel() -> str:
-    """What the calling thread ran last, as "isa/few" or "isa/many"; "" before its first call."""
+    """What the calling thread ran last: "isa/few", "isa/many", "isa/grad_input" or "isa/grad_values", or "" at first."""
 
 def pack_linear(
     values: int,
@@ -58,3 +58,35 @@ def linear(
 
     shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear.
     """
+
+def grad_input(
+    grad: int,
+    values: int,
+    metadata: int,
+    grad_x: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    grad_stride: int,
+    x_stride: int,
+    dtype: int,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """grad_x = grad @ W, W in the CPU layout. Dtypes: 0 fp32, 1 bf16. Strides in elements."""
+
+def grad_values(
+    grad: int,
+    x: int,
+    metadata: int,
+    grad_values: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    grad_stride: int,
+    x_stride: int,
+    dtype: int,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """grad_values = (grad.T @ x) at the kept places, in the CPU layout. Dtypes and strides as in grad_input."""

@@ -89,11 +89,14 @@ def test_transforms_and_tracers_take_the_dispatcher(backend: str, calls: list[st
     assert calls == []
 
 
+plain = torch.ones(2)
+
+
 def test_a_lazy_minus_sign_is_not_lost(backend: str) -> None:
     sparse, x = layer(backend), inputs()
     lazy = torch.complex(torch.zeros_like(x), x).conj().imag
     assert lazy.is_neg()
-    assert not direct.applies(lazy, None)
+    assert not direct.applies(lazy, plain, None)
     with torch.no_grad():
         assert torch.equal(sparse(lazy), sparse(-x))
 
@@ -106,7 +109,8 @@ def test_subclasses_are_not_plain() -> None:
         def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             raise AssertionError
 
-    assert not direct.applies(torch.Tensor._make_subclass(Own, torch.ones(2)), None)
-    assert not direct.applies(torch.ones(2), torch.Tensor._make_subclass(Own, torch.ones(2)))
-    assert not direct.applies(torch.ones(2, device="meta"), None)
-    assert direct.applies(torch.ones(2), None)
+    assert not direct.applies(torch.Tensor._make_subclass(Own, torch.ones(2)), plain, None)
+    assert not direct.applies(torch.ones(2), plain, torch.Tensor._make_subclass(Own, torch.ones(2)))
+    assert not direct.applies(torch.ones(2, device="meta"), plain, None)
+    assert direct.applies(torch.ones(2), plain, None)
+    assert not direct.applies(torch.ones(2), torch.Tensor._make_subclass(Own, torch.ones(2)), None)

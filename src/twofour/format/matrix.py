@@ -135,6 +135,28 @@ class SparseMatrix:
         packing.require_numbers(self.metadata, "the matrix")
         return packing.unpack_mask(self.metadata, self.shape, self.pattern)
 
+    def transposed(self) -> SparseMatrix:
+        """The matrix of `to_dense().T`, [in_features, out_features], of the same pattern; only where it holds both axes.
+
+        Kept places stay kept where the columns leave room for all of them; a stored zero without room is dropped.
+        Raises:
+            PatternError: a pattern that is not transposable.
+        Cost: the dense weight, and as `from_dense`.
+
+        >>> matrix = SparseMatrix.from_dense(torch.eye(4).roll(1, 0) + 2 * torch.eye(4), "2:4t")
+        >>> torch.equal(matrix.transposed().to_dense(), matrix.to_dense().T)
+        True
+        """
+        if not self.pattern.transposable:
+            raise PatternError(
+                f"pattern {self.pattern} holds along the rows only: choose the mask with nm_mask(scores, '2:4t'), and"
+                " store the weight as '2:4t'."
+            )
+        dense, wanted = self.to_dense().T, self.mask().T
+        if packing.first_crowded_group(wanted, self.pattern) is not None:
+            wanted = packing.numbers(dense) != 0
+        return SparseMatrix.from_dense(dense, self.pattern, mask=wanted)
+
     def to(self, *args: object, **kwargs: object) -> SparseMatrix:
         """The matrix with `values.to(...)`; metadata follow to the device. Values are rounded as torch rounds them."""
         values = self.values.to(*args, **kwargs)  # type: ignore[call-overload]

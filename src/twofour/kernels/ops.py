@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
 from . import cpu, direct, onednn, reference
+from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
@@ -118,32 +119,37 @@ _LINEAR = {
 }
 _DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "onednn": _linear_onednn}
 """What the dispatcher would call in the end, for calls that need nothing else of it."""
-_TO_DENSE = {
-    "reference": torch.ops.twofour.to_dense_reference.default,
-    "cpu": torch.ops.twofour.to_dense_cpu.default,
-    "onednn": torch.ops.twofour.to_dense_onednn.default,
-}
+_TO_DENSE = {"onednn": torch.ops.twofour.to_dense_onednn.default}
+"""For backends without kernels for gradients."""
+TRAINABLE = frozenset(GRAD_VALUES)
+"""Backends that have a gradient of the values."""
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, metadata, bias, pattern, out_features, in_features = inputs
-    ctx.save_for_backward(values, metadata)
+    x, values, metadata, bias, pattern, out_features, in_features = inputs
+    # Each gradient is held by what it needs alone: constant values do not keep the inputs alive.
+    ctx.save_for_backward(values, metadata, x if ctx.needs_input_grad[1] else None)
     ctx.arguments = (pattern, out_features, in_features)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Gradients of x and the bias; the kept values are constants here."""
-    to_dense = _TO_DENSE[backend]
+    """Gradients of x, the kept values (in their layout) and the bias."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, metadata = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ to_dense(values, metadata, *ctx.arguments).to(grad.dtype)
+        values, metadata, x = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0] and backend in GRAD_INPUT:
+            grad_x = GRAD_INPUT[backend](grad, values, metadata, *ctx.arguments)
+        elif ctx.needs_input_grad[0]:
+            grad_x = grad @ _TO_DENSE[backend](values, metadata, *ctx.arguments).to(grad.dtype)
+        if ctx.needs_input_grad[1] and backend not in GRAD_VALUES:
+            raise UnsupportedError(f"backend {backend!r} has no gradient of the values: train with backend='cpu'.")
+        if ctx.needs_input_grad[1]:
+            grad_values = GRAD_VALUES[backend](grad, x, metadata, *ctx.arguments)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None, None
+        return grad_x, grad_values, None, grad_bias, None, None, None
 
     return backward
 
@@ -177,7 +183,7 @@ def linear(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """x @ W.T + bias through one backend, differentiable in x and bias.
+    """x @ W.T + bias through one backend, differentiable in x, the values and bias.
 
     Args:
         backend: "cpu", "reference" or "onednn"; `operands` must be that backend's layout (registry: `Kernel.pack`).
@@ -191,16 +197,19 @@ def linear(
     """
     values, metadata = operands
     _require_input(x, values, bias, out_features, in_features)
-    if not torch.compiler.is_compiling() and direct.applies(x, bias):
+    if not torch.compiler.is_compiling() and direct.applies(x, values, bias):
         return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features)
     run = _LINEAR[backend]
     if forward_ad._current_level >= 0:  # operations of a Library would drop tangents without a word
         (x, tangent), (bias, bias_tangent) = forward_ad.unpack_dual(x), _unpack_dual(bias)
+        values, values_tangent = forward_ad.unpack_dual(values)
         y = run(x, values, metadata, bias, pattern, out_features, in_features)
-        if tangent is None and bias_tangent is None:
+        if tangent is None and bias_tangent is None and values_tangent is None:
             return cast(Tensor, y)
         tangent = torch.zeros_like(x) if tangent is None else tangent
         moved = run(tangent, values, metadata, bias_tangent, pattern, out_features, in_features)
+        if values_tangent is not None:
+            moved = moved + run(x, values_tangent, metadata, None, pattern, out_features, in_features)
         return cast(Tensor, forward_ad.make_dual(y, moved))
     return cast(Tensor, run(x, values, metadata, bias, pattern, out_features, in_features))
 
@@ -210,8 +219,8 @@ def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def pattern_text(pattern: Pattern) -> str:
-    """ "2:4", "4:8", ...: what operations are told of a pattern; who shares a mask shows in a kernel's own layout."""
-    return f"{pattern.keep}:{pattern.group}"
+    """ "2:4", "4:8", "2:4t", ...: what operations are told of a pattern; who shares a mask shows in a kernel's layout."""
+    return f"{pattern.keep}:{pattern.group}" + ("t" if pattern.transposable else "")
 
 
 def _require_input(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:

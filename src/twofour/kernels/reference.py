@@ -41,6 +41,46 @@ def _linear(
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
+def linear_grad_input(grad: Tensor, values: Tensor, metadata: Tensor, pattern: Pattern, in_features: int) -> Tensor:
+    """grad @ W by way of the dense weight; sums in float32 (float64 for float64 grad), rounded once.
+
+    Args:
+        grad: [..., out_features] floating point.
+        values, metadata: as in SparseMatrix.
+    Returns:
+        [..., in_features] of grad's dtype. A gradient never reaches an input that its row of W drops.
+    Cost: a float32 product, and the dense weight made anew at each call.
+    """
+    with torch.autocast(grad.device.type, enabled=False):
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        weight = to_dense(values, metadata, pattern, in_features).to(wide)
+        rows = grad.reshape(-1, weight.shape[0]).to(wide)
+        if bool(torch.isfinite(rows).all()):
+            found = rows @ weight
+        else:
+            held = unpack_mask(metadata, (values.shape[0], in_features), pattern)
+            found = torch.stack([torch.where(held, row[:, None] * weight, weight.new_zeros(())).sum(0) for row in rows])
+        return found.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+def linear_grad_values(grad: Tensor, x: Tensor, metadata: Tensor, pattern: Pattern, in_features: int) -> Tensor:
+    """The gradient of the kept values: grad.T @ x at their places; sums in float32 (float64 for float64), rounded once.
+
+    Args:
+        grad: [..., out_features] floating point.
+        x: [..., in_features] of the same tokens.
+        metadata: as in SparseMatrix.
+    Returns:
+        [out_features, in_features·keep/group] of grad's dtype; zeros where there are no tokens.
+    Cost: a float32 product of which only the kept places are used.
+    """
+    with torch.autocast(grad.device.type, enabled=False):
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        rows, inputs = grad.reshape(-1, grad.shape[-1]).to(wide), x.reshape(-1, in_features).to(wide)
+        held = unpack_mask(metadata, (grad.shape[-1], in_features), pattern)
+        return (rows.T @ inputs)[held].view(grad.shape[-1], -1).to(grad.dtype)
+
+
 def to_dense(values: Tensor, metadata: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """The dense weight [out_features, in_features] in the dtype of `values`."""
     return unpack(values, metadata, (values.shape[0], in_features), pattern)
