@@ -1,15 +1,13 @@
 // Chooses the instruction set and the kernel family, cuts the work and lends scratch memory.
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/linear.h"
-#include "cpu/threads.h"
+#include "cpu/work.h"
 #include "nm/layout.h"
 
 namespace twofour::cpu {
@@ -88,27 +86,6 @@ const Isa& chosen_isa() {
 
 // ---- scratch memory ------------------------------------------------------------------------------------------------
 
-// Memory of one thread that is kept from call to call and grows when asked for more.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  void* get(size_t bytes) {
-    if (bytes > bytes_) {
-      std::free(memory_);
-      bytes_ = 0;
-      const size_t rounded = (bytes + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(4096, rounded);
-      if (memory_ == nullptr) throw std::bad_alloc();
-      bytes_ = rounded;
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t bytes_ = 0;
-};
-
 // What the calling thread prepares for all, and what each thread works in. Separate, because the caller does both.
 Scratch& bias_scratch() {
   thread_local Scratch scratch;
@@ -149,35 +126,6 @@ int l1_bytes() {
 }
 
 // ---- cutting the work ----------------------------------------------------------------------------------------------
-
-// Units of work go to whichever thread is free. Each output is computed inside one unit, in an order that the cut does
-// not change: the bits are the same for any number of threads.
-template <class Unit>
-struct Job {
-  const Unit* unit;
-  int64_t count;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-
-  static void body(void* context) {
-    Job& job = *static_cast<Job*>(context);
-    try {
-      for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) (*job.unit)(i);
-    } catch (const std::bad_alloc&) {  // nothing may leave an OpenMP region
-      job.failed = true;
-    }
-  }
-};
-
-template <class Unit>
-void for_each_unit(int threads, int64_t count, const Unit& unit) {
-  Job<Unit> job{&unit, count};
-  run_on_threads(static_cast<int>(count < threads ? count : threads), Job<Unit>::body, &job);
-  if (job.failed) throw std::bad_alloc();
-}
-
-// Where part `index` of `parts` even parts of `whole` begins.
-int64_t part(int64_t whole, int64_t parts, int64_t index) { return whole / parts * index + whole % parts * index / parts; }
 
 void run_few(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   void* prepared = shared_scratch().get(kernel.few_scratch_bytes(args));
