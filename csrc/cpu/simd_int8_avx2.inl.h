@@ -18,6 +18,7 @@ struct Weights {
 };
 
 TWOFOUR_INLINE inline Ints zero_ints() { return _mm256_setzero_si256(); }
+TWOFOUR_INLINE inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 TWOFOUR_INLINE inline Ints load_ints(const int32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }

@@ -15,6 +15,7 @@ struct Weights {
 };
 
 TWOFOUR_INLINE inline Ints zero_ints() { return _mm512_setzero_si512(); }
+TWOFOUR_INLINE inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 TWOFOUR_INLINE inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 TWOFOUR_INLINE inline void store_ints(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 
