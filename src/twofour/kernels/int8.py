@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
+from ..format import SparseMatrix
 from ..pattern import Pattern
 from . import cpu, reference
+from .registry import Kernel, LinearSpec
 
 MOST_INPUTS = 1 << 18
 """in_features up to which every sum of products fits an int32."""
@@ -366,3 +368,33 @@ def linear(
     """
     _require_input(x, scales, bias, out_features, in_features)
     return cast(Tensor, _LINEAR[backend](x, *operands, scales, bias, pattern, out_features, in_features))
+
+
+# ---- the rows of the table ------------------------------------------------------------------------------------------
+
+
+def _canonical(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    return SparseMatrix(*operands, spec.pattern, (spec.out_features, spec.in_features))
+
+
+def _spec_why_not(spec: LinearSpec) -> str | None:
+    return why_not(spec.in_features, spec.pattern, spec.device)
+
+
+KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel(
+        "cpu",
+        _spec_why_not,
+        lambda matrix: pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
+        lambda operands, spec: _canonical(unpack(*operands, spec.out_features, spec.in_features), spec),
+        lambda: f"cpu {isa()} int8",
+    ),
+    "reference": Kernel(
+        "reference",
+        lambda spec: None,
+        lambda matrix: (matrix.values, matrix.metadata),
+        _canonical,
+        lambda: "reference int8",
+    ),
+}
+"""The kernels of int8 weights that have scales, fastest first."""

@@ -213,7 +213,7 @@ class SparseLinear(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
-        other = SparseLinear.__new__(SparseLinear)
+        other = type(self).__new__(type(self))
         memo[id(self)] = other
         other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return other

@@ -51,7 +51,7 @@ class Comparison:
         for count, calls in sorted(Counter(tokens).items()):
             if count == 0:
                 continue
-            key = (sparse.spec, sparse.bias is None, count, torch.get_num_threads())
+            key = (sparse.spec, sparse.weight.dtype, sparse.bias is None, count, torch.get_num_threads())
             if key not in self._found:
                 dense = dense if dense is not None else sparse.to_linear()
                 self._found[key] = _measure(sparse, dense, count)
@@ -65,7 +65,7 @@ class Comparison:
 def _measure(sparse: SparseLinear, dense: nn.Linear, tokens: int) -> LayerTimes:
     device = sparse.values.device
     own = torch.Generator(device).manual_seed(0)  # the user's random numbers must not depend on what was timed
-    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(sparse.values.dtype)
+    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(sparse.weight.dtype)
     # forward, not the call: the user's hooks must not see timing runs.
     rivals = {"dense": _bind(dense.forward, x), "sparse": _bind(sparse.forward, x)}
     with torch.random.fork_rng(devices=[]):  # why_not makes a Linear to try, which draws its weights

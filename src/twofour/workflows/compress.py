@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix
 from ..format.pack import VALUE_DTYPES
 from ..masks import check_pattern
-from ..nn import SparseLinear
+from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -50,6 +50,7 @@ def compress(
     pattern: Pattern | str = "2:4",
     tokens: Sequence[int] | int | None = None,
     force: bool = False,
+    weights: Literal["int8"] | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     dry_run: bool = False,
@@ -67,12 +68,15 @@ def compress(
         inputs: model inputs as in use: a tensor, a tuple, a dict, or a list of these.
         tokens: token counts to decide by, instead of `inputs`.
         force: compress every layer that can be, without timing.
+        weights: "int8" stores the kept values as int8 with a scale per output row, and quantizes inputs token by token
+            inside the layer (QuantizedSparseLinear). That rounds: the report has each layer's weight_error. None keeps
+            every value as it is.
         include, exclude: shell wildcards over module names.
         dry_run: measure and report; change nothing.
         progress: a progress bar; None shows one on a terminal only.
     Returns:
         Report with a row per layer: action ("compressed", "dense", "skipped"), kernel, tokens, dense_us, sparse_us,
-        speedup, bytes before and after, reason.
+        speedup, bytes before and after, reason; with int8, weight_error (|W - int8 W| / |W|, in the Frobenius norm).
     Raises:
         ModelError: no layer holds the pattern, or none that does can be compressed. Nothing is changed then.
     Cost: a run of the model per batch, about 20 runs of each distinct layer, and the packing.
@@ -80,6 +84,8 @@ def compress(
     pattern = Pattern.parse(pattern)
     if inputs is not None and tokens is not None:
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
+    if weights not in (None, "int8"):
+        raise ModelError(f"weights={weights!r}: pass 'int8', or None to keep every value as it is.")
     tokens = (tokens,) if isinstance(tokens, int) else tokens
     if tokens is not None and not all(isinstance(count, int) for count in tokens):
         raise ModelError(f"tokens={tokens!r}: pass whole numbers, as in tokens=[1, 128].")
@@ -97,7 +103,7 @@ def compress(
         _collect_tokens(model, candidates, inputs, tokens, notes)
     comparison = None if force else Comparison()
     for candidate in track(candidates, "compress", progress):
-        _decide(candidate, pattern, comparison)
+        _decide(candidate, pattern, comparison, weights)
         for layer in candidate.layers:
             rows[id(layer)].update(candidate.row)
             if not dry_run:
@@ -128,6 +134,7 @@ def compress(
         Column("onednn_us", "oneDNN µs", "us"),
         Column("sparse_us", "sparse µs", "us"),
         Column("speedup", "speed", "ratio"),
+        *((Column("weight_error", "rounding"),) if weights is not None else ()),
         Column("reason", "why"),
     )
     return Report("compress", columns, ordered, summary, tuple(notes), environment())
@@ -227,12 +234,12 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
-def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None) -> None:
+def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None, weights: str | None) -> None:
     """Fills `candidate.row`, and `candidate.sparse` where the layer is to be compressed."""
     module = candidate.first.module
     if isinstance(module, SparseLinear):
         sparse = module
-        dense_bytes = module.in_features * module.out_features * module.values.dtype.itemsize
+        dense_bytes = module.in_features * module.out_features * module.weight.dtype.itemsize
     else:
         assert isinstance(module, nn.Linear)
         try:
@@ -241,6 +248,15 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
             candidate.row = {"action": "dense", "kernel": DENSE, "reason": str(error)}
             return
         dense_bytes = module.weight.nbytes
+    rounding: float | None = None
+    if weights == "int8" and not isinstance(sparse, QuantizedSparseLinear):
+        exact = sparse.matrix
+        try:
+            sparse = QuantizedSparseLinear.from_matrix(exact, module.bias, name=candidate.first.name)
+        except UnsupportedError as refused:
+            candidate.row = {"action": "dense", "kernel": DENSE, "reason": str(refused)}
+            return
+        rounding = _rounding(exact, sparse)
     choice = sparse.choice
     candidate.row = {
         "action": "compressed",
@@ -249,6 +265,8 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         "bytes": sparse.nbytes,
         "reason": choice.reason,
     }
+    if rounding is not None:
+        candidate.row["weight_error"] = rounding
     if comparison is not None:
         times = comparison.times(sparse, module if isinstance(module, nn.Linear) else None, candidate.tokens)
         candidate.row.update(
@@ -271,6 +289,13 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
     candidate.sparse = sparse
 
 
+def _rounding(exact: SparseMatrix, layer: QuantizedSparseLinear) -> float:
+    """|W - int8 W| / |W| in the Frobenius norm; 0 for a weight of zeros."""
+    wanted = exact.values.double()
+    stored = layer.matrix.values.double() * layer.scales[:, None].double()
+    return float((wanted - stored).norm() / wanted.norm()) if bool(wanted.any()) else 0.0
+
+
 def _apply(model: nn.Module, layer: Layer, candidate: _Candidate) -> None:
     module = layer.module
     if candidate.sparse is None:
@@ -285,5 +310,5 @@ def _apply(model: nn.Module, layer: Layer, candidate: _Candidate) -> None:
     elif module is candidate.first.module:
         if module is not candidate.sparse:
             replace_module(model, module, candidate.sparse)
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, (nn.Linear, SparseLinear)) and type(module) is not type(candidate.sparse):
         replace_module(model, module, candidate.sparse.twin(module.bias))
