@@ -188,6 +188,7 @@ void many_of(const LinearInt8Args& args, uint8_t* scratch, const uint8_t* quanti
   const int64_t steps = steps_of(args);
   uint8_t* decoded = scratch;
   auto* saved = reinterpret_cast<int32_t*>(scratch + kChunkSteps * kGroupVectors * kDecodedBytes);
+  const bool alone = token1 - token0 <= 3 * kBlockTokens;
   Ints offsets[kVectors];
   unroll<kVectors>([&](auto v) { offsets[v] = zero_ints(); });
   for (int64_t step0 = 0; step0 < steps; step0 += kChunkSteps) {
@@ -197,6 +198,10 @@ void many_of(const LinearInt8Args& args, uint8_t* scratch, const uint8_t* quanti
       const int8_t* values = args.values + (tile * steps + step0) * kStepValueBytes + part * kRows * 4;
       const uint8_t* metadata = args.metadata + (tile * steps + step0) * kStepMetadataBytes + part * kRows;
       for (int64_t step = 0; step < chunk; ++step) {
+        if (alone) {  // one block or two do not get round to all of the next chunk
+          __builtin_prefetch(values + (step + kChunkSteps) * kStepValueBytes);
+          if (step % 4 == 0) __builtin_prefetch(metadata + (step + kChunkSteps) * kStepMetadataBytes);
+        }
         const Weights w = weights_at(values + step * kStepValueBytes, metadata + step * kStepMetadataBytes);
         offsets[v] = add_offsets(offsets[v], w);
         store_weights(decoded + (step * kVectors + v) * kDecodedBytes, w);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -38,6 +38,9 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Run every layer that can be compressed, without timing.")
     ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Round the kept values: int8, with a scale for each output row.")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     dtype: Dtype = None,
@@ -59,7 +62,14 @@ def run(
     models.require_target(model, output, overwrite or dry_run)
     loaded = models.open_model(model, wanted)
     report = compress(
-        loaded, pattern=pattern, tokens=counts, force=force, include=include, exclude=exclude, dry_run=dry_run
+        loaded,
+        pattern=pattern,
+        tokens=counts,
+        force=force,
+        weights=cast(Literal["int8"] | None, weights),  # compress refuses any other
+        include=include,
+        exclude=exclude,
+        dry_run=dry_run,
     )
     if not dry_run:
         saved = models.write_compressed(loaded, model, output, overwrite, pattern)
