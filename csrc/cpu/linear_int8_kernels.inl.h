@@ -91,46 +91,63 @@ TWOFOUR_INLINE inline void write(const LinearInt8Args& args, Ints sum, Ints offs
 
 // ---- few tokens --------------------------------------------------------------------------------------------------------
 
+// kVectors vectors of rows side by side: more streams of memory for the processor to fetch ahead.
+template <int kTokens, int kVectors>
+void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float* x_scales, int64_t vector) {
+  constexpr int kUnrolled = 4;                               // steps: four lines of values, one of metadata
+  constexpr int kChains = kTokens * kVectors <= 4 ? 2 : 1;  // a dot product takes four cycles
+  const int64_t steps = steps_of(args);
+  const int8_t* values[kVectors];
+  const uint8_t* metadata[kVectors];
+  const uint8_t* x = quantized;
+  Ints sums[kChains][kVectors][kTokens], offsets[kChains][kVectors];
+  unroll<kVectors>([&](auto v) {
+    const int64_t tile = (vector + v) / kTileVectors, part = (vector + v) % kTileVectors;
+    values[v] = args.values + tile * steps * kStepValueBytes + part * kRows * 4;
+    metadata[v] = args.metadata + tile * steps * kStepMetadataBytes + part * kRows;
+    unroll<kChains>([&](auto c) {
+      offsets[c][v] = zero_ints();
+      unroll<kTokens>([&](auto t) { sums[c][v][t] = zero_ints(); });
+    });
+  });
+  const auto one_step = [&](auto chain) TWOFOUR_INLINE {
+    unroll<kVectors>([&](auto v) {
+      const Weights w = weights_at(values[v], metadata[v]);
+      offsets[chain][v] = add_offsets(offsets[chain][v], w);
+      unroll<kTokens>([&](auto t) { sums[chain][v][t] = dot(sums[chain][v][t], w, load_inputs(x + t * kInt8Step)); });
+      values[v] += kStepValueBytes;
+      metadata[v] += kStepMetadataBytes;
+    });
+    x += kTokens * kInt8Step;
+  };
+  int64_t step = 0;
+  for (; step + kUnrolled <= steps; step += kUnrolled) {
+    // Reading ahead past the end of the tensors is harmless.
+    unroll<kVectors>([&](auto v) { __builtin_prefetch(metadata[v] + kFewAhead / kVectors * kStepMetadataBytes); });
+    unroll<kUnrolled>([&](auto u) {
+      unroll<kVectors>([&](auto v) { __builtin_prefetch(values[v] + kFewAhead / kVectors * kStepValueBytes); });
+      one_step(Constant<u % kChains>{});
+    });
+  }
+  for (; step < steps; ++step) one_step(Constant<0>{});
+  unroll<kVectors>([&](auto v) {
+    if (kChains == 2) {
+      offsets[0][v] = add_ints(offsets[0][v], offsets[kChains - 1][v]);
+      unroll<kTokens>([&](auto t) { sums[0][v][t] = add_ints(sums[0][v][t], sums[kChains - 1][v][t]); });
+    }
+    unroll<kTokens>([&](auto t) { write(args, sums[0][v][t], offsets[0][v], x_scales, t, vector + v); });
+  });
+}
+
 template <int kTokens>
 void few_of(const LinearInt8Args& args, const uint8_t* quantized, const float* x_scales, int64_t vector0,
             int64_t vector1) {
-  constexpr int kUnrolled = 4;                  // steps: four lines of values, one of metadata
-  constexpr int kChains = kTokens <= 2 ? 2 : 1;  // a dot product takes four cycles
-  const int64_t steps = steps_of(args);
-  for (int64_t vector = vector0; vector < vector1; ++vector) {
-    const int64_t tile = vector / kTileVectors, part = vector % kTileVectors;
-    const int8_t* values = args.values + tile * steps * kStepValueBytes + part * kRows * 4;
-    const uint8_t* metadata = args.metadata + tile * steps * kStepMetadataBytes + part * kRows;
-    const uint8_t* x = quantized;
-    Ints sums[kChains][kTokens], offsets[kChains];
-    unroll<kChains>([&](auto c) {
-      offsets[c] = zero_ints();
-      unroll<kTokens>([&](auto t) { sums[c][t] = zero_ints(); });
-    });
-    const auto one_step = [&](auto chain) TWOFOUR_INLINE {
-      const Weights w = weights_at(values, metadata);
-      offsets[chain] = add_offsets(offsets[chain], w);
-      unroll<kTokens>([&](auto t) { sums[chain][t] = dot(sums[chain][t], w, load_inputs(x + t * kInt8Step)); });
-      values += kStepValueBytes;
-      metadata += kStepMetadataBytes;
-      x += kTokens * kInt8Step;
-    };
-    int64_t step = 0;
-    for (; step + kUnrolled <= steps; step += kUnrolled) {
-      // Reading ahead past the end of the tensors is harmless.
-      __builtin_prefetch(metadata + kFewAhead * kStepMetadataBytes);
-      unroll<kUnrolled>([&](auto u) {
-        __builtin_prefetch(values + kFewAhead * kStepValueBytes);
-        one_step(Constant<u % kChains>{});
-      });
-    }
-    for (; step < steps; ++step) one_step(Constant<0>{});
-    if (kChains == 2) {
-      offsets[0] = add_ints(offsets[0], offsets[kChains - 1]);
-      unroll<kTokens>([&](auto t) { sums[0][t] = add_ints(sums[0][t], sums[kChains - 1][t]); });
-    }
-    unroll<kTokens>([&](auto t) { write(args, sums[0][t], offsets[0], x_scales, t, vector); });
+  constexpr int kVectors = kTokens == 1 ? 2 * kGroupVectors : kTokens == 2 ? kGroupVectors : 1;
+  int64_t vector = vector0;
+  for (; vector + kVectors <= vector1; vector += kVectors) {
+    few_rows<kTokens, kVectors>(args, quantized, x_scales, vector);
   }
+  for (; vector < vector1; ++vector) few_rows<kTokens, 1>(args, quantized, x_scales, vector);
 }
 
 void few(const LinearInt8Args& args, const uint8_t* quantized, const float* x_scales, int64_t tile0, int64_t tile1) {
