@@ -5,7 +5,7 @@ constexpr int kTileVectors = nm::kTileRows / kRows;
 constexpr int kStepValueBytes = nm::kTileRows * 4;  // of one step of a tile
 constexpr int kStepMetadataBytes = nm::kTileRows;
 constexpr int kDecodedBytes = 128;    // room of one decoded step of a vector
-constexpr int kChunkSteps = 64;       // decoded at once: 16 KiB for two vectors, a third of an L1 cache
+constexpr int kChunkSteps = 128;      // decoded at once: 32 KiB for two vectors
 constexpr int kFewAhead = 64;         // steps from a prefetch to the use of the weights: 16 cost 25 %, bursts 60 %
 constexpr int kBlockStep = 4;
 
