@@ -39,8 +39,8 @@ constexpr Isa kIsas[] = {
 #endif
 };
 
-// Quantized inputs of a panel: what stays in an L2 cache of 1 MiB beside the weights that stream by.
-constexpr int64_t kPanelBytes = 640 * 1024;
+// Quantized inputs of a panel: about an L2 cache. At 256 tokens of 4096 inputs one panel beat two by 4 %.
+constexpr int64_t kPanelBytes = 1100 * 1024;
 constexpr int64_t kPanelTokens = 384;
 // Quantized inputs that are held at once.
 constexpr int64_t kSlabBytes = 8 * 1024 * 1024;
