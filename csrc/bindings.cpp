@@ -12,6 +12,7 @@
 
 #include "cpu/grad.h"
 #include "cpu/linear.h"
+#include "cpu/linear_int8.h"
 #include "cpu/pack.h"
 #include "cpu/threads.h"
 #include "nm/layout.h"
@@ -122,6 +123,53 @@ void grad_values(uintptr_t grad, uintptr_t x, uintptr_t metadata, uintptr_t grad
   last_kernel = cpu::grad_values(args, static_cast<cpu::DType>(dtype), threads, isa ? isa->c_str() : nullptr);
 }
 
+std::vector<std::string> int8_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::int8_isa_count(); ++i) names.emplace_back(cpu::int8_isa_name(i));
+  return names;
+}
+
+void pack_linear_int8(uintptr_t values, uintptr_t metadata, uintptr_t packed_values, uintptr_t packed_metadata,
+                      int64_t out_features, int64_t in_features) {
+  check_weight(out_features, in_features);
+  const nb::gil_scoped_release nogil;
+  cpu::pack_linear_int8(at<const int8_t>(values), at<const uint8_t>(metadata), at<int8_t>(packed_values),
+                        at<uint8_t>(packed_metadata), out_features, in_features);
+}
+
+void unpack_linear_int8(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t values, uintptr_t metadata,
+                        int64_t out_features, int64_t in_features) {
+  check_weight(out_features, in_features);
+  const nb::gil_scoped_release nogil;
+  cpu::unpack_linear_int8(at<const int8_t>(packed_values), at<const uint8_t>(packed_metadata), at<int8_t>(values),
+                          at<uint8_t>(metadata), out_features, in_features);
+}
+
+void linear_int8(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t scales, uintptr_t bias, uintptr_t y,
+                 int64_t tokens, int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride,
+                 int dtype, int threads, int kernel, const std::optional<std::string>& isa) {
+  check_weight(out_features, in_features);
+  if (in_features > cpu::kInt8MostInputs) throw std::invalid_argument("in_features above 2^18 overflow int32 sums");
+  if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
+    throw std::invalid_argument("tokens must not be negative, nor rows overlap");
+  }
+  if (dtype < 0 || dtype > 1 || kernel < 0 || kernel > 2) throw std::invalid_argument("dtype is 0..1, kernel 0..2");
+  const cpu::LinearInt8Args args = {at<const void>(x),
+                                    at<const int8_t>(values),
+                                    at<const uint8_t>(metadata),
+                                    at<const float>(scales),
+                                    at<const float>(bias),
+                                    at<void>(y),
+                                    static_cast<cpu::DType>(dtype),
+                                    tokens,
+                                    out_features,
+                                    in_features,
+                                    x_stride,
+                                    y_stride};
+  const nb::gil_scoped_release nogil;
+  last_kernel = cpu::linear_int8(args, threads, isa ? isa->c_str() : nullptr, static_cast<cpu::Family>(kernel));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -141,4 +189,13 @@ NB_MODULE(_native, m) {
         "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
   m.def("grad_values", &grad_values, "grad"_a, "x"_a, "metadata"_a, "grad_values"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
+  m.def("int8_isa", [] { return std::string(cpu::default_int8_isa()); }, "Instruction set of int8 kernels by default.");
+  m.def("int8_isas", &int8_isas, "Instruction sets with int8 kernels that run here, plainest first.");
+  m.def("pack_linear_int8", &pack_linear_int8, "values"_a, "metadata"_a, "packed_values"_a, "packed_metadata"_a,
+        "out_features"_a, "in_features"_a);
+  m.def("unpack_linear_int8", &unpack_linear_int8, "packed_values"_a, "packed_metadata"_a, "values"_a, "metadata"_a,
+        "out_features"_a, "in_features"_a);
+  m.def("linear_int8", &linear_int8, "x"_a, "values"_a, "metadata"_a, "scales"_a, "bias"_a, "y"_a, "tokens"_a,
+        "out_features"_a, "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0,
+        "isa"_a = nb::none());
 }

@@ -9,8 +9,12 @@ function(twofour_add_kernels target)
     ${csrc}/cpu/grad_baseline.cpp
     ${csrc}/cpu/grad_dispatch.cpp
     ${csrc}/cpu/linear_baseline.cpp
+    ${csrc}/cpu/linear_int8.cpp
+    ${csrc}/cpu/linear_int8_baseline.cpp
     ${csrc}/cpu/pack.cpp
     ${csrc}/cpu/threads.cpp)
+  set(int8 -ffp-contract=off)  # products and sums round one by one, as in the reference
+  set_source_files_properties(${csrc}/cpu/linear_int8_baseline.cpp PROPERTIES COMPILE_OPTIONS "${int8}")
   target_include_directories(${target} PRIVATE ${csrc})
   if(TWOFOUR_SANITIZE)  # -O1: a third of the time to compile, and every intrinsic still runs
     set(sanitizers -fsanitize=${TWOFOUR_SANITIZE} -fno-sanitize-recover=all)
@@ -25,16 +29,18 @@ function(twofour_add_kernels target)
   # One object file per instruction set; dispatch.cpp chooses at run time. Explicit flags: -march names differ between
   # compilers and would allow more than dispatch.cpp asks the machine for.
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
-    set(isas avx2 avx512 avx512bf16)
+    set(isas avx2 avx512 avx512bf16 avx512vnni)
     set(avx2 -mavx2 -mfma)
     set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
     set(avx512bf16 ${avx512} -mavx512bf16)
+    set(avx512vnni ${avx512} -mavx512vnni)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
     endif()
-    foreach(isa ${isas})
-      set(sources_${isa} linear grad)
-    endforeach()
+    set(sources_avx2 linear linear_int8 grad)
+    set(sources_avx512 linear grad)
+    set(sources_avx512bf16 linear grad)
+    set(sources_avx512vnni linear_int8)
     target_compile_definitions(${target} PRIVATE TWOFOUR_X86)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     set(isas neon neonbf16)
@@ -50,7 +56,11 @@ function(twofour_add_kernels target)
   foreach(isa ${isas})
     foreach(source ${sources_${isa}})
       target_sources(${target} PRIVATE ${csrc}/cpu/${source}_${isa}.cpp)
-      set_source_files_properties(${csrc}/cpu/${source}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}};${gnu}")
+      set(flags ${${isa}} ${gnu})
+      if(source STREQUAL linear_int8)
+        list(APPEND flags ${int8})
+      endif()
+      set_source_files_properties(${csrc}/cpu/${source}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${flags}")
     endforeach()
   endforeach()
 endfunction()

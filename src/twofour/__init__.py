@@ -19,6 +19,7 @@ from .errors import UnsupportedError as UnsupportedError
 from .format import SparseMatrix as SparseMatrix
 from .format.file import load_matrices as load_matrices
 from .format.file import save_matrices as save_matrices
+from .nn import QuantizedSparseLinear as QuantizedSparseLinear
 from .nn import SparseLinear as SparseLinear
 from .pattern import Pattern as Pattern
 from .report import Report as Report

@@ -90,3 +90,38 @@ def grad_values(
     isa: str | None = None,
 ) -> None:
     """grad_values = (grad.T @ x) at the kept places, in the CPU layout. Dtypes and strides as in grad_input."""
+
+def int8_isa() -> str:
+    """Instruction set that int8 kernels run on by default; ValueError as `isa`."""
+
+def int8_isas() -> list[str]:
+    """Instruction sets with int8 kernels that run here, plainest first."""
+
+def pack_linear_int8(
+    values: int, metadata: int, packed_values: int, packed_metadata: int, out_features: int, in_features: int
+) -> None:
+    """Canonical format -> int8 layout (csrc/cpu/linear_int8.h)."""
+
+def unpack_linear_int8(
+    packed_values: int, packed_metadata: int, values: int, metadata: int, out_features: int, in_features: int
+) -> None:
+    """int8 layout -> canonical format."""
+
+def linear_int8(
+    x: int,
+    values: int,
+    metadata: int,
+    scales: int,
+    bias: int,
+    y: int,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    y_stride: int,
+    dtype: int,
+    threads: int,
+    kernel: int = 0,
+    isa: str | None = None,
+) -> None:
+    """y = quantized(x) @ W.T * scales + bias. scales and bias fp32; the rest as in `linear`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -41,6 +41,9 @@ def run(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Time again what was timed on this machine before.")
     ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Round the kept values: int8, with a scale for each output row.")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     dtype: Dtype = None,
@@ -67,6 +70,7 @@ def run(
         tokens=counts,
         force=force,
         remeasure=remeasure,
+        weights=cast(Literal["int8"] | None, weights),  # compress refuses any other
         include=include,
         exclude=exclude,
         dry_run=dry_run,

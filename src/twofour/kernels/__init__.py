@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..format import SparseMatrix
+from . import int8 as int8
 from . import ops
+from . import reference as reference
 from .registry import KERNELS as KERNELS
 from .registry import Choice as Choice
 from .registry import Kernel as Kernel

@@ -84,3 +84,57 @@ def linear_grad_values(grad: Tensor, x: Tensor, metadata: Tensor, pattern: Patte
 def to_dense(values: Tensor, metadata: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """The dense weight [out_features, in_features] in the dtype of `values`."""
     return unpack(values, metadata, (values.shape[0], in_features), pattern)
+
+
+SMALLEST_QUANTIZED = 2.0**-119
+"""A token whose largest input is smaller counts as zero: its scale would not be a normal float32."""
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token of x as int8 with one scale, symmetrically: q = round(x * (127 / largest)), scale = largest / 127.
+
+    Args:
+        x: [tokens, in_features] floating point; taken as float32.
+    Returns:
+        int8 [tokens, in_features] in -127 .. 127, ties to even, and float32 scales [tokens]. A token that is zero, or
+        whose largest input is below 2**-119, has scale 0; one with NaN or infinity anywhere has scale NaN and zeros.
+    """
+    wide = x.to(torch.float32)
+    largest = wide.abs().amax(1)
+    finite = torch.isfinite(wide).all(1)
+    used = finite & (largest >= SMALLEST_QUANTIZED)
+    safe = torch.where(used, largest, 1.0)
+    factor = torch.full_like(safe, 127.0) / safe  # `127.0 / safe` would round twice
+    scales = torch.where(used, safe / torch.full_like(safe, 127.0), 0.0)
+    scales = torch.where(finite, scales, torch.nan)
+    q = torch.where(used[:, None], torch.round(wide * factor[:, None]), 0.0)
+    return q.to(torch.int8), scales
+
+
+def linear_int8(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    in_features: int,
+) -> Tensor:
+    """quantized(x) @ W.T, scaled, + bias: ((sum * x_scale) * scale) + bias, each operation rounded once in float32.
+
+    Args:
+        x: [..., in_features] floating point; see `quantize_tokens`.
+        values, metadata: as in SparseMatrix, int8.
+        scales: float32 [out_features].
+        bias: [out_features], or None.
+    Returns:
+        [..., out_features] of x's dtype. Sums are exact for in_features up to 2**18. A token with NaN or infinity at
+        any place, dropped ones too, is NaN in every output.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weight = to_dense(values, metadata, pattern, in_features)
+        q, x_scales = quantize_tokens(x.reshape(-1, in_features))
+        sums = (q.double() @ weight.double().T).float()  # exact in float64, then rounded once
+        y = sums * x_scales[:, None] * scales
+        y = y if bias is None else y + bias.to(torch.float32)
+        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

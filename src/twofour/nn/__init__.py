@@ -2,3 +2,5 @@
 
 from .linear import SparseLinear as SparseLinear
 from .linear import SparseWeight as SparseWeight
+from .quantized import QuantizedSparseLinear as QuantizedSparseLinear
+from .quantized import quantize_rows as quantize_rows

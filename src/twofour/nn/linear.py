@@ -279,7 +279,7 @@ class SparseLinear(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
-        other = SparseLinear.__new__(SparseLinear)
+        other = type(self).__new__(type(self))
         memo[id(self)] = other
         if id(self.values) not in memo and not isinstance(self.values, nn.Parameter):  # a layout not for others to copy
             memo[id(self.values)], memo[id(self.metadata)] = KERNELS[self.backend].copy(

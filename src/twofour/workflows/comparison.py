@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import KERNELS
+from ..format import SparseMatrix
+from ..kernels import KERNELS, cpu
 from ..kernels.choices import Measured, Store, bucket, key
 from ..kernels.onednn import prepacked_linear
 from ..nn import SparseLinear
+from .layers import dtype_name
 from .timing import paired
 
 TIE = 0.97
@@ -105,7 +107,7 @@ class Comparison:
             if count == 0:
                 continue
             standing = bucket(count)
-            name = key(sparse.spec, sparse.backend, sparse.bias is not None, standing, torch.get_num_threads())
+            name = key(sparse.spec, form(sparse), sparse.bias is not None, standing, torch.get_num_threads())
             if name not in self._found:
                 self._found[name] = self._look_up_or_measure(name, sparse, dense, standing)
             measured, from_store, disturbed = self._found[name]
@@ -135,16 +137,24 @@ class Comparison:
         return measured, False, disturbed
 
 
+def form(sparse: SparseLinear) -> str:
+    """The kernel that a time belongs to: the backend, the dtype of inputs to int8, and how many rows share a mask."""
+    inputs = f" of {dtype_name(sparse.weight.dtype)}" if sparse.weight.dtype != sparse.spec.dtype else ""
+    shared = cpu.TILE_ROWS // 2 // sparse.metadata.shape[-1] if sparse.backend == "cpu" and not inputs else 1
+    return f"{sparse.backend}{inputs}{f' x{shared}' if shared > 1 else ''}"
+
+
 def _measure(sparse: SparseLinear, dense: nn.Linear, tokens: int) -> tuple[Measured, bool]:
     """First quartiles, and whether they were disturbed to the last: what other programs do only adds time."""
     device = sparse.values.device
     own = torch.Generator(device).manual_seed(0)  # the user's random numbers must not depend on what was timed
-    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(sparse.values.dtype)
+    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(sparse.weight.dtype)
     # forward, not the call: the user's hooks must not see timing runs.
     rivals = {"dense": _bind(dense.forward, x), "sparse": _bind(sparse.forward, x)}
-    if KERNELS["onednn"].why_not(sparse.spec) is None:
+    if KERNELS["onednn"].why_not(replace(sparse.spec, dtype=x.dtype)) is None:
         rivals["onednn"] = _bind(prepacked_linear(dense.weight, dense.bias), x)
-        rivals["packed"] = _bind(SparseLinear(sparse.matrix, sparse.bias, backend="onednn").forward, x)
+        held = SparseMatrix.from_dense(dense.weight, sparse.pattern)
+        rivals["packed"] = _bind(SparseLinear(held, dense.bias, backend="onednn").forward, x)
     lowest: dict[str, float] = {}
     for _ in range(_ATTEMPTS):
         with torch.no_grad():

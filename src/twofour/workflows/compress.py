@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from ..format import SparseMatrix
 from ..format.pack import VALUE_DTYPES
 from ..kernels import KERNELS, LinearSpec
 from ..masks import check_pattern
-from ..nn import SparseLinear
+from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -54,6 +54,7 @@ def compress(
     tokens: Sequence[int] | int | None = None,
     force: bool = False,
     remeasure: bool = False,
+    weights: Literal["int8"] | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     dry_run: bool = False,
@@ -76,13 +77,17 @@ def compress(
         tokens: token counts to decide by, instead of `inputs`.
         force: compress every layer that can be, without timing.
         remeasure: time again what is on disk.
+        weights: "int8" stores the kept values as int8 with a scale per output row, and quantizes inputs token by token
+            inside the layer (QuantizedSparseLinear). That rounds: the report has each layer's weight_error. None keeps
+            every value as it is.
         include, exclude: shell wildcards over module names.
         dry_run: measure and report; change nothing.
         progress: a progress bar; None shows one on a terminal only.
     Returns:
         Report with a row per layer: action ("compressed", "packed" for oneDNN, "dense", "skipped"), kernel, tokens,
         dense_us, onednn_us, sparse_us, gain (of the chosen kernel over torch's Linear), speedup and against_best (of
-        the sparse kernel over torch's Linear and the best dense), bytes before and after, reason.
+        the sparse kernel over torch's Linear and the best dense), bytes before and after, reason; with int8,
+        weight_error (|W - int8 W| / |W|, in the Frobenius norm).
     Raises:
         ModelError: no layer holds the pattern, or none that does can be compressed. Nothing is changed then.
     Cost: a run of the model per batch, about 20 runs of each distinct layer that was not timed before, and the packing.
@@ -90,6 +95,8 @@ def compress(
     pattern = Pattern.parse(pattern)
     if inputs is not None and tokens is not None:
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
+    if weights not in (None, "int8"):
+        raise ModelError(f"weights={weights!r}: pass 'int8', or None to keep every value as it is.")
     tokens = (tokens,) if isinstance(tokens, int) else tokens
     if tokens is not None and not all(isinstance(count, int) for count in tokens):
         raise ModelError(f"tokens={tokens!r}: pass whole numbers, as in tokens=[1, 128].")
@@ -107,7 +114,7 @@ def compress(
         _collect_tokens(model, candidates, inputs, tokens, notes)
     comparison = None if force else Comparison(remeasure=remeasure)
     for candidate in track(candidates, "compress", progress):
-        _decide(candidate, pattern, comparison)
+        _decide(candidate, pattern, comparison, weights)
         for layer in candidate.layers:
             rows[id(layer)].update(candidate.row)
             if not dry_run:
@@ -139,6 +146,7 @@ def compress(
         Column("sparse_us", "sparse µs", "us"),
         Column("kernel", "kernel"),
         Column("gain", "speed", "ratio"),
+        *((Column("weight_error", "rounding"),) if weights is not None else ()),
         Column("reason", "why"),
     )
     return Report("compress", columns, ordered, summary, tuple(notes), environment())
@@ -257,7 +265,7 @@ def _timing_notes(comparison: Comparison, candidates: list[_Candidate]) -> list[
     return notes
 
 
-def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None) -> None:
+def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | None, weights: str | None) -> None:
     """Fills `candidate.row`, and `candidate.sparse` where the layer is to become (or stay) a SparseLinear."""
     module = candidate.first.module
     sparse: SparseLinear
@@ -265,7 +273,7 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         # One that runs on a dense kernel is compared by its compressed form.
         is_dense = KERNELS[module.backend].dense
         sparse = SparseLinear(module.matrix, module.bias).train(module.training) if is_dense else module
-        dense_bytes = module.in_features * module.out_features * module.values.dtype.itemsize
+        dense_bytes = module.in_features * module.out_features * module.weight.dtype.itemsize
     else:
         assert isinstance(module, nn.Linear)
         try:
@@ -274,6 +282,18 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
             candidate.row = {"action": "dense", "kernel": DENSE, "reason": str(error)}
             return
         dense_bytes = module.weight.nbytes
+    rounding: float | None = None
+    exact: SparseMatrix | None = None  # the weight before it was rounded, or what its rounding stands for
+    if isinstance(sparse, QuantizedSparseLinear):
+        exact = SparseMatrix.from_dense(sparse.to_linear().weight, pattern)
+    if weights == "int8" and not isinstance(sparse, QuantizedSparseLinear):
+        exact = sparse.matrix
+        try:
+            sparse = QuantizedSparseLinear.from_matrix(exact, module.bias, name=candidate.first.name)
+        except UnsupportedError as refused:
+            candidate.row = {"action": "dense", "kernel": DENSE, "reason": str(refused)}
+            return
+        rounding = _rounding(exact, sparse)
     choice = sparse.choice
     candidate.sparse = sparse
     candidate.row = {
@@ -283,6 +303,8 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         "bytes": sparse.nbytes,
         "reason": choice.reason,
     }
+    if rounding is not None:
+        candidate.row["weight_error"] = rounding
     if comparison is None:
         return
     times = comparison.times(sparse, module if isinstance(module, nn.Linear) else None, candidate.tokens)
@@ -308,12 +330,22 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         if isinstance(module, SparseLinear) and KERNELS[module.backend].dense:
             candidate.sparse = module
         else:
-            candidate.sparse = SparseLinear(sparse.matrix, sparse.bias, backend="onednn").train(sparse.training)
+            matrix = sparse.matrix if exact is None else exact
+            candidate.sparse = SparseLinear(matrix, sparse.bias, backend="onednn").train(sparse.training)
+            candidate.row.pop("weight_error", None)
         kernel = candidate.sparse.choice.kernel.label()
         candidate.row.update(action="packed", kernel=kernel, bytes=candidate.sparse.nbytes, reason=reason)
     else:
         candidate.sparse = None
+        candidate.row.pop("weight_error", None)
         candidate.row.update(action="dense", kernel=DENSE, bytes=dense_bytes, reason=reason)
+
+
+def _rounding(exact: SparseMatrix, layer: QuantizedSparseLinear) -> float:
+    """|W - int8 W| / |W| in the Frobenius norm; 0 for a weight of zeros."""
+    wanted = exact.values.double()
+    stored = layer.matrix.values.double() * layer.scales[:, None].double()
+    return float((wanted - stored).norm() / wanted.norm()) if bool(wanted.any()) else 0.0
 
 
 def _apply(model: nn.Module, layer: Layer, candidate: _Candidate) -> None:

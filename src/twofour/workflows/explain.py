@@ -13,10 +13,11 @@ from ..errors import ModelError
 from ..kernels import KERNELS, LinearSpec, choose
 from ..kernels.choices import Measured, Store
 from ..masks import check_pattern
-from ..nn import SparseLinear
+from ..nn import QuantizedSparseLinear, SparseLinear
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from ..report.record import format_value
+from .comparison import form
 from .layers import Layer, is_linear_like, survey
 
 DENSE = "dense (torch)"
@@ -107,10 +108,12 @@ def _kernel_rows(layer: Layer, store: Store) -> list[dict[str, Any]]:
         assert isinstance(module, nn.Linear)
         spec = LinearSpec(module.out_features, module.in_features, Pattern(), layer.weight.dtype, layer.weight.device)
         running, has_bias = DENSE, module.bias is not None
-    default = choose(spec).kernel.backend
+    quantized = isinstance(module, QuantizedSparseLinear)
+    default = running if quantized else choose(spec).kernel.backend
     measured_as, found = measurements.get(module, (None, {}))
     if measured_as != spec:  # never, or before it was converted
-        found = store.known(spec, default, has_bias, torch.get_num_threads())
+        kernel = form(module) if isinstance(module, SparseLinear) and running == default else default
+        found = store.known(spec, kernel, has_bias, torch.get_num_threads())
     rivals = {default: "sparse", "onednn": "packed", DENSE: "dense"}
     rows = []
     for name in (*KERNELS, DENSE):

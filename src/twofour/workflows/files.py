@@ -13,7 +13,7 @@ from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix, file
 from ..kernels import KERNELS, LinearSpec, choose
 from ..masks import check_pattern
-from ..nn import SparseLinear
+from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.swap import replace_module, why_not_swappable
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -23,6 +23,7 @@ from .layers import dtype_name, is_linear_like, survey
 _RUN_DENSE = "dense"
 _RUN_SPARSE = "sparse"
 _RUN_ONEDNN = "onednn"
+_SCALES = ".scales"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | str = "2:4") -> Report:
@@ -61,6 +62,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | s
             stored[key] = name
             is_dense = KERNELS[layer.module.backend].dense
             matrices[name], notes[name] = layer.module.matrix, {"run": _RUN_ONEDNN if is_dense else _RUN_SPARSE}
+            if isinstance(layer.module, QuantizedSparseLinear):
+                tensors[name + _SCALES] = layer.module.scales
+                notes[name].update(scales=name + _SCALES, dtype=dtype_name(layer.module.dtype))
         elif layer.skip is None and name in tensors and check_pattern(layer.weight, pattern).holds:
             matrices[name] = SparseMatrix.from_dense(tensors.pop(name), pattern, name=name)
             notes[name] = {"run": _RUN_DENSE}
@@ -103,8 +107,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         Report with a row per compressed weight.
     Raises:
         FormatError: a malformed file; names the fault.
-        ModelError: tensors missing from the file or from the model, shapes that differ, matrices of 8 bits for layers
-            (they need scales), tensors that would stay on the meta device, a model that is itself the layer to replace.
+        ModelError: tensors missing from the file or from the model, shapes that differ, matrices of 8 bits without
+            scales for layers, tensors that would stay on the meta device, a model that is itself the layer to replace.
         UnsupportedError: no kernel runs a matrix of the file.
         The model is unchanged after every error.
     """
@@ -112,6 +116,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
     slots = _slots(model)
     plan: dict[str, str] = {name: name for name in (*contents.matrices, *contents.tensors)}
     plan.update(contents.aliases)
+    for note in contents.notes.values():
+        if isinstance(note.get("scales"), str) and note["scales"] not in slots:
+            plan.pop(note["scales"], None)  # part of a matrix
     missing = sorted(set(slots) - set(plan))
     unexpected = sorted(set(plan) - set(slots))
     if strict and (missing or unexpected):
@@ -236,12 +243,24 @@ def _require_fillable(model: nn.Module, name: str, slot: _Slot, source: str, con
     sparse = _runs_sparse(slot, source, contents)
     if sparse:
         matrix = contents.matrices[source]
-        if matrix.dtype.itemsize == 1:
+        scales = _scales(source, contents)
+        if matrix.dtype.itemsize == 1 and (matrix.dtype != torch.int8 or scales is None):
             raise ModelError(
-                f"'{name}' is stored as {dtype_name(matrix.dtype)}, which needs scales that a layer does not have: read"
-                " it with twofour.load_matrices(path). The model is unchanged."
+                f"'{name}' is stored as {dtype_name(matrix.dtype)} without scales, which no layer runs: read it with"
+                " twofour.load_matrices(path). The model is unchanged."
             )
-        choose(LinearSpec.of(matrix))  # refuses what no kernel runs
+        if scales is None:
+            choose(LinearSpec.of(matrix))  # refuses what no kernel runs
+        elif scales.dtype != torch.float32 or tuple(scales.shape) != (matrix.out_features,):
+            raise ModelError(
+                f"the scales of '{name}' are {dtype_name(scales.dtype)} {list(scales.shape)}: they must be float32"
+                f" [{matrix.out_features}]. The model is unchanged."
+            )
+        if slot.module is model and isinstance(model, QuantizedSparseLinear) != (scales is not None):
+            raise ModelError(
+                f"a bare {type(model).__name__} cannot take {dtype_name(matrix.dtype)} weights in place: load into a module"
+                " that holds it."
+            )
     if slot.module is model and sparse != isinstance(model, SparseLinear):
         if sparse:
             raise ModelError("a bare Linear cannot become a SparseLinear in place: load into a module that holds it.")
@@ -295,18 +314,17 @@ def _fill(
         }
         if row["run"] == _RUN_SPARSE:
             bias = getattr(module, "bias", None)
-            backend = _backend(matrix, source, contents)
-            new = sparse[source].twin(bias) if source in sparse else SparseLinear(matrix, bias, backend=backend)
+            new = sparse[source].twin(bias) if source in sparse else _layer(matrix, bias, source, contents)
             sparse.setdefault(source, new)
             _put(model, module, new)
             replaced[module] = new
-            choice = choose(LinearSpec.of(matrix), backend)
+            choice = new.choice
             reason = "was faster than sparse where it was compressed" if choice.kernel.dense else choice.reason
             row.update(kernel=choice.kernel.label(), reason=reason)
             decisions[new] = reason
         else:
             if source not in dense:
-                weight = matrix.to_dense()
+                weight = _dense(matrix, source, contents)
                 old = module._parameters.get(slot.attribute)
                 wants = weight.is_floating_point() and (old is None or old.requires_grad)
                 dense[source] = nn.Parameter(weight, requires_grad=wants)
@@ -322,11 +340,36 @@ def _fill(
     return rows
 
 
+def _scales(source: str, contents: file.Contents) -> Tensor | None:
+    """The scales of a matrix of the file; None where it has none."""
+    return contents.tensors.get(str(contents.notes.get(source, {}).get("scales")))
+
+
+def _dense(matrix: SparseMatrix, source: str, contents: file.Contents) -> Tensor:
+    scales = _scales(source, contents)
+    if scales is None:
+        return matrix.to_dense()
+    dtype = getattr(torch, str(contents.notes[source].get("dtype")), torch.float32)
+    return (matrix.to_dense().to(torch.float32) * scales.to(matrix.device)[:, None]).to(dtype)
+
+
+def _layer(matrix: SparseMatrix, bias: Tensor | None, source: str, contents: file.Contents) -> SparseLinear:
+    scales = _scales(source, contents)
+    if scales is None:
+        return SparseLinear(matrix, bias, backend=_backend(matrix, source, contents))
+    dtype = getattr(torch, str(contents.notes[source].get("dtype")), None)
+    return QuantizedSparseLinear(
+        matrix, scales.to(matrix.device), bias, dtype=dtype if isinstance(dtype, torch.dtype) else None
+    )
+
+
 def _put(model: nn.Module, old: nn.Module, new: SparseLinear) -> None:
     """Puts `new` in the place of `old`; if `old` is the model itself, it must be a SparseLinear and takes new's weight."""
     if old is model:
         assert isinstance(old, SparseLinear)
         old._wanted_backend = new._wanted_backend
+        if isinstance(old, QuantizedSparseLinear):
+            old.register_buffer("scales", new.get_buffer("scales"), persistent=False)
         old._set_matrix(new.matrix)
     else:
         replace_module(model, old, new)

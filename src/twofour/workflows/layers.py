@@ -72,7 +72,7 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the weight."""
-        return self.module.values.dtype if isinstance(self.module, SparseLinear) else self.weight.dtype
+        return self.module.weight.dtype if isinstance(self.module, SparseLinear) else self.weight.dtype
 
     def identity(self) -> dict[str, Any]:
         """The keys that begin every report's row: layer, kind, shape, dtype, weights (how many)."""

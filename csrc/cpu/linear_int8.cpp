@@ -1,0 +1,217 @@
+// Chooses the instruction set and the family of an int8 linear layer, quantizes its inputs and cuts the work; packs.
+#include "cpu/linear_int8.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/work.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+bool always() { return true; }
+#if defined(TWOFOUR_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+struct Isa {
+  const char* name;
+  bool (*runs_here)();
+  const LinearInt8Kernel* kernel;
+  const char* few_name;
+  const char* many_name;
+};
+
+// Plainest first; the last one that runs here is the default.
+constexpr Isa kIsas[] = {
+    {"baseline", always, &linear_int8_baseline, "baseline/int8-few", "baseline/int8-many"},
+#if defined(TWOFOUR_X86)
+    {"avx2", has_avx2, &linear_int8_avx2, "avx2/int8-few", "avx2/int8-many"},
+    {"avx512vnni", has_avx512vnni, &linear_int8_avx512vnni, "avx512vnni/int8-few", "avx512vnni/int8-many"},
+#endif
+};
+
+// Quantized inputs of a panel: about an L2 cache. At 256 tokens of 4096 inputs one panel beat two by 4 %.
+constexpr int64_t kPanelBytes = 1100 * 1024;
+constexpr int64_t kPanelTokens = 384;
+// Quantized inputs that are held at once.
+constexpr int64_t kSlabBytes = 8 * 1024 * 1024;
+// Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
+constexpr int64_t kAlone = 1 << 19;
+
+const Isa& find_isa(const std::string& name) {
+  std::string here;
+  for (const Isa& isa : kIsas) {
+    if (!isa.runs_here()) continue;
+    if (name == isa.name) return isa;
+    here += std::string(here.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::invalid_argument("int8 kernels have no instruction set '" + name + "' on this machine, which has: " + here);
+}
+
+const Isa& chosen_isa() {
+  default_isa();  // refuses a TWOFOUR_ISA that names nothing of this machine
+  static const Isa* chosen = [] {
+    const char* asked = std::getenv("TWOFOUR_ISA");
+    const Isa* best = &kIsas[0];
+    for (const Isa& isa : kIsas) {
+      if (isa.runs_here()) best = &isa;
+      if (asked != nullptr && std::strcmp(asked, isa.name) == 0) break;
+    }
+    return best;
+  }();
+  return *chosen;
+}
+
+Scratch& quantized_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+Scratch& sums_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+void run_few(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int threads, uint8_t* quantized,
+             float* x_scales) {
+  kernel.quantize(args, 0, args.tokens, quantized, x_scales);
+  const int64_t tiles = nm::tiles_of(args.out_features);
+  const int64_t wanted = threads == 1 ? 1 : 4 * static_cast<int64_t>(threads);
+  const int64_t units = wanted < tiles ? wanted : tiles;
+  for_each_unit(threads, units, [&](int64_t i) {
+    kernel.few(args, quantized, x_scales, part(tiles, units, i), part(tiles, units, i + 1));
+  });
+}
+
+void run_many(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int threads, uint8_t* quantized,
+              float* x_scales, int64_t most_tokens) {
+  const int64_t row_bytes = up_to(args.in_features, kInt8Step);
+  const int64_t tiles = nm::tiles_of(args.out_features);
+  // Panels begin at whole steps of the kernel's blocks. Few blocks of rows, so that a panel stays with its thread; more
+  // where threads would stand idle. Blocks hold whole pairs of tiles.
+  const int64_t units = (args.tokens + kernel.block_step - 1) / kernel.block_step;
+  const int64_t panels = (args.tokens + most_tokens - 1) / most_tokens;
+  const int64_t pairs = (tiles + 1) / 2;
+  int64_t blocks = 1;
+  while (blocks < pairs && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
+  const auto panel_start = [&](int64_t panel) {
+    const int64_t token = part(units, panels, panel) * kernel.block_step;
+    return token < args.tokens ? token : args.tokens;
+  };
+  for_each_unit(threads, panels, [&](int64_t panel) {
+    for (int64_t token = panel_start(panel), end = panel_start(panel + 1); token < end;) {
+      const int64_t width = int8_block_width(end - token, kernel.block_tokens, kernel.block_step);
+      kernel.quantize(args, token, width, quantized + token * row_bytes, x_scales);
+      token += width;
+    }
+  });
+  for_each_unit(threads, panels * blocks, [&](int64_t i) {
+    const int64_t panel = i / blocks, block = i % blocks;
+    const int64_t token0 = panel_start(panel), token1 = panel_start(panel + 1);
+    const int64_t tile0 = 2 * part(pairs, blocks, block), end = 2 * part(pairs, blocks, block + 1);
+    void* scratch = sums_scratch().get(kernel.many_scratch_bytes(token1 - token0) + 64);
+    kernel.many(args, scratch, quantized, x_scales, token0, token1, tile0, end < tiles ? end : tiles);
+  });
+}
+
+}  // namespace
+
+int int8_isa_count() {
+  int count = 0;
+  for (const Isa& isa : kIsas) count += isa.runs_here() ? 1 : 0;
+  return count;
+}
+
+const char* int8_isa_name(int index) {
+  for (const Isa& isa : kIsas) {
+    if (isa.runs_here() && index-- == 0) return isa.name;
+  }
+  throw std::invalid_argument("no such instruction set");
+}
+
+const char* default_int8_isa() { return chosen_isa().name; }
+
+const char* linear_int8(const LinearInt8Args& args, int threads, const char* isa, Family family) {
+  const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
+  const LinearInt8Kernel& kernel = *chosen.kernel;
+  const bool few = family != Family::kMany && args.tokens <= kernel.few_tokens;
+  const int64_t row_bytes = up_to(args.in_features, kInt8Step);
+  const int64_t fitting = (few || kPanelBytes / row_bytes > kPanelTokens ? kPanelTokens : kPanelBytes / row_bytes);
+  const int64_t panel = up_to(fitting < 4 * kernel.block_tokens ? 4 * kernel.block_tokens : fitting, kernel.block_step);
+  // Whole panels of tokens at a time, so that the quantized copy stays small whatever the batch.
+  const int64_t panels = kSlabBytes / (panel * row_bytes);
+  const int64_t slab = panel * (panels < threads ? (threads < 1 ? 1 : threads) : panels);
+  for (int64_t token = 0; token < args.tokens; token += slab) {
+    LinearInt8Args now = args;
+    const int64_t item = args.dtype == DType::kFp32 ? 4 : 2;
+    now.tokens = args.tokens - token < slab ? args.tokens - token : slab;
+    now.x = static_cast<const char*>(args.x) + token * args.x_stride * item;
+    now.y = static_cast<char*>(args.y) + token * args.y_stride * item;
+    const int64_t room = now.tokens + kernel.block_tokens;
+    auto* quantized = static_cast<uint8_t*>(
+        quantized_scratch().get(static_cast<size_t>(room * (row_bytes + static_cast<int64_t>(sizeof(float))))));
+    auto* x_scales = reinterpret_cast<float*>(quantized + room * row_bytes);
+    const bool small = now.tokens * args.out_features * args.in_features / 2 < kAlone;
+    const int used = threads < 1 || small ? 1 : threads;
+    if (few) {
+      run_few(kernel, now, used, quantized, x_scales);
+    } else {
+      run_many(kernel, now, used, quantized, x_scales, panel);
+    }
+  }
+  return few ? chosen.few_name : chosen.many_name;
+}
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Calls visit(row, group, cell) for every group of the layout; `cell` counts (tile, step, row of the tile).
+template <class Visit>
+void each_group(int64_t rows, int64_t groups, const Visit& visit) {
+  const int64_t steps = (groups + 1) / 2;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t group = 0; group < groups; ++group) {
+      visit(row, group, ((row / nm::kTileRows * steps) + group / 2) * nm::kTileRows + row % nm::kTileRows);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_linear_int8(const int8_t* values, const uint8_t* metadata, int8_t* packed_values, uint8_t* packed_metadata,
+                      int64_t out_features, int64_t in_features) {
+  const int64_t groups = nm::groups_of(in_features), cells = nm::tiles_of(out_features) * nm::kTileRows * ((groups + 1) / 2);
+  std::memset(packed_values, 0, static_cast<size_t>(cells) * 4);
+  std::memset(packed_metadata, nm::kPaddingNibble * 17, static_cast<size_t>(cells));
+  const int64_t metadata_row = nm::metadata_row_bytes(in_features);
+  each_group(out_features, groups, [&](int64_t row, int64_t group, int64_t cell) {
+    std::memcpy(packed_values + cell * 4 + group % 2 * 2, values + (row * groups + group) * 2, 2);
+    const unsigned nibble = metadata[row * metadata_row + group / 2] >> (4 * (group % 2)) & 15u;
+    const unsigned other = packed_metadata[cell] & (group % 2 == 0 ? 0xF0u : 0x0Fu);
+    packed_metadata[cell] = static_cast<uint8_t>(other | nibble << (4 * (group % 2)));
+  });
+}
+
+void unpack_linear_int8(const int8_t* packed_values, const uint8_t* packed_metadata, int8_t* values,
+                        uint8_t* metadata, int64_t out_features, int64_t in_features) {
+  const int64_t groups = nm::groups_of(in_features), metadata_row = nm::metadata_row_bytes(in_features);
+  std::memset(metadata, 0, static_cast<size_t>(out_features * metadata_row));
+  each_group(out_features, groups, [&](int64_t row, int64_t group, int64_t cell) {
+    std::memcpy(values + (row * groups + group) * 2, packed_values + cell * 4 + group % 2 * 2, 2);
+    const unsigned nibble = packed_metadata[cell] >> (4 * (group % 2)) & 15u;
+    metadata[row * metadata_row + group / 2] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
+  });
+}
+
+}  // namespace twofour::cpu

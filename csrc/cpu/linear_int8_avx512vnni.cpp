@@ -1,0 +1,18 @@
+// AVX-512 F, BW, VL, DQ and VNNI.
+#include <immintrin.h>
+
+#include "cpu/linear_int8.h"
+#include "nm/layout.h"
+
+namespace twofour::cpu {
+namespace {
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/simd_int8_avx512vnni.inl.h"
+#include "cpu/linear_int8_kernels.inl.h"
+
+}  // namespace
+
+const LinearInt8Kernel linear_int8_avx512vnni = kKernel;
+
+}  // namespace twofour::cpu

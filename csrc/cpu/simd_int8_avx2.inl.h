@@ -1,0 +1,129 @@
+// The vector of the int8 kernels: 8 rows in 32-bit lanes.
+//
+// vpmaddubsw multiplies unsigned by signed and saturates at 16 bits: |w| <= 128 times |q| <= 127, twice, is at most
+// 32512 and fits. So |w| goes in unsigned, q with the sign of w signed, and every sum is exact.
+
+constexpr int kRows = 8;
+constexpr int kGroupVectors = 1;
+constexpr int kBlockTokens = 8;  // 8 sums of the 16 registers
+constexpr int kFewTokens = 8;
+constexpr uint8_t kZeroInput = 0;
+
+using Ints = __m256i;
+
+struct Weights {
+  __m256i places;
+  __m256i values;
+  __m256i sizes;
+};
+
+TWOFOUR_INLINE inline Ints zero_ints() { return _mm256_setzero_si256(); }
+TWOFOUR_INLINE inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+TWOFOUR_INLINE inline Ints load_ints(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+TWOFOUR_INLINE inline void store_ints(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+
+// Four indices 0..7 a row out of its byte of metadata: each byte of the lane gets the row's byte, keeps its own two bits,
+// and a table turns 4, 8, 12 into 1, 2, 3. Any byte gives indices inside the eight inputs.
+TWOFOUR_INLINE inline __m256i places_of(const uint8_t* metadata) {
+  const __m256i rows = _mm256_setr_epi32(0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505,
+                                         0x06060606, 0x07070707);
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0));
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(metadata));
+  const __m256i spread = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), rows);
+  const __m256i first = _mm256_and_si256(spread, _mm256_set1_epi32(0x00000C03));
+  const __m256i second = _mm256_and_si256(_mm256_srli_epi32(spread, 4), _mm256_set1_epi32(0x0C030000));
+  return _mm256_or_si256(_mm256_shuffle_epi8(table, _mm256_or_si256(first, second)), _mm256_set1_epi32(0x04040000));
+}
+
+TWOFOUR_INLINE inline Weights weights_at(const int8_t* values, const uint8_t* metadata) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return {places_of(metadata), v, _mm256_abs_epi8(v)};
+}
+TWOFOUR_INLINE inline Weights load_weights(const uint8_t* decoded) {
+  const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(decoded + 32));
+  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(decoded)), v, _mm256_abs_epi8(v)};
+}
+TWOFOUR_INLINE inline void store_weights(uint8_t* decoded, const Weights& w) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(decoded), w.places);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(decoded + 32), w.values);
+}
+
+using Inputs = __m256i;
+TWOFOUR_INLINE inline Inputs load_inputs(const uint8_t* eight) {
+  long long bits;
+  __builtin_memcpy(&bits, eight, sizeof bits);
+  return _mm256_set1_epi64x(bits);
+}
+
+TWOFOUR_INLINE inline Ints dot(Ints sum, const Weights& w, Inputs x) {
+  const __m256i signs = _mm256_sign_epi8(_mm256_shuffle_epi8(x, w.places), w.values);
+  const __m256i pairs = _mm256_maddubs_epi16(w.sizes, signs);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+TWOFOUR_INLINE inline Ints add_offsets(Ints offsets, const Weights&) { return offsets; }  // inputs are signed here
+
+// y of one token and 8 rows, of which the first `rows` are written.
+TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints, float x_scale, const float* scales, const float* bias, void* y,
+                                         DType dtype, int rows) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(rows), lanes);
+  __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(x_scale));
+  value = _mm256_mul_ps(value, _mm256_maskload_ps(scales, mask));
+  if (bias != nullptr) value = _mm256_add_ps(value, _mm256_maskload_ps(bias, mask));
+  if (dtype == DType::kFp32) {
+    _mm256_maskstore_ps(static_cast<float*>(y), mask, value);
+    return;
+  }
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan), 16);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  if (rows == kRows) {
+    _mm_storeu_si128(static_cast<__m128i*>(y), halves);
+    return;
+  }
+  alignas(16) bf16 items[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(items), halves);
+  __builtin_memcpy(y, items, static_cast<size_t>(rows) * sizeof(bf16));
+}
+
+// ---- quantization: 8 inputs at a time -------------------------------------------------------------------------------
+
+constexpr int kFloats = 8;
+using Floats = __m256;
+
+TWOFOUR_INLINE inline Floats load_floats(const float* p, int64_t count) {
+  if (count >= 8) return _mm256_loadu_ps(p);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+}
+TWOFOUR_INLINE inline Floats load_floats(const bf16* p, int64_t count) {
+  // Rows are whole groups: eight inputs or four.
+  const __m128i half = count >= 8 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                  : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+// The larger |bits|; NaN is above infinity, infinity above every number.
+TWOFOUR_INLINE inline Ints larger(Ints most, Floats v) {
+  return _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)));
+}
+TWOFOUR_INLINE inline uint32_t largest_of(Ints v) {
+  alignas(32) uint32_t items[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(items), v);
+  uint32_t most = 0;
+  for (uint32_t item : items) most = item > most ? item : most;
+  return most;
+}
+
+// One step of eight bytes.
+TWOFOUR_INLINE inline void store_quantized(uint8_t* p, int64_t, Floats v, float factor, bool) {
+  const __m256 scaled = _mm256_mul_ps(v, _mm256_set1_ps(factor));
+  const __m256 rounded = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i whole = _mm256_cvttps_epi32(rounded);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}

@@ -1,0 +1,400 @@
+"""Linear layers of int8 2:4 weights: native kernels, the operations as torch knows them, and one function that runs them.
+
+Inputs are quantized inside, symmetrically, each token by itself; sums are exact int32. `reference.linear_int8` is the
+specification, and the native kernels give the same bits (csrc/cpu/linear_int8.h has the rules and draws the layout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, UnsupportedError
+from ..format import SparseMatrix
+from ..pattern import Pattern
+from . import cpu, reference
+from .registry import Kernel, LinearSpec
+
+MOST_INPUTS = 1 << 18
+"""in_features up to which every sum of products fits an int32."""
+
+Operands = tuple[Tensor, Tensor]
+Backend = Literal["cpu", "reference"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def isa() -> str:
+    """The instruction set of the int8 kernels: the best one here, at most what TWOFOUR_ISA names.
+
+    Raises:
+        UnsupportedError: no native kernels in this build, or TWOFOUR_ISA names a set that this machine lacks.
+    """
+    try:
+        name: str = cpu._module().int8_isa()
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    return name
+
+
+def isas() -> list[str]:
+    """The instruction sets with int8 kernels that this machine runs, plainest first."""
+    names: list[str] = cpu._module().int8_isas()
+    return names
+
+
+def why_not(in_features: int, pattern: Pattern, device: torch.device) -> str | None:
+    """None where the native kernels run such a weight, otherwise why they do not."""
+    if device.type != "cpu":
+        return f"the weight is on {device}"
+    if (pattern.keep, pattern.group) != (2, 4):
+        return f"pattern {pattern} has no native kernel, only 2:4"
+    if not 0 < in_features <= MOST_INPUTS:
+        return f"in_features {in_features} is not in 1 .. {MOST_INPUTS}"
+    return cpu.available()
+
+
+def packed_shapes(out_features: int, in_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the values (int8) and of the metadata (uint8) in the int8 layout.
+
+    >>> packed_shapes(100, 60)
+    ((7, 8, 16, 4), (7, 8, 16))
+    """
+    tiles, steps = -(-out_features // cpu.TILE_ROWS), -(-in_features // 8)
+    return (tiles, steps, cpu.TILE_ROWS, 4), (tiles, steps, cpu.TILE_ROWS)
+
+
+def pack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> Operands:
+    """The canonical int8 values and metadata of a 2:4 matrix in the int8 layout.
+
+    Raises:
+        ShapeError: tensors of other shapes.
+        UnsupportedError: another dtype, a tensor that is not on the CPU, no native kernels.
+    """
+    native = cpu._module()
+    _require_weight(values, metadata, out_features, in_features)
+    cpu._require_shape("values", values, (out_features, in_features // 2))
+    cpu._require_shape("metadata", metadata, (out_features, -(-in_features // 8)))
+    values, metadata = values.contiguous(), metadata.contiguous()
+    values_shape, metadata_shape = packed_shapes(out_features, in_features)
+    packed = torch.empty(values_shape, dtype=torch.int8), torch.empty(metadata_shape, dtype=torch.uint8)
+    native.pack_linear_int8(*(t.data_ptr() for t in (values, metadata, *packed)), out_features, in_features)
+    return packed
+
+
+def unpack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> Operands:
+    """The inverse of `pack`, bit for bit."""
+    native = cpu._module()
+    _require_packed(values, metadata, out_features, in_features)
+    canonical = (
+        torch.empty((out_features, in_features // 2), dtype=torch.int8),
+        torch.empty((out_features, -(-in_features // 8)), dtype=torch.uint8),
+    )
+    native.unpack_linear_int8(*(t.data_ptr() for t in (values, metadata, *canonical)), out_features, in_features)
+    return canonical
+
+
+def linear_cpu(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    *,
+    isa: str | None = None,
+    kernel: cpu.Family | None = None,
+) -> Tensor:
+    """`reference.linear_int8` on the native kernels and torch.get_num_threads() threads, the same bits.
+
+    Args:
+        x: [tokens, in_features] float32 or bfloat16.
+        values, metadata: what `pack` returned.
+        scales: float32 [out_features].
+        bias: [out_features] float32 or bfloat16, or None.
+        isa: one of `isas()`; None for `isa()`.
+        kernel: "few" (up to 8 tokens; more run "many"), "many", or None for the faster one.
+    Returns:
+        [tokens, out_features], contiguous, of x's dtype.
+    Raises:
+        ShapeError, UnsupportedError: arguments that do not fit.
+    """
+    tiles, steps = -(-out_features // cpu.TILE_ROWS), -(-in_features // 8)
+    if not (
+        cpu._native is not None
+        and x.ndim == 2
+        and x.shape[1] == in_features
+        and in_features % 4 == 0
+        and in_features <= MOST_INPUTS
+        and x.dtype in _DTYPES
+        and values.dtype == torch.int8
+        and metadata.dtype == torch.uint8
+        and scales.dtype == torch.float32
+        and values.numel() == tiles * steps * 4 * cpu.TILE_ROWS
+        and metadata.numel() == tiles * steps * cpu.TILE_ROWS
+        and scales.numel() == out_features
+        and values.is_contiguous()
+        and metadata.is_contiguous()
+        and x.is_cpu
+        and values.is_cpu
+        and metadata.is_cpu
+        and scales.is_cpu
+        and (bias is None or (bias.is_cpu and bias.numel() == out_features and bias.dtype in _DTYPES))
+    ):
+        _explain(x, values, metadata, scales, bias, out_features, in_features)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    scales = scales.contiguous()
+    tokens = x.shape[0]
+    x_stride, inner = x.stride()
+    if inner != 1 or (tokens > 1 and x_stride < in_features):
+        x = x.contiguous()
+        x_stride = in_features
+    y = torch.empty((tokens, out_features), dtype=x.dtype)
+    try:
+        cpu._native.linear_int8(
+            x.data_ptr(),
+            values.data_ptr(),
+            metadata.data_ptr(),
+            scales.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            out_features,
+            in_features,
+            x_stride,
+            out_features,
+            _DTYPES[x.dtype],
+            torch.get_num_threads(),
+            cpu._FAMILIES[kernel],
+            isa,
+        )
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    return y
+
+
+def _require_weight(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> None:
+    if out_features < 1 or in_features < 4 or in_features % 4 or in_features > MOST_INPUTS:
+        raise ShapeError(
+            f"the weight is [{out_features}, {in_features}]: it needs an output, and in_features a multiple of 4 up to"
+            f" {MOST_INPUTS}."
+        )
+    if values.dtype != torch.int8 or metadata.dtype != torch.uint8:
+        raise UnsupportedError(f"values are {values.dtype}, metadata {metadata.dtype}: they must be int8 and uint8.")
+    if values.device.type != "cpu" or metadata.device.type != "cpu":
+        raise UnsupportedError(f"values are on {values.device}, metadata on {metadata.device}: move both to the CPU.")
+
+
+def _require_packed(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> None:
+    _require_weight(values, metadata, out_features, in_features)
+    values_shape, metadata_shape = packed_shapes(out_features, in_features)
+    cpu._require_shape("packed values", values, values_shape)
+    cpu._require_shape("packed metadata", metadata, metadata_shape)
+    if not (values.is_contiguous() and metadata.is_contiguous()):
+        raise ShapeError("packed values and metadata must be contiguous: pass what pack() returned.")
+
+
+def _explain(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> NoReturn:
+    """Raises the error that says what is wrong with the arguments of `linear_cpu`."""
+    cpu._module()
+    _require_packed(values, metadata, out_features, in_features)
+    _require_input(x, scales, bias, out_features, in_features)
+    if x.ndim != 2:
+        raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, {in_features}]. Flatten it with x.flatten(0, -2).")
+    raise UnsupportedError(
+        f"x is {x.dtype}, scales {scales.dtype}, bias {None if bias is None else bias.dtype}: x and bias must be float32"
+        " or bfloat16, scales float32, all on the CPU."
+    )
+
+
+def _require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ShapeError(f"x is {list(x.shape)}: its last axis must be in_features {in_features}.")
+    for name, tensor in (("scales", scales), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != (out_features,):
+            raise ShapeError(f"{name} is {list(tensor.shape)}: it must be [{out_features}], one for each output.")
+    if not x.dtype.is_floating_point:
+        raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
+    if x.device != scales.device:
+        raise UnsupportedError(f"x is on {x.device} and the weight on {scales.device}: move one of them.")
+
+
+# ---- the operations ------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("twofour", "FRAGMENT")  # kept alive: operations vanish with it
+
+for _backend in ("reference", "cpu"):
+    _LIBRARY.define(
+        f"linear_int8_{_backend}(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? bias, str pattern,"
+        " int out_features, int in_features) -> Tensor"
+    )
+    _LIBRARY.define(
+        f"to_dense_int8_{_backend}(Tensor values, Tensor metadata, str pattern, int out_features, int in_features)"
+        " -> Tensor"
+    )
+
+
+def _linear_reference(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return reference.linear_int8(x, values, metadata, scales, bias, Pattern.parse(pattern), in_features)
+
+
+def _linear_cpu(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    rows = x.reshape(-1, in_features)
+    if x.dtype not in _DTYPES:  # float16, float64: computed in float32 as the reference does
+        rows = rows.to(torch.float32)
+    if bias is not None and bias.dtype not in _DTYPES:
+        bias = bias.to(torch.float32)
+    y = linear_cpu(rows, values, metadata, scales, bias, out_features, in_features)
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _linear_fake(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
+
+
+def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return reference.to_dense(*unpack(values, metadata, out_features, in_features), Pattern.parse(pattern), in_features)
+
+
+def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return values.new_empty(out_features, in_features)
+
+
+_LIBRARY.impl("linear_int8_reference", _linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("to_dense_int8_reference", _to_dense_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_int8_cpu", _linear_cpu, "CPU")
+_LIBRARY.impl("to_dense_int8_cpu", _to_dense_cpu, "CPU")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, metadata, scales, bias, pattern, out_features, in_features = inputs
+    ctx.save_for_backward(values, metadata, scales)
+    ctx.arguments = (pattern, out_features, in_features)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Straight through: the gradient of x is that of the layer without the rounding of x; weights are constants."""
+    to_dense = getattr(torch.ops.twofour, f"to_dense_int8_{backend}").default
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, metadata, scales = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = to_dense(values, metadata, *ctx.arguments).to(torch.float32) * scales[:, None]
+            grad_x = (grad.to(torch.float32) @ weight).to(grad.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, None, None, None
+
+    return backward
+
+
+for _backend in ("reference", "cpu"):
+    torch.library.register_fake(f"twofour::linear_int8_{_backend}", _linear_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"twofour::to_dense_int8_{_backend}", _to_dense_fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"twofour::linear_int8_{_backend}", _backward(_backend), setup_context=_setup_context, lib=_LIBRARY
+    )
+
+_LINEAR = {name: getattr(torch.ops.twofour, f"linear_int8_{name}").default for name in ("reference", "cpu")}
+
+
+def linear(
+    backend: Backend,
+    x: Tensor,
+    operands: Operands,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """quantized(x) @ W.T, scaled, + bias through one backend; gradients of x go straight through the rounding.
+
+    Args:
+        backend: "reference" (operands in canonical form) or "cpu" (what `pack` returned).
+        x: [..., in_features], any floating dtype.
+        scales: float32 [out_features].
+        bias: [out_features] or None.
+        pattern: "2:4", "4:8", ...
+    Returns:
+        [..., out_features] of x's dtype.
+    Raises:
+        ShapeError, UnsupportedError: an input that does not fit.
+    """
+    _require_input(x, scales, bias, out_features, in_features)
+    return cast(Tensor, _LINEAR[backend](x, *operands, scales, bias, pattern, out_features, in_features))
+
+
+# ---- the rows of the table ------------------------------------------------------------------------------------------
+
+
+def _canonical(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    return SparseMatrix(*operands, spec.pattern, (spec.out_features, spec.in_features))
+
+
+def _spec_why_not(spec: LinearSpec) -> str | None:
+    return why_not(spec.in_features, spec.pattern, spec.device)
+
+
+KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel(
+        "cpu",
+        _spec_why_not,
+        lambda matrix: pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
+        lambda operands, spec: _canonical(unpack(*operands, spec.out_features, spec.in_features), spec),
+        lambda: f"cpu {isa()} int8",
+    ),
+    "reference": Kernel(
+        "reference",
+        lambda spec: None,
+        lambda matrix: (matrix.values, matrix.metadata),
+        _canonical,
+        lambda: "reference int8",
+    ),
+}
+"""The kernels of int8 weights that have scales, fastest first."""

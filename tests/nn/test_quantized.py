@@ -1,0 +1,200 @@
+"""QuantizedSparseLinear: int8 weights with a scale per row, as a module among torch's modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import twofour
+from twofour.errors import FormatError, ModelError, UnsupportedError
+from twofour.format import SparseMatrix
+from twofour.kernels import cpu, reference
+from twofour.nn import QuantizedSparseLinear, quantize_rows
+from twofour.nn.swap import to_dense_modules
+
+needs_native = pytest.mark.skipif(cpu.available() is not None, reason="no native kernels in this build")
+
+
+def pruned_linear(out_features: int = 20, in_features: int = 24, *, bias: bool = True, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(SparseMatrix.from_dense(linear.weight, "2:4", prune=True).to_dense())
+    return linear
+
+
+def specified(layer: QuantizedSparseLinear, x: Tensor) -> Tensor:
+    matrix = layer.matrix
+    return reference.linear_int8(
+        x, matrix.values, matrix.metadata, layer.scales, layer.bias, matrix.pattern, matrix.in_features
+    )
+
+
+def test_rows_are_quantized_to_half_a_scale() -> None:
+    linear = pruned_linear()
+    layer = QuantizedSparseLinear.from_linear(linear)
+    error = (layer.to_linear().weight - linear.weight).abs()
+    assert (error <= layer.scales[:, None] * 0.5001).all()
+    assert (layer.matrix.values.abs().amax(1) == 127).all()
+    assert error.max() > 0
+
+
+def test_forward_is_the_reference() -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(2, 5, 24).to(dtype)
+        y = layer(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, specified(layer, x))
+    dense = layer.to_linear()
+    x = torch.randn(50, 24)
+    assert (layer(x) - dense(x)).norm() < 0.02 * dense(x).norm()
+
+
+@needs_native
+def test_backends_agree_and_say_which_runs() -> None:
+    native, plain = (QuantizedSparseLinear.from_linear(pruned_linear(), backend=b) for b in (None, "reference"))
+    assert native.choice.kernel.label().startswith("cpu ")
+    assert "asked for" in plain.choice.reason
+    x = torch.randn(30, 24)
+    assert torch.equal(native(x), plain(x))
+    assert "kernel=cpu" in repr(native)
+    assert "weights=int8" in repr(native)
+
+
+def test_other_patterns_run_on_the_reference() -> None:
+    linear = nn.Linear(16, 8)
+    matrix = SparseMatrix.from_dense(linear.weight, "4:8", prune=True)
+    layer = QuantizedSparseLinear.from_matrix(matrix, linear.bias)
+    assert layer.backend == "reference"
+    assert "4:8" in layer.choice.reason
+    assert torch.equal(layer(torch.ones(2, 16)), specified(layer, torch.ones(2, 16)))
+
+
+def test_conversions_keep_the_weight() -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+    before, scales = layer.matrix, layer.scales.clone()
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer.scales.dtype == torch.float32
+    assert torch.equal(layer.scales, scales)
+    assert torch.equal(layer.matrix.values, before.values)
+    assert layer.to_linear().weight.dtype == torch.bfloat16
+    with pytest.raises(UnsupportedError, match="cannot become"):
+        layer.to(torch.float8_e4m3fn)
+
+
+def test_copies_and_pickles() -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+    x = torch.randn(3, 24)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
+        assert other.scales.data_ptr() != layer.scales.data_ptr()
+
+
+def test_state_dict_is_canonical_and_comes_back() -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+    state = layer.state_dict()
+    assert sorted(state) == ["bias", "weight.metadata", "weight.scales", "weight.values"]
+    assert state["weight.values"].shape == (20, 12)
+    other = QuantizedSparseLinear.from_linear(pruned_linear(seed=1))
+    x = torch.randn(3, 24)
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(state)
+    assert torch.equal(other(x), layer(x))
+    dense = pruned_linear(seed=2)
+    other.load_state_dict(dense.state_dict())  # quantized on the way
+    assert torch.equal(other(x), QuantizedSparseLinear.from_linear(dense)(x))
+    with pytest.raises(RuntimeError, match="scales are"):
+        other.load_state_dict({**state, "weight.scales": torch.ones(3)})
+    with pytest.raises(RuntimeError, match=r"weight\.values"):
+        other.load_state_dict({"bias": state["bias"]})
+
+
+def test_gradients_and_autocast() -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+    x = torch.randn(3, 24, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.to_linear().weight.sum(0).expand(3, -1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_compiled_and_exported() -> None:
+    model = nn.Sequential(QuantizedSparseLinear.from_linear(pruned_linear()), nn.ReLU())
+    x = torch.randn(3, 24)
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    matrix = SparseMatrix.from_dense(pruned_linear().weight)
+    with pytest.raises(UnsupportedError, match=r"takes an int8 SparseMatrix, not torch\.float32"):
+        QuantizedSparseLinear(matrix, torch.ones(20))
+    quantized, scales = quantize_rows(matrix)
+    with pytest.raises(FormatError, match=r"must be float32 \[20\]"):
+        QuantizedSparseLinear(quantized, scales[:3])
+    with pytest.raises(UnsupportedError, match="unknown backend 'gpu'"):
+        QuantizedSparseLinear(quantized, scales, backend="gpu")
+    values = matrix.values.clone()
+    values[3, 0] = float("nan")
+    with pytest.raises(UnsupportedError, match="the first in row 3"):
+        quantize_rows(SparseMatrix(values, matrix.metadata, matrix.pattern, matrix.shape))
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(pruned_linear(32, 24), nn.GELU(), pruned_linear(16, 32), nn.LayerNorm(16))
+
+
+def test_compress_quantizes_and_reports() -> None:
+    model = small_model()
+    x = torch.randn(5, 24)
+    expected = model(x)
+    with pytest.raises(ModelError, match="weights='int4'"):
+        twofour.compress(model, weights="int4")  # type: ignore[arg-type]
+    report = twofour.compress(model, force=True, weights="int8")
+    assert [type(m) for m in model] == [QuantizedSparseLinear, nn.GELU, QuantizedSparseLinear, nn.LayerNorm]
+    assert (model(x) - expected).norm() < 0.03 * expected.norm()
+    for row in report.rows:
+        assert 0 < row["weight_error"] < 0.01
+        assert row["bytes"] < row["dense_bytes"] / 4
+    assert all("int8" in row["kernel"] for row in twofour.explain(model).rows if row["kind"] == "QuantizedSparseLinear")
+    timed = twofour.compress(small_model(), tokens=4, weights="int8")
+    assert all(row["sparse_us"] > 0 for row in timed.rows)
+
+
+def test_compressed_layers_can_be_quantized_and_written_out() -> None:
+    model = small_model()
+    twofour.compress(model, force=True)
+    twofour.compress(model, force=True, weights="int8")
+    assert isinstance(model[0], QuantizedSparseLinear)
+    values = model[0].to_linear().weight
+    assert to_dense_modules(model) == 2
+    assert torch.equal(model[0].weight, values)
+
+
+def test_files_hold_scales(tmp_path: Path) -> None:
+    model = small_model()
+    x = torch.randn(5, 24)
+    twofour.compress(model, force=True, weights="int8")
+    twofour.save(model, tmp_path / "model.safetensors")
+    for other in (small_model(), copy.deepcopy(model)):
+        with torch.no_grad():
+            other[3].weight.zero_()
+        report = twofour.load(other, tmp_path / "model.safetensors")
+        assert isinstance(other[0], QuantizedSparseLinear)
+        assert torch.equal(other(x), model(x))
+        assert all("int8" in row["kernel"] for row in report.rows)
+    twofour.save(other, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
