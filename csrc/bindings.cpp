@@ -80,8 +80,8 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
     throw std::invalid_argument("tokens must not be negative, nor rows overlap");
   }
-  if (dtype < 0 || dtype > 1 || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
-    throw std::invalid_argument("dtypes are 0..1, kernel 0..2");
+  if (dtype < 0 || dtype > 2 || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
+    throw std::invalid_argument("dtype is 0..2, bias_dtype 0..1, kernel 0..2");
   }
   const cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata), nullptr,
                                 at<void>(y),       tokens,                 out_features,                in_features,

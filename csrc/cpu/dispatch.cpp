@@ -47,24 +47,24 @@ struct Isa {
   const char* name;
   bool (*runs_here)();
   const LinearKernels* kernels;
-  // The many-token kernel runs from this number of tokens on: [fp32, bf16]. Measured on Zen 5;
+  // The many-token kernel runs from this number of tokens on: [fp32, bf16, bf16_fp32]. Measured on Zen 5;
   // for NEON counted in vector instructions, without a machine to measure on.
-  int64_t many_from[2];
+  int64_t many_from[3];
   const char* few_name;
   const char* many_name;
 };
 
 // Plainest first; the last one that runs here is the default.
 constexpr Isa kIsas[] = {
-    {"baseline", always, &linear_baseline, {3, 3}, "baseline/few", "baseline/many"},
+    {"baseline", always, &linear_baseline, {3, 3, 3}, "baseline/few", "baseline/many"},
 #if defined(TWOFOUR_X86)
-    {"avx2", has_avx2, &linear_avx2, {16, 16}, "avx2/few", "avx2/many"},
-    {"avx512", has_avx512, &linear_avx512, {32, 32}, "avx512/few", "avx512/many"},
-    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48}, "avx512bf16/few", "avx512bf16/many"},
+    {"avx2", has_avx2, &linear_avx2, {16, 16, 16}, "avx2/few", "avx2/many"},
+    {"avx512", has_avx512, &linear_avx512, {32, 32, 32}, "avx512/few", "avx512/many"},
+    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48, 32}, "avx512bf16/few", "avx512bf16/many"},
 #endif
 #if defined(TWOFOUR_AARCH64)
-    {"neon", always, &linear_neon, {5, 5}, "neon/few", "neon/many"},
-    {"neonbf16", has_neonbf16, &linear_neonbf16, {5, 8}, "neonbf16/few", "neonbf16/many"},
+    {"neon", always, &linear_neon, {5, 5, 5}, "neon/few", "neon/many"},
+    {"neonbf16", has_neonbf16, &linear_neonbf16, {5, 8, 5}, "neonbf16/few", "neonbf16/many"},
 #endif
 };
 // Those of every build: a name from here is not a misspelling, this machine lacks it.
@@ -193,7 +193,10 @@ const char* isa_name(int index) {
 const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dtype, int threads, const char* isa,
                    Family family) {
   const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
-  const LinearKernel& kernel = dtype == DType::kFp32 ? chosen.kernels->fp32 : chosen.kernels->bf16;
+  const LinearKernels& kernels = *chosen.kernels;
+  const LinearKernel& kernel = dtype == DType::kFp32   ? kernels.fp32
+                               : dtype == DType::kBf16 ? kernels.bf16
+                                                       : kernels.bf16_fp32;
   const bool many = family == Family::kAuto ? args.tokens >= chosen.many_from[static_cast<int>(dtype)]
                                             : family == Family::kMany;
   if (args.tokens > 0) {

@@ -1,7 +1,7 @@
 // y[tokens, out] = x[tokens, in] @ W[out, in].T + bias for a 2:4 matrix W in the CPU layout (nm/layout.h).
 //
 // fp32: x, W, y are fp32. bf16: x, W, y are bf16; sums are fp32, y is rounded once, to nearest even, and NaN stays
-// NaN. The bias may be of either type. Dropped positions take no part: inf or NaN in x there does not reach y.
+// NaN. bf16_fp32: W is bf16, x and y are fp32. The bias may be of either type. Dropped positions take no part: inf or NaN in x there does not reach y.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
 // The bits of y do not depend on the number of threads.
@@ -12,7 +12,7 @@
 
 namespace twofour::cpu {
 
-enum class DType : int { kFp32 = 0, kBf16 = 1 };
+enum class DType : int { kFp32 = 0, kBf16 = 1, kBf16Fp32 = 2 };  // the last: weights, then tokens
 enum class Family : int { kAuto = 0, kFew = 1, kMany = 2 };
 
 struct LinearArgs {
@@ -51,6 +51,7 @@ struct LinearKernel {
 struct LinearKernels {
   LinearKernel fp32;
   LinearKernel bf16;
+  LinearKernel bf16_fp32;
 };
 
 // One object file each; the avx ones exist only on x86-64, the neon ones only on AArch64.

@@ -20,12 +20,12 @@ struct FewBlocks {
   int64_t begin(int64_t block) const { return block * tokens / count; }
 };
 
-// Weights of fp32 or bf16, activations and sums in fp32.
-template <class Item>
+// Weights and tokens of fp32 or bf16, activations and sums in fp32.
+template <class Item, class Token = Item>
 struct FewWide {
   using WeightItem = Item;
   using Activation = float;
-  using Output = Item;
+  using Output = Token;
 
   static float widened(float value) { return value; }
   static float widened(bf16 value) {
@@ -34,9 +34,9 @@ struct FewWide {
     __builtin_memcpy(&wide, &bits, sizeof wide);
     return wide;
   }
-  static void prepare_group(const Item* x, float* prepared) {
+  static void prepare_group(const Token* x, float* prepared) {
     for (int i = 0; i < nm::kGroup; ++i) {
-      Item item;
+      Token item;
       __builtin_memcpy(&item, x + i, sizeof item);
       prepared[i] = widened(item);
     }

@@ -41,10 +41,10 @@ struct OffsetsAhead {
   }
 };
 
-// Activations as fp32 rows; weights of fp32 or bf16.
-template <class Item>
+// Activations as fp32 rows; weights and tokens of fp32 or bf16.
+template <class Item, class Token = Item>
 struct ManyWide {
-  using Output = Item;
+  using Output = Token;
   using WeightItem = Item;
   using Weight = float;     // as the inner loop reads it
   using Offset = uint32_t;  // i0's byte offset in the low half, i1's in the high half
@@ -54,7 +54,7 @@ struct ManyWide {
 
   template <int NV>
   static void pack(const LinearArgs& args, int64_t token0, int tokens, int64_t group0, int groups, char* panel) {
-    const Item* x = static_cast<const Item*>(args.x) + token0 * args.x_stride + group0 * nm::kGroup;
+    const Token* x = static_cast<const Token*>(args.x) + token0 * args.x_stride + group0 * nm::kGroup;
     const int columns = groups * nm::kGroup;
     float* rows = reinterpret_cast<float*>(panel);
     for (int v = 0; v < NV; ++v) {
@@ -63,7 +63,7 @@ struct ManyWide {
         F block[kLanes];
         for (int t = 0; t < kLanes; ++t) {
           const int token = v * kLanes + t;
-          const Item* from = x + token * args.x_stride + k;
+          const Token* from = x + token * args.x_stride + k;
           block[t] = token >= tokens ? zero() : count == kLanes ? load(from) : load_first(from, count);
         }
         transpose(block);

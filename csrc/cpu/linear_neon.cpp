@@ -18,6 +18,7 @@ namespace {
 const LinearKernels linear_neon = {
     kernel_of<FewWide<float>, ManyWide<float>>(),
     kernel_of<FewWide<bf16>, ManyWide<bf16>>(),
+    kernel_of<FewWide<bf16, float>, ManyWide<bf16, float>>(),
 };
 
 }  // namespace twofour::cpu

@@ -19,6 +19,7 @@ namespace {
 const LinearKernels linear_neonbf16 = {
     kernel_of<FewWide<float>, ManyWide<float>>(),
     kernel_of<FewPairs, ManyPairs>(),
+    kernel_of<FewWide<bf16, float>, ManyWide<bf16, float>>(),
 };
 
 }  // namespace twofour::cpu

@@ -54,7 +54,9 @@ def linear(
     bias_dtype: int = 0,
     shared: int = 1,
 ) -> None:
-    """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16. bias 0: none. kernel: 0 automatic, 1 few, 2 many. Strides in elements.
+    """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16, 2 bf16 weights and fp32 tokens. bias 0: none. Strides in elements.
+
+    kernel: 0 automatic, 1 few, 2 many.
 
     shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear.
     """

@@ -34,6 +34,8 @@ struct Mode {
 constexpr Mode kModes[] = {
     {"fp32", cpu::DType::kFp32, kFp32, kFp32},
     {"bf16", cpu::DType::kBf16, kBf16, kBf16},
+    {"bf16 fp32", cpu::DType::kBf16Fp32, kBf16, kFp32},
+    {"bf16 fp32 x4", cpu::DType::kBf16Fp32, kBf16, kFp32, 4},
     {"fp32 x2", cpu::DType::kFp32, kFp32, kFp32, 2},
     {"fp32 x4", cpu::DType::kFp32, kFp32, kFp32, 4},
     {"bf16 x2", cpu::DType::kBf16, kBf16, kBf16, 2},

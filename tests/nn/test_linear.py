@@ -228,3 +228,42 @@ def test_swap_keeps_hooks_mode_and_every_name() -> None:
     assert to_dense_modules(model) == 1
     assert isinstance(model["a"], nn.Linear)
     assert model["a"] is model["b"][0]
+
+
+def test_weights_of_16_bits_among_float32_inputs(trained_backend: str) -> None:
+    """x, y, gradients and the bias stay float32; the products see the rounded weight, and nothing else is rounded."""
+    torch.manual_seed(5)
+    linear = nn.Linear(64, 48)
+    twofour.prune(linear)
+    matrix = SparseMatrix.from_dense(linear.weight).to(torch.bfloat16)
+    layer = SparseLinear(matrix, linear.bias, backend=trained_backend).requires_grad_values()
+    dense = matrix.to_dense().float().requires_grad_()
+    for tokens in (1, 5, 70):
+        x = torch.randn(tokens, 64)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = layer(ours)
+        assert y.dtype == torch.float32
+        expected = nn.functional.linear(theirs, dense, linear.bias)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        weight = torch.randn_like(y)
+        layer.zero_grad()
+        (y * weight).sum().backward()
+        dense.grad = None
+        (expected * weight).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+        found = twofour.kernels.KERNELS[layer.backend].unpack((layer.values.grad, layer.metadata), layer.spec)
+        wanted = torch.where(matrix.mask(), dense.grad, 0)
+        torch.testing.assert_close(found.to_dense().float(), wanted.bfloat16().float(), rtol=1e-2, atol=1e-2)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_the_dense_row_takes_one_dtype() -> None:
+    from twofour.kernels import onednn
+
+    if onednn.why_not(torch.bfloat16) is not None:
+        pytest.skip("no oneDNN in bfloat16 here")
+    layer = SparseLinear(SparseMatrix.from_dense(torch.eye(16, dtype=torch.bfloat16)), backend="onednn")
+    with pytest.raises(UnsupportedError, match="both must have one dtype"):
+        layer(torch.ones(2, 16))

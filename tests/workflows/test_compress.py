@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -511,3 +512,24 @@ def test_what_would_run_decides_and_the_bare_rival_is_shown(
     twofour.prune(model)
     row = twofour.compress(model, tokens=[1]).rows[0]
     assert (row["action"], row["onednn_us"], row["against_best"], row["gain"]) == ("compressed", 4.0, 0.8, 1.8)
+
+
+def test_bfloat16_weights_in_a_float32_model(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
+    again = copy.deepcopy(model)
+    twofour.prune(model)
+    x = torch.randn(7, 32)
+    before = model(x)
+    report = twofour.compress(model, weights="bfloat16", force=True)
+    assert all(0 < row["weight_error"] < 2**-8 for row in report.where(action="compressed"))
+    layer = model[0]
+    assert isinstance(layer, SparseLinear)
+    assert layer.values.dtype == torch.bfloat16
+    assert model(x).dtype == torch.float32
+    torch.testing.assert_close(model(x), before, rtol=2e-2, atol=2e-2)
+    twofour.save(model, tmp_path / "mixed.safetensors")
+    twofour.load(again, tmp_path / "mixed.safetensors")
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(ModelError, match="pass 'int8' or 'bfloat16'"):
+        twofour.compress(again, weights="int4")  # type: ignore[arg-type]

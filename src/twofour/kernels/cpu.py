@@ -23,6 +23,11 @@ Family = Literal["few", "many"]
 """Kernels for few tokens (output rows in the vector lanes) and for many (tokens in the lanes)."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {  # of the values and of x
+    (torch.float32, torch.float32): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.bfloat16, torch.float32): 2,
+}
 _FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
 _SHARED = {TILE_ROWS // 2 // rows: rows for rows in (1, 2, 4)}  # by the bytes of metadata of a tile's group
 
@@ -188,26 +193,27 @@ def linear(
     depend on the number of threads.
 
     Args:
-        x: [tokens, in_features], dtype of `values`; any strides, though only a contiguous last axis avoids a copy.
+        x: [tokens, in_features], dtype of `values`, or float32 with bfloat16 values; any strides, though only a
+            contiguous last axis avoids a copy.
         values, metadata: what `pack` returned.
         bias: [out_features] float32 or bfloat16, or None.
         isa: instruction set, one of `isas()`; None for `isa()`.
         kernel: "few" or "many"; None for the faster one at this number of tokens.
     Returns:
-        [tokens, out_features], contiguous, dtype of `values`.
+        [tokens, out_features], contiguous, dtype of x.
     Raises:
         ShapeError: shapes that do not fit each other.
         UnsupportedError: another dtype or device; an instruction set that this machine lacks; no native kernels.
     """
     # One condition, so that a call that is right costs 3 us less than with the checks one by one.
     tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
+    types = _TYPES.get((values.dtype, x.dtype))
     shared = _SHARED.get(metadata.numel() // (tiles * groups or 1))
     if not (
         _native is not None
         and x.ndim == 2
         and x.shape[1] == in_features
-        and x.dtype in _DTYPES
-        and x.dtype == values.dtype
+        and types is not None
         and values.numel() == tiles * groups * 2 * TILE_ROWS
         and shared is not None
         and metadata.numel() * shared == tiles * groups * TILE_ROWS // 2
@@ -240,7 +246,7 @@ def linear(
             in_features,
             x_stride,
             out_features,
-            _DTYPES[x.dtype],
+            types,
             torch.get_num_threads(),
             _FAMILIES[kernel],
             isa,
@@ -260,7 +266,7 @@ def _explain(
     _require_packed(values, metadata, out_features, in_features)
     if x.ndim != 2 or x.shape[1] != in_features:
         raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, {in_features}]. Flatten it with x.flatten(0, -2).")
-    if x.dtype != values.dtype or x.device.type != "cpu":
+    if (values.dtype, x.dtype) not in _TYPES or x.device.type != "cpu":
         raise UnsupportedError(
             f"x is {x.dtype} on {x.device} and the weight {values.dtype} on the CPU: convert one with .to(...)."
         )

@@ -133,20 +133,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _converted(values: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Values of float32 as bfloat16 or the other way, in the layout that the backend has for the dtype."""
+    if backend == "cpu":  # [.., 2, 16] in float32, [.., 16, 2] in bfloat16
+        values = values.transpose(-1, -2)
+    return values.to(dtype).contiguous()
+
+
 def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """Gradients of x, the kept values (in their layout) and the bias."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, metadata, x = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
+        mixed = backend in GRAD_INPUT and grad.dtype != values.dtype  # bfloat16 values among float32
         if ctx.needs_input_grad[0] and backend in GRAD_INPUT:
-            grad_x = GRAD_INPUT[backend](grad, values, metadata, *ctx.arguments)
+            wide = _converted(values, grad.dtype, backend) if mixed else values
+            grad_x = GRAD_INPUT[backend](grad, wide, metadata, *ctx.arguments)
         elif ctx.needs_input_grad[0]:
             grad_x = grad @ _TO_DENSE[backend](values, metadata, *ctx.arguments).to(grad.dtype)
         if ctx.needs_input_grad[1] and backend not in GRAD_VALUES:
             raise UnsupportedError(f"backend {backend!r} has no gradient of the values: train with backend='cpu'.")
         if ctx.needs_input_grad[1]:
             grad_values = GRAD_VALUES[backend](grad, x, metadata, *ctx.arguments)
+            grad_values = _converted(grad_values, values.dtype, backend) if mixed else grad_values
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_values, None, grad_bias, None, None, None
@@ -188,7 +198,8 @@ def linear(
     Args:
         backend: "cpu", "reference" or "onednn"; `operands` must be that backend's layout (registry: `Kernel.pack`).
         pattern: `pattern_text(...)`.
-        x: [..., in_features] of the values' dtype (any floating dtype where the values are int8 or float8).
+        x: [..., in_features] of the values' dtype, or float32 where they are bfloat16 (the reference takes any floating
+            dtype where they are int8 or float8).
         bias: [out_features] or None.
     Returns:
         [..., out_features] of x's dtype.
@@ -196,7 +207,7 @@ def linear(
         ShapeError, UnsupportedError: an input that does not fit.
     """
     values, metadata = operands
-    _require_input(x, values, bias, out_features, in_features)
+    _require_input(backend, x, values, bias, out_features, in_features)
     if not torch.compiler.is_compiling() and direct.applies(x, values, bias):
         return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features)
     run = _LINEAR[backend]
@@ -223,11 +234,21 @@ def pattern_text(pattern: Pattern) -> str:
     return f"{pattern.keep}:{pattern.group}" + ("t" if pattern.transposable else "")
 
 
-def _require_input(x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+def _may_mix(backend: str, x: Tensor, values: Tensor) -> bool:
+    """May x have another dtype than the values? Kernels widen bfloat16 and float16 to float32, and read 8 bits as numbers."""
+    narrow = values.dtype.itemsize == 1 or (
+        x.dtype == torch.float32 and values.dtype in (torch.bfloat16, torch.float16)
+    )
+    return narrow and x.dtype.is_floating_point and backend != "onednn"
+
+
+def _require_input(
+    backend: str, x: Tensor, values: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> None:
     if (
         x.ndim > 0
         and x.shape[-1] == in_features
-        and (x.dtype == values.dtype or (values.dtype.itemsize == 1 and x.dtype.is_floating_point))
+        and (x.dtype == values.dtype or _may_mix(backend, x, values))
         and x.device == values.device
         and (bias is None or bias.shape == (out_features,))
     ):
@@ -240,7 +261,7 @@ def _require_input(x: Tensor, values: Tensor, bias: Tensor | None, out_features:
         raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
     if x.dtype != values.dtype:
         raise UnsupportedError(
-            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype."
+            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype, or x float32 and the weight 16 bits."
             f" Pass x.to({values.dtype}), or convert the weight with matrix.to({x.dtype})."
         )
     raise UnsupportedError(f"x is on {x.device} and the weight on {values.device}: move one of them.")

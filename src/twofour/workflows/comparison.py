@@ -107,7 +107,7 @@ class Comparison:
             if count == 0:
                 continue
             standing = bucket(count)
-            name = key(sparse.spec, form(sparse), sparse.bias is not None, standing, torch.get_num_threads())
+            name = key(sparse.spec, form(sparse, dense), sparse.bias is not None, standing, torch.get_num_threads())
             if name not in self._found:
                 self._found[name] = self._look_up_or_measure(name, sparse, dense, standing)
             measured, from_store, disturbed = self._found[name]
@@ -137,10 +137,15 @@ class Comparison:
         return measured, False, disturbed
 
 
-def form(sparse: SparseLinear) -> str:
-    """The kernel that a time belongs to: the backend, the dtype of inputs to int8, and how many rows share a mask."""
-    inputs = f" of {dtype_name(sparse.weight.dtype)}" if sparse.weight.dtype != sparse.spec.dtype else ""
-    shared = cpu.TILE_ROWS // 2 // sparse.metadata.shape[-1] if sparse.backend == "cpu" and not inputs else 1
+def form(sparse: SparseLinear, dense: nn.Linear | None = None) -> str:
+    """The kernel that a time belongs to: the backend, the dtype of inputs if not the values', rows that share a mask."""
+    dtype = sparse.weight.dtype if dense is None else dense.weight.dtype
+    inputs = f" of {dtype_name(dtype)}" if dtype != sparse.spec.dtype else ""
+    shared = (
+        cpu.TILE_ROWS // 2 // sparse.metadata.shape[-1]
+        if sparse.spec.dtype != torch.int8 and sparse.backend == "cpu"
+        else 1
+    )
     return f"{sparse.backend}{inputs}{f' x{shared}' if shared > 1 else ''}"
 
 
@@ -148,7 +153,7 @@ def _measure(sparse: SparseLinear, dense: nn.Linear, tokens: int) -> tuple[Measu
     """First quartiles, and whether they were disturbed to the last: what other programs do only adds time."""
     device = sparse.values.device
     own = torch.Generator(device).manual_seed(0)  # the user's random numbers must not depend on what was timed
-    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(sparse.weight.dtype)
+    x = torch.randn(tokens, sparse.in_features, device=device, generator=own).to(dense.weight.dtype)
     # forward, not the call: the user's hooks must not see timing runs.
     rivals = {"dense": _bind(dense.forward, x), "sparse": _bind(sparse.forward, x)}
     if KERNELS["onednn"].why_not(replace(sparse.spec, dtype=x.dtype)) is None:
