@@ -182,6 +182,8 @@ NB_MODULE(_native, m) {
         "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1);
   m.def("unpack_linear", &unpack_linear, "packed_values"_a, "packed_metadata"_a, "values"_a, "metadata"_a,
         "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1);
+  m.def("ask_for_huge_pages", [](uintptr_t buffer, size_t bytes) { cpu::ask_for_huge_pages(at<void>(buffer), bytes); },
+        "buffer"_a, "bytes"_a);
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
         "bias_dtype"_a = 0, "shared"_a = 1);

@@ -1,5 +1,7 @@
 #include "cpu/pack.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 
 #include "nm/layout.h"
@@ -82,6 +84,15 @@ void unpack_linear(const void* packed_values, const uint8_t* packed_metadata, vo
     unpack(static_cast<const uint16_t*>(packed_values), packed_metadata, static_cast<uint16_t*>(values), metadata,
            out_features, in_features, shared);
   }
+}
+
+void ask_for_huge_pages([[maybe_unused]] void* buffer, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(buffer);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace twofour::cpu

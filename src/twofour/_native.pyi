@@ -36,6 +36,9 @@ def unpack_linear(
 ) -> None:
     """CPU layout -> canonical format."""
 
+def ask_for_huge_pages(buffer: int, bytes: int) -> None:
+    """Under a buffer that was not written to yet; does nothing where it cannot."""
+
 def linear(
     x: int,
     values: int,

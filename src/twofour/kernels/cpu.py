@@ -28,6 +28,7 @@ _TYPES = {  # of the values and of x
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.bfloat16, torch.float32): 2,
 }
+_HUGE_BYTES = 4 << 20  # below, hardly a whole huge page lies inside
 _FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
 _SHARED = {TILE_ROWS // 2 // rows: rows for rows in (1, 2, 4)}  # by the bytes of metadata of a tile's group
 
@@ -140,7 +141,7 @@ def pack(
         )
     values, metadata = values.detach().contiguous(), metadata.contiguous()
     values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype, shared)
-    packed = torch.empty(values_shape, dtype=values.dtype), torch.empty(metadata_shape, dtype=torch.uint8)
+    packed = empty(values_shape, values.dtype), empty(metadata_shape, torch.uint8)
     native.pack_linear(
         values.data_ptr(),
         metadata.data_ptr(),
@@ -152,6 +153,21 @@ def pack(
         shared,
     )
     return packed
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for packed weights: on huge pages where it is large and the system has them."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= _HUGE_BYTES:
+        _module().ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def copy(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, in memory as `pack` takes it."""
+    return empty(tuple(values.shape), values.dtype).copy_(values), empty(tuple(metadata.shape), metadata.dtype).copy_(
+        metadata
+    )
 
 
 def unpack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

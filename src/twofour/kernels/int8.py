@@ -80,7 +80,7 @@ def pack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) 
     cpu._require_shape("metadata", metadata, (out_features, -(-in_features // 8)))
     values, metadata = values.contiguous(), metadata.contiguous()
     values_shape, metadata_shape = packed_shapes(out_features, in_features)
-    packed = torch.empty(values_shape, dtype=torch.int8), torch.empty(metadata_shape, dtype=torch.uint8)
+    packed = cpu.empty(values_shape, torch.int8), cpu.empty(metadata_shape, torch.uint8)
     native.pack_linear_int8(*(t.data_ptr() for t in (values, metadata, *packed)), out_features, in_features)
     return packed
 

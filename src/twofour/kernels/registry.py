@@ -114,6 +114,10 @@ def _onednn_copy(operands: Operands, spec: LinearSpec) -> Operands:
     return onednn.copy(*operands, spec.pattern, spec.out_features, spec.in_features)
 
 
+def _cpu_copy(operands: Operands, spec: LinearSpec) -> Operands:
+    return cpu.copy(*operands)
+
+
 def _reference_why_not(spec: LinearSpec) -> str | None:
     return None
 
@@ -127,7 +131,7 @@ def _reference_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}"),
+    "cpu": Kernel("cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy),
     "reference": Kernel("reference", _reference_why_not, _reference_pack, _reference_unpack, lambda: "reference"),
     "onednn": Kernel(
         "onednn", _onednn_why_not, onednn.pack, _onednn_unpack, lambda: "onednn (dense)", _onednn_copy, dense=True
