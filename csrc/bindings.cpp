@@ -74,7 +74,8 @@ void unpack_linear(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t
 
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
             int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
-            int kernel, const std::optional<std::string>& isa, int bias_dtype, int shared) {
+            int kernel, const std::optional<std::string>& isa, int bias_dtype, int shared, int activation,
+            uintptr_t residual, int64_t residual_stride) {
   check_weight(out_features, in_features);
   check_shared(shared);
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
@@ -83,9 +84,14 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
   if (dtype < 0 || dtype > 2 || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
     throw std::invalid_argument("dtype is 0..2, bias_dtype 0..1, kernel 0..2");
   }
-  const cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata), nullptr,
-                                at<void>(y),       tokens,                 out_features,                in_features,
-                                x_stride,          y_stride,               shared};
+  if (activation < 0 || activation > 4) throw std::invalid_argument("activation is 0..4");
+  if (residual != 0 && tokens > 1 && residual_stride < 0) throw std::invalid_argument("residual_stride must not be negative");
+  cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata), nullptr,
+                          at<void>(y),       tokens,                 out_features,                in_features,
+                          x_stride,          y_stride,               shared};
+  args.activation = static_cast<cpu::Activation>(activation);
+  args.residual = at<const void>(residual);
+  args.residual_stride = residual_stride;
   const nb::gil_scoped_release nogil;
   last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), at<const void>(bias),
                             static_cast<cpu::DType>(bias_dtype), threads, isa ? isa->c_str() : nullptr,
@@ -186,7 +192,7 @@ NB_MODULE(_native, m) {
         "buffer"_a, "bytes"_a);
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
-        "bias_dtype"_a = 0, "shared"_a = 1);
+        "bias_dtype"_a = 0, "shared"_a = 1, "activation"_a = 0, "residual"_a = 0, "residual_stride"_a = 0);
   m.def("grad_input", &grad_input, "grad"_a, "values"_a, "metadata"_a, "grad_x"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
   m.def("grad_values", &grad_values, "grad"_a, "x"_a, "metadata"_a, "grad_values"_a, "tokens"_a, "out_features"_a,

@@ -1,7 +1,9 @@
-// y[tokens, out] = x[tokens, in] @ W[out, in].T + bias for a 2:4 matrix W in the CPU layout (nm/layout.h).
+// y[tokens, out] = activation(x[tokens, in] @ W[out, in].T + bias) + residual for a 2:4 matrix W in the CPU layout
+// (nm/layout.h).
 //
 // fp32: x, W, y are fp32. bf16: x, W, y are bf16; sums are fp32, y is rounded once, to nearest even, and NaN stays
-// NaN. bf16_fp32: W is bf16, x and y are fp32. The bias may be of either type. Dropped positions take no part: inf or NaN in x there does not reach y.
+// NaN. bf16_fp32: W is bf16, x and y are fp32. The bias may be of either type. Dropped positions take no part: inf or
+// NaN in x there does not reach y.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
 // The bits of y do not depend on the number of threads.
@@ -13,6 +15,7 @@
 namespace twofour::cpu {
 
 enum class DType : int { kFp32 = 0, kBf16 = 1, kBf16Fp32 = 2 };  // the last: weights, then tokens
+enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };  // kGelu: by erf
 enum class Family : int { kAuto = 0, kFew = 1, kMany = 2 };
 
 struct LinearArgs {
@@ -27,6 +30,10 @@ struct LinearArgs {
   int64_t x_stride;
   int64_t y_stride;
   int shared = 1;  // 1, 2 or 4 neighbouring rows have one mask: what the metadata was packed with
+  // y = activation(x @ W.T + bias) + residual, in fp32, rounded once (epilogue.inl.h).
+  Activation activation = Activation::kNone;
+  const void* residual = nullptr;  // [tokens, out_features] of y's type, or null; shares no memory with y
+  int64_t residual_stride = 0;     // elements between its rows
 };
 
 // One dtype on one instruction set. The functions are pure workers: dispatch.cpp cuts the work, owns the scratch

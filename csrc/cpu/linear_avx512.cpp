@@ -9,6 +9,7 @@ namespace {
 
 #include "cpu/linear_support.inl.h"
 #include "cpu/simd_avx512.inl.h"
+#include "cpu/epilogue.inl.h"
 #include "cpu/linear_few.inl.h"
 #include "cpu/linear_many.inl.h"
 #include "cpu/linear_kernels.inl.h"

@@ -111,11 +111,20 @@ void few_tile(const LinearArgs& args, const void* prepared, int64_t tile, int64_
     const int rows = static_cast<int>(smaller(kLanes, args.out_features - row));
     if (rows > 0) {
       const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
-      unroll<T>([&](auto t) TWOFOUR_INLINE {
+      const auto sum_of = [&](auto t) TWOFOUR_INLINE {
         F sum = sums[0][half][t];
         unroll<kUnrolled - 1>([&](auto u) TWOFOUR_INLINE { sum = add(sum, sums[u + 1][half][t]); });
-        store_first(y + (token0 + t) * args.y_stride + row, add(sum, bias), rows);
-      });
+        return sum;
+      };
+      if (has_epilogue(args)) {
+        F ends[T];
+        unroll<T>([&](auto t) TWOFOUR_INLINE { ends[t] = sum_of(t); });
+        finish<typename Core::Output>(args, ends, bias, token0, T, row, rows);
+      } else {
+        unroll<T>([&](auto t) TWOFOUR_INLINE {
+          store_first(y + (token0 + t) * args.y_stride + row, add(sum_of(t), bias), rows);
+        });
+      }
     }
   });
 }

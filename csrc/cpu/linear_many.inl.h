@@ -159,7 +159,7 @@ TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Off
   });
 }
 
-// The sums of all tiles, [tile][row][NV * lanes] -> y, + bias. Along the rows of y, one vector of tokens at a time: tile by
+// The sums of all tiles, [tile][row][NV * lanes] -> y, + bias and epilogue. Along the rows of y, one vector of tokens at a time: tile by
 // tile, between the chunks, every store would open another page.
 template <class Output, int NV>
 void many_epilogue(const LinearArgs& args, const float* sums, int64_t token0, int tokens, int64_t tile0,
@@ -176,6 +176,10 @@ void many_epilogue(const LinearArgs& args, const float* sums, int64_t token0, in
       unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(from + i * NV * kLanes); });
       from += kLanes * NV * kLanes;
       transpose(block);
+      if (has_epilogue(args)) {
+        finish<Output>(args, block, bias, token0 + v * kLanes, count, row, rows);
+        continue;
+      }
       for (int t = 0; t < count; ++t) store_first(y + t * args.y_stride + row, add(block[t], bias), rows);
     }
   }

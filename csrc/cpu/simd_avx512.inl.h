@@ -106,3 +106,16 @@ inline void transpose(F (&v)[16]) {
     v[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
   }
 }
+
+// For epilogue.inl.h: one number in all lanes; products, quotients; a < b ? yes : no (no for NaN); v & mask; and the low
+// nine bits moved into sign and exponent.
+inline F all(float value) { return _mm512_set1_ps(value); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F divide(F a, F b) { return _mm512_div_ps(a, b); }
+inline F select_less(F a, F b, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+inline F and_bits(F v, uint32_t mask) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(mask))));
+}
+inline F low_bits_as_exponent(F v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23)); }

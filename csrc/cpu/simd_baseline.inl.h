@@ -124,3 +124,15 @@ inline void transpose(F (&v)[4]) {
   v[2] = F{a[2], b[2], c[2], d[2]};
   v[3] = F{a[3], b[3], c[3], d[3]};
 }
+
+// For epilogue.inl.h: one number in all lanes; products, quotients; a < b ? yes : no (no for NaN); v & mask; and the low
+// nine bits moved into sign and exponent.
+inline F all(float value) { return F{value, value, value, value}; }
+inline F mul(F a, F b) { return a * b; }
+inline F divide(F a, F b) { return a / b; }
+inline F select_less(F a, F b, F yes, F no) {
+  const I less = (I)(a < b);
+  return (F)(((I)yes & less) | ((I)no & ~less));
+}
+inline F and_bits(F v, uint32_t mask) { return (F)((I)v & mask); }
+inline F low_bits_as_exponent(F v) { return (F)((I)v << 23); }

@@ -21,11 +21,13 @@ from .format.file import load_matrices as load_matrices
 from .format.file import save_matrices as save_matrices
 from .nn import QuantizedSparseLinear as QuantizedSparseLinear
 from .nn import SparseLinear as SparseLinear
+from .nn.fused import unfuse as unfuse
 from .pattern import Pattern as Pattern
 from .report import Report as Report
 from .workflows import check as check
 from .workflows import compress as compress
 from .workflows import explain as explain
+from .workflows import fuse as fuse
 from .workflows import load as load
 from .workflows import measure as measure
 from .workflows import prune as prune

@@ -56,12 +56,17 @@ def linear(
     isa: str | None = None,
     bias_dtype: int = 0,
     shared: int = 1,
+    activation: int = 0,
+    residual: int = 0,
+    residual_stride: int = 0,
 ) -> None:
-    """y = x @ W.T + bias. Dtypes: 0 fp32, 1 bf16, 2 bf16 weights and fp32 tokens. bias 0: none. Strides in elements.
+    """y = activation(x @ W.T + bias) + residual. Dtypes: 0 fp32, 1 bf16, 2 bf16 weights and fp32 tokens. bias 0: none.
+
+    Strides in elements.
 
     kernel: 0 automatic, 1 few, 2 many.
-
     shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear.
+    activation: 0 none, 1 relu, 2 gelu by erf, 3 gelu by tanh, 4 silu. residual 0: none; of y's dtype, not y itself.
     """
 
 def grad_input(

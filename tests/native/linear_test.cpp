@@ -164,28 +164,59 @@ double rounded(const Type& type, double value) {
   return type.read(item);
 }
 
+// What follows the sums: y = activation(x @ W.T + bias) + residual.
+struct Epilogue {
+  cpu::Activation activation = cpu::Activation::kNone;
+  const Rows* residual = nullptr;  // of y's type
+};
+
+struct Function {
+  const char* name;
+  cpu::Activation code;
+  double (*of)(double);
+  double (*condition)(double);  // how many times the rounding of an intermediate result may grow
+};
+double relu_of(double x) { return x < 0 ? 0 : x; }
+double times_sigmoid_of(double x, double z) {
+  const double e = std::exp(-std::fabs(z));
+  return x * ((z < 0 ? e : 1) / (1 + e));
+}
+double tanh_argument_of(double x) { return 2 * std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x); }
+double always_one(double) { return 1; }
+constexpr Function kFunctions[] = {
+    {"relu", cpu::Activation::kRelu, relu_of, always_one},
+    {"gelu", cpu::Activation::kGelu, [](double x) { return x * (0.5 * std::erfc(-x * std::sqrt(0.5))); }, always_one},
+    {"gelu_tanh", cpu::Activation::kGeluTanh, [](double x) { return times_sigmoid_of(x, tanh_argument_of(x)); },
+     [](double x) { return 1 + std::min(std::fabs(tanh_argument_of(x)), 110.0); }},
+    {"silu", cpu::Activation::kSilu, [](double x) { return times_sigmoid_of(x, x); }, always_one},
+};
+constexpr double kFunctionUnits = 8;  // of 2^-24, relative: what an activation may err; 4 to 7.6 were seen
+
 // Runs y.rows() tokens and returns what ran.
 std::string call(const char* isa, cpu::Family family, const Mode& mode, const Weight& weight, const Rows& x,
-                 const Rows* bias, Rows& y, int threads) {
-  const cpu::LinearArgs args = {x.data(),
-                                weight.packed_values.data(),
-                                reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()),
-                                nullptr,
-                                y.data(),
-                                y.rows(),
-                                weight.out_features,
-                                weight.in_features,
-                                x.stride(),
-                                y.stride(),
-                                weight.shared};
+                 const Rows* bias, Rows& y, int threads, const Epilogue& epilogue = {}) {
+  cpu::LinearArgs args = {x.data(),
+                          weight.packed_values.data(),
+                          reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()),
+                          nullptr,
+                          y.data(),
+                          y.rows(),
+                          weight.out_features,
+                          weight.in_features,
+                          x.stride(),
+                          y.stride(),
+                          weight.shared};
+  args.activation = epilogue.activation;
+  args.residual = epilogue.residual != nullptr ? epilogue.residual->data() : nullptr;
+  args.residual_stride = epilogue.residual != nullptr ? epilogue.residual->stride() : 0;
   const cpu::DType bias_code = bias != nullptr && &bias->type() == &kBf16 ? cpu::DType::kBf16 : cpu::DType::kFp32;
   return cpu::linear(args, mode.code, bias != nullptr ? bias->data() : nullptr, bias_code, threads, isa, family);
 }
 
 // The same, having made sure that the kernel asked for is the one that ran.
 void run(const Kernel& kernel, const Mode& mode, const Weight& weight, const Rows& x, const Rows* bias, Rows& y,
-         int threads) {
-  const std::string ran = call(kernel.isa.c_str(), kernel.family, mode, weight, x, bias, y, threads);
+         int threads, const Epilogue& epilogue = {}) {
+  const std::string ran = call(kernel.isa.c_str(), kernel.family, mode, weight, x, bias, y, threads, epilogue);
   check(ran == kernel.name(), "asked for %s, ran %s", kernel.name().c_str(), ran.c_str());
 }
 
@@ -357,6 +388,107 @@ void rounding_is_to_nearest_even(const Mode& mode) {
   }
 }
 
+// ReLU and a residual keep integers exact: any token, row or stride that is taken for another shows.
+void epilogues_agree_exactly(const Mode& mode) {
+  int number = 0;
+  for (const Shape& shape : kShapes) {
+    const Weight weight = make_weight(mode, shape.out_features, shape.in_features, Numbers::kIntegers);
+    Random random(11);
+    Rows x(mode.tokens, 97, shape.in_features), bias(kFp32, 1, shape.out_features);
+    Rows residual(mode.tokens, 97, shape.out_features, number % 2 == 0 ? 0 : 5);
+    for (Rows* rows : {&x, &bias, &residual}) rows->fill([&] { return random.integer(); });
+    const Rows* with = number % 3 != 0 ? &bias : nullptr;
+    const Reference exact = reference(weight, x, with, x.rows());
+    for (const int64_t tokens : {1, 3, 4, 7, 8, 17, 33, 49, 97}) {
+      for (const Kernel& kernel : kernels()) {
+        for (const bool relu : {false, true}) {
+          for (const bool adds : {false, true}) {
+            Rows y(mode.tokens, tokens, shape.out_features);
+            const Epilogue epilogue = {relu ? cpu::Activation::kRelu : cpu::Activation::kNone, adds ? &residual : nullptr};
+            run(kernel, mode, weight, x, with, y, 1 + number % 2, epilogue);
+            check_equal(relu ? "relu" : "residual", kernel, mode, weight, y, [&](int64_t t, int64_t row) {
+              const double sum = relu ? relu_of(exact.at(t, row)) : exact.at(t, row);
+              return rounded(mode.tokens, sum + (adds ? residual.get(t, row) : 0));
+            });
+          }
+        }
+      }
+    }
+    ++number;
+  }
+}
+
+// The bias alone reaches the functions: numbers of every size, both infinities, NaN. The bits are the same for every
+// token and family.
+void functions_stay_in_bound(const Mode& mode) {
+  constexpr int64_t kCount = 6007;
+  Weight weight = make_weight(mode, kCount, 4, Numbers::kIntegers);
+  weight.values.fill([] { return 0; });
+  weight.pack();
+  Random random(12);
+  Rows x(mode.tokens, 21, 4), bias(kFp32, 1, kCount);
+  x.fill([] { return 0; });
+  for (int64_t i = 0; i < kCount; ++i) {
+    const double wide = random.real();
+    bias.set(0, i, i % 4 == 0 ? 3 * wide : i % 4 == 1 ? 16 * wide : i % 4 == 2 ? 112 * wide : 0);
+    if (i % 4 == 3) {
+      const uint32_t bits = static_cast<uint32_t>(random.next() >> 32);
+      std::memcpy(bias.data() + i * 4, &bits, 4);
+    }
+  }
+  constexpr double kSpecial[] = {0, -0.0, INFINITY, -INFINITY, NAN, 0x1p-149, -0x1p-149, 0x1.fffffep127, -0x1.fffffep127,
+                                 12.75, -12.75, 12.7499, -12.7499, 87, -87, 86.9999, -86.9999, 1e20, -1e20};
+  for (size_t i = 0; i < sizeof kSpecial / sizeof kSpecial[0]; ++i) bias.set(0, 31 + static_cast<int64_t>(i), kSpecial[i]);
+  for (const Function& function : kFunctions) {
+    for (int i = 0; i < cpu::isa_count(); ++i) {
+      Rows few(mode.tokens, 5, kCount), many(mode.tokens, 21, kCount);
+      run({cpu::isa_name(i), cpu::Family::kFew}, mode, weight, x, &bias, few, 1, {function.code, nullptr});
+      run({cpu::isa_name(i), cpu::Family::kMany}, mode, weight, x, &bias, many, 1, {function.code, nullptr});
+      bool same = true;
+      const size_t row_bytes = static_cast<size_t>(kCount * mode.tokens.size);
+      for (int64_t t = 0; t < 21; ++t) same &= std::memcmp(many.at(t, 0), few.at(t % 5, 0), row_bytes) == 0;
+      check(same, "%s, %s %s: the bits depend on the token", function.name, cpu::isa_name(i), mode.name);
+      for (int64_t row = 0; row < kCount; ++row) {
+        const double input = bias.get(0, row) + 0.0, exact = function.of(input), is = few.get(0, row);
+        const double bound = (mode.tokens.unit + kFunctionUnits * 0x1p-24 * function.condition(input)) * std::fabs(exact) +
+                             std::fabs(input) * 0x1p-122 + mode.tokens.unit * 0x1p-126 + 0x1p-149;
+        const double written = rounded(mode.tokens, exact);
+        const bool holds = std::isfinite(written) ? std::fabs(is - exact) <= bound
+                                                  : is == written || (std::isnan(is) && std::isnan(written));
+        check(holds, "%s, %s %s: of %a is %a, not %a", function.name, cpu::isa_name(i), mode.name, input, is, exact);
+      }
+    }
+  }
+}
+
+// The error of the sums passes through a function at most 1.13 times as large; the residual is added before rounding.
+void finished_reals_stay_in_bound(const Mode& mode) {
+  const int64_t tokens = 37;
+  const Weight weight = make_weight(mode, 50, 260, Numbers::kReals);
+  Random random(13);
+  Rows x(mode.tokens, tokens, 260), bias(kFp32, 1, 50), residual(mode.tokens, tokens, 50, 3);
+  for (Rows* rows : {&x, &bias, &residual}) rows->fill([&] { return random.real(); });
+  const Reference exact = reference(weight, x, &bias, tokens);
+  for (const Function& function : kFunctions) {
+    for (const Kernel& kernel : kernels()) {
+      Rows y(mode.tokens, tokens, 50);
+      run(kernel, mode, weight, x, &bias, y, 2, {function.code, &residual});
+      double worst = 0;
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t row = 0; row < 50; ++row) {
+          const double sum = exact.at(t, row), value = function.of(sum), should = value + residual.get(t, row);
+          const double before = 2 * 131 * 0x1p-24 * exact.magnitude_at(t, row) + 131 * 0x1p-126;
+          const double bound = mode.tokens.unit * std::fabs(should) * 1.01 + 1.13 * before + 0x1p-24 * std::fabs(should) +
+                               kFunctionUnits * 0x1p-24 * function.condition(sum) * std::fabs(value) + 0x1p-126;
+          const double error = std::fabs(y.get(t, row) - should) / bound;
+          worst = error <= worst ? worst : error;
+        }
+      }
+      check(worst <= 1, "finished, %s, %s %s: %g times the bound", function.name, kernel.name().c_str(), mode.name, worst);
+    }
+  }
+}
+
 // Damaged metadata gives some number, never a read outside the buffers: every byte value in every place.
 void any_nibble_stays_inside(const Mode& mode) {
   Weight weight = make_weight(mode, 16, 256, Numbers::kIntegers);
@@ -407,17 +539,17 @@ void nothing_outside_is_touched(const Mode& mode) {
       for (const Kernel& kernel : kernels()) {
         const Rows untouched(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
         Rows y(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
-        const cpu::LinearArgs args = {x.data(),
-                                      placed.packed_values.data() + shift,
-                                      reinterpret_cast<const uint8_t*>(placed.packed_metadata.data()) + skipped,
-                                      nullptr,
-                                      y.data(),
-                                      size.tokens,
-                                      out_features,
-                                      in_features,
-                                      x.stride(),
-                                      y.stride(),
-                                      mode.shared};
+        cpu::LinearArgs args = {x.data(),
+                                placed.packed_values.data() + shift,
+                                reinterpret_cast<const uint8_t*>(placed.packed_metadata.data()) + skipped,
+                                nullptr,
+                                y.data(),
+                                size.tokens,
+                                out_features,
+                                in_features,
+                                x.stride(),
+                                y.stride(),
+                                mode.shared};
         const std::string ran = cpu::linear(args, mode.code, bias.data(), cpu::DType::kFp32, 2, kernel.isa.c_str(),
                                             kernel.family);
         check(ran == kernel.name(), "asked for %s, ran %s", kernel.name().c_str(), ran.c_str());
@@ -425,6 +557,19 @@ void nothing_outside_is_touched(const Mode& mode) {
                     [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
         check(y.same_around(untouched), "outside, %s %s, %" PRId64 " tokens, %" PRId64 " x %" PRId64 ": wrote around y",
               kernel.name().c_str(), mode.name, size.tokens, out_features, in_features);
+
+        Rows residual(mode.tokens, size.tokens, out_features, 2 * gap, skipped, place);
+        residual.fill([&] { return random.integer(); });
+        Rows finished(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
+        args.y = finished.data();
+        args.activation = cpu::Activation::kRelu;
+        args.residual = residual.data();
+        args.residual_stride = residual.stride();
+        cpu::linear(args, mode.code, bias.data(), cpu::DType::kFp32, 2, kernel.isa.c_str(), kernel.family);
+        check_equal("outside, relu", kernel, mode, weight, finished, [&](int64_t t, int64_t row) {
+          return rounded(mode.tokens, relu_of(exact.at(t, row)) + residual.get(t, row));
+        });
+        check(finished.same_around(untouched), "outside, relu, %s %s: wrote around y", kernel.name().c_str(), mode.name);
       }
     }
   }
@@ -449,6 +594,12 @@ void bits_do_not_depend_on_threads(const Mode& mode) {
         check(y.same_bytes(alone), "threads, %s %s, %" PRId64 " tokens: %d threads give other bits than 1",
               kernel.name().c_str(), mode.name, size.tokens, threads);
       }
+      Rows finished(mode.tokens, size.tokens, weight.out_features);
+      Rows again(mode.tokens, size.tokens, weight.out_features);
+      run(kernel, mode, weight, x, nullptr, finished, 1, {cpu::Activation::kGelu, &alone});
+      run(kernel, mode, weight, x, nullptr, again, 3, {cpu::Activation::kGelu, &alone});
+      check(again.same_bytes(finished), "threads, gelu, %s %s: 3 threads give other bits than 1", kernel.name().c_str(),
+            mode.name);
     }
   }
 }
@@ -577,6 +728,9 @@ constexpr Test kTests[] = {
     {"dropped positions take no part", dropped_positions_take_no_part},
     {"bad values stay in their row", bad_values_stay_in_their_row},
     {"rounding is to nearest even", rounding_is_to_nearest_even},
+    {"epilogues agree exactly", epilogues_agree_exactly},
+    {"functions stay in bound", functions_stay_in_bound},
+    {"finished reals stay in bound", finished_reals_stay_in_bound},
     {"any nibble stays inside the buffers", any_nibble_stays_inside},
     {"nothing outside the tensors is touched", nothing_outside_is_touched},
     {"bits do not depend on threads", bits_do_not_depend_on_threads},

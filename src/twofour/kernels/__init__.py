@@ -17,19 +17,29 @@ from .registry import LinearSpec as LinearSpec
 from .registry import choose as choose
 
 
-def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """y = x @ W.T + bias, skipping the zeros of W.
+def linear(
+    x: Tensor,
+    matrix: SparseMatrix,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = activation(x @ W.T + bias) + residual, skipping the zeros of W; without gradients, in one pass.
 
     Args:
         x: [..., in_features], any strides, of the matrix's dtype (any floating dtype for int8 and float8 matrices).
         matrix: the weight, [out_features, in_features].
         bias: [out_features], or None.
+        activation: "none", "relu", "gelu" (by erf, torch's default), "gelu_tanh" or "silu".
+        residual: [..., out_features] of x's dtype, any strides, or None.
         backend: "cpu", "reference", or None for the first that applies; `kernels.choose` tells which and why.
     Returns:
         [..., out_features] of x's dtype, accumulated in float32. An input at a dropped place never reaches y, not even
-        NaN or infinity. Differentiable in x and bias.
+        NaN or infinity. Differentiable in x, bias and residual.
     Raises:
-        ShapeError: x or bias of another size.
+        ShapeError: x, bias or residual of another size.
         UnsupportedError: dtypes or devices that differ, a backend that cannot run this matrix.
     Cost: the first call packs the matrix for the backend and keeps the packed copy with it; SparseLinear keeps one only.
 
@@ -49,5 +59,13 @@ def linear(x: Tensor, matrix: SparseMatrix, bias: Tensor | None = None, *, backe
         if type(operands[0]) is Tensor:  # not the stand-ins of a tracer
             matrix.prepared[kernel.backend] = operands
     return ops.linear(
-        kernel.backend, x, operands, bias, ops.pattern_text(matrix.pattern), matrix.out_features, matrix.in_features
+        kernel.backend,
+        x,
+        operands,
+        bias,
+        ops.pattern_text(matrix.pattern),
+        matrix.out_features,
+        matrix.in_features,
+        activation,
+        residual,
     )

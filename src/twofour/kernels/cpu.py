@@ -30,6 +30,7 @@ _TYPES = {  # of the values and of x
 }
 _HUGE_BYTES = 4 << 20  # below, hardly a whole huge page lies inside
 _FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
+_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _SHARED = {TILE_ROWS // 2 // rows: rows for rows in (1, 2, 4)}  # by the bytes of metadata of a tile's group
 
 _native: ModuleType | None
@@ -202,11 +203,13 @@ def linear(
     *,
     isa: str | None = None,
     kernel: Family | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = x @ W.T + bias for a 2:4 matrix W in the CPU layout, on torch.get_num_threads() threads.
+    """y = activation(x @ W.T + bias) + residual for a 2:4 matrix W in the CPU layout, on torch.get_num_threads() threads.
 
-    Sums are float32 and y is rounded once. inf and NaN in x at dropped positions do not reach y. The bits of y do not
-    depend on the number of threads.
+    Sums and functions are float32 and y is rounded once. inf and NaN in x at dropped positions do not reach y. The bits
+    of y do not depend on the number of threads.
 
     Args:
         x: [tokens, in_features], dtype of `values`, or float32 with bfloat16 values; any strides, though only a
@@ -215,6 +218,8 @@ def linear(
         bias: [out_features] float32 or bfloat16, or None.
         isa: instruction set, one of `isas()`; None for `isa()`.
         kernel: "few" or "many"; None for the faster one at this number of tokens.
+        activation: "none", "relu", "gelu" (by erf), "gelu_tanh" or "silu".
+        residual: [tokens, out_features] of x's dtype, or None; only a contiguous last axis avoids a copy.
     Returns:
         [tokens, out_features], contiguous, dtype of x.
     Raises:
@@ -242,6 +247,8 @@ def linear(
         and (bias is None or (bias.is_cpu and bias.numel() == out_features and bias.dtype in _DTYPES))
     ):
         _explain(x, values, metadata, bias, out_features, in_features)
+    if activation != "none" or residual is not None:
+        _require_epilogue(x, activation, residual, out_features)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     tokens = x.shape[0]
@@ -249,6 +256,8 @@ def linear(
     if inner != 1 or (tokens > 1 and x_stride < in_features):
         x = x.contiguous()
         x_stride = in_features
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
     y = torch.empty((tokens, out_features), dtype=x.dtype)
     try:
         _native.linear(
@@ -268,10 +277,26 @@ def linear(
             isa,
             0 if bias is None else _DTYPES[bias.dtype],
             shared,
+            _ACTIVATIONS[activation],
+            0 if residual is None else residual.data_ptr(),
+            0 if residual is None else residual.stride(0),
         )
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
     return y
+
+
+def _require_epilogue(x: Tensor, activation: str, residual: Tensor | None, out_features: int) -> None:
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedError(f"activation {activation!r} is unknown: the kernels have {', '.join(_ACTIVATIONS)}.")
+    if residual is None:
+        return
+    if tuple(residual.shape) != (x.shape[0], out_features):
+        raise ShapeError(f"residual is {list(residual.shape)}: it must be [{x.shape[0]}, {out_features}], as y.")
+    if residual.dtype != x.dtype or not residual.is_cpu:
+        raise UnsupportedError(
+            f"residual is {residual.dtype} on {residual.device}: it must be {x.dtype} on the CPU, as x."
+        )
 
 
 def _explain(

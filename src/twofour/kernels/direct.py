@@ -34,16 +34,22 @@ def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
 _PLAIN_TENSORS, _PLAIN_THREADS = _plain_sets()
 
 
-def applies(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+def applies(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> bool:
     """True where calling the CPU kernel itself does all that calling the operation would."""
     return (
         torch._C._dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
         and torch._C._dispatch_keys(values).raw_repr() in _PLAIN_TENSORS
         and (bias is None or torch._C._dispatch_keys(bias).raw_repr() in _PLAIN_TENSORS)
+        and (residual is None or torch._C._dispatch_keys(residual).raw_repr() in _PLAIN_TENSORS)
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_THREADS
         and not (
             torch.is_grad_enabled()
-            and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
+            and (
+                x.requires_grad
+                or values.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            )
         )
         and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()  # profilers show operations by name

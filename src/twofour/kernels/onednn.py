@@ -24,6 +24,7 @@ from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
 from ..format import pack as packing
 from ..pattern import Pattern
+from . import epilogue
 
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Address of the packed weight -> what keeps its memory: lives as long as a tensor on that memory."""
@@ -95,8 +96,10 @@ def linear(
     pattern: Pattern | str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x @ W.T + bias; sums and bias in float32, rounded once.
+    """activation(x @ W.T + bias) + residual; the activation in float32, rounded; the residual is added after rounding.
 
     An infinity or NaN at a dropped place of x does reach y, as NaN: the zeros are multiplied, as in an nn.Linear. Looking
     for such numbers would cost 3 to 10 percent of a call, as much as this kernel wins.
@@ -105,6 +108,8 @@ def linear(
         x: [..., in_features] of the values' dtype; any strides.
         values, metadata: what `pack` returned.
         bias: [out_features] or None.
+        activation: a name of `epilogue.ACTIVATIONS`; oneDNN's own.
+        residual: [..., out_features] of x's dtype, or None.
     Raises:
         UnsupportedError: values that another kind of processor laid out.
     """
@@ -113,10 +118,13 @@ def linear(
     rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], out_features)
-    y = _run(rows if rows.is_contiguous() else rows.contiguous(), packed, None if late is not None else bias)
-    if late is not None:  # a bias of another dtype than the layer's
-        y = (y.float() + late.float()).to(x.dtype)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+    rows = rows if rows.is_contiguous() else rows.contiguous()
+    if late is None:
+        y = _run(rows, packed, bias, activation)
+    else:  # a bias of another dtype than the layer's
+        y = epilogue.finish(_run(rows, packed, None).float() + late.float(), activation, None).to(x.dtype)
+    y = y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+    return y if residual is None else y.add_(residual)
 
 
 def to_dense(values: Tensor, metadata: Tensor, pattern: Pattern | str, out_features: int, in_features: int) -> Tensor:
@@ -131,8 +139,19 @@ def _prepack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _run(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = _linear_pointwise()(x, packed, bias, "none", [], "")
+_POINTWISE = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
+"""Activations as oneDNN's post-operations are called: attribute and algorithm."""
+
+
+def _run(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    attribute, algorithm = _POINTWISE[activation]
+    y: Tensor = _linear_pointwise()(x, packed, bias, attribute, [], algorithm)
     return y
 
 

@@ -16,22 +16,22 @@ from torch.autograd import forward_ad
 
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
-from . import cpu, direct, onednn, reference
+from . import cpu, direct, epilogue, onednn, reference
 from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
 _LIBRARY.define(
     "linear_reference(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
-    " int in_features) -> Tensor"
+    " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
 )
 _LIBRARY.define(
     "linear_cpu(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
-    " int in_features) -> Tensor"
+    " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
 )
 _LIBRARY.define(
     "linear_onednn(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
-    " int in_features) -> Tensor"
+    " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
 )
 _LIBRARY.define(
     "to_dense_reference(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
@@ -49,24 +49,50 @@ _LIBRARY.define(
 
 
 def _linear_reference(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return reference.linear(x, values, metadata, bias, Pattern.parse(pattern), in_features)
+    return reference.linear(x, values, metadata, bias, Pattern.parse(pattern), in_features, activation, residual)
 
 
 def _linear_cpu(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    if x.ndim == 2:
-        return cpu.linear(x, values, metadata, bias, out_features, in_features)
-    y = cpu.linear(x.reshape(-1, in_features), values, metadata, bias, out_features, in_features)
-    return y.view(*x.shape[:-1], out_features)
+    rows = x
+    if x.ndim != 2:
+        rows = x.reshape(-1, in_features)
+        residual = None if residual is None else residual.reshape(-1, out_features)
+    y = cpu.linear(rows, values, metadata, bias, out_features, in_features, activation=activation, residual=residual)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _linear_onednn(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return onednn.linear(x, values, metadata, bias, pattern, out_features, in_features)
+    return onednn.linear(x, values, metadata, bias, pattern, out_features, in_features, activation, residual)
 
 
 def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
@@ -83,7 +109,15 @@ def _to_dense_onednn(values: Tensor, metadata: Tensor, pattern: str, out_feature
 
 
 def _linear_fake(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, out_features: int, in_features: int
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -126,10 +160,13 @@ TRAINABLE = frozenset(GRAD_VALUES)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, metadata, bias, pattern, out_features, in_features = inputs
+    x, values, metadata, bias, *arguments, activation, _ = inputs
     # Each gradient is held by what it needs alone: constant values do not keep the inputs alive.
-    ctx.save_for_backward(values, metadata, x if ctx.needs_input_grad[1] else None)
-    ctx.arguments = (pattern, out_features, in_features)
+    activated = activation != "none"
+    needs_x = activated or ctx.needs_input_grad[1]
+    ctx.save_for_backward(values, metadata, x if needs_x else None, bias if activated else None)
+    ctx.arguments = tuple(arguments)
+    ctx.activation = activation
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -141,10 +178,18 @@ def _converted(values: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 
 
 def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Gradients of x, the kept values (in their layout) and the bias."""
+    """Gradients of x, the kept values (in their layout), the bias and the residual.
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, metadata, x = ctx.saved_tensors
+    What came before an activation is computed again. `linear` below keeps it instead; this is for programs, exported or
+    compiled without gradients, that call the operation itself.
+    """
+
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        values, metadata, x, bias = ctx.saved_tensors
+        grad = outer
+        if ctx.activation != "none":
+            before = _LINEAR[backend](x, values, metadata, bias, *ctx.arguments)
+            grad = epilogue.grad_before(ctx.activation, outer, before)
         grad_x = grad_values = grad_bias = None
         mixed = backend in GRAD_INPUT and grad.dtype != values.dtype  # bfloat16 values among float32
         if ctx.needs_input_grad[0] and backend in GRAD_INPUT:
@@ -159,20 +204,31 @@ def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
             grad_values = _converted(grad_values, values.dtype, backend) if mixed else grad_values
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_values, None, grad_bias, None, None, None
+        return grad_x, grad_values, None, grad_bias, None, None, None, None, outer if _needs_residual(ctx) else None
 
     return backward
 
 
+def _needs_residual(ctx: Any) -> bool:
+    return len(ctx.needs_input_grad) > 8 and bool(ctx.needs_input_grad[8])
+
+
 def _over_batches(backend: str) -> Callable[..., tuple[Tensor, int]]:
-    """vmap over x: the batch is one more leading axis."""
+    """vmap over x and the residual: the batch is one more leading axis."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        residual_dim = in_dims[8] if len(in_dims) > 8 else None
+        if (in_dims[0] is None and residual_dim is None) or any(dim is not None for dim in in_dims[1:8]):
             raise UnsupportedError(
                 "vmap runs over the inputs of a sparse linear layer only, not over weights or biases."
             )
-        return _LINEAR[backend](x.movedim(in_dims[0], 0), *rest), 0
+
+        def batched(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        if len(rest) == 8 and rest[7] is not None:
+            rest = (*rest[:7], batched(rest[7], residual_dim))
+        return _LINEAR[backend](batched(x, in_dims[0]), *rest), 0
 
     return rule
 
@@ -192,8 +248,13 @@ def linear(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x @ W.T + bias through one backend, differentiable in x, the values and bias.
+    """activation(x @ W.T + bias) + residual through one backend, differentiable in x, the values, bias and residual.
+
+    Without gradients all of it is one pass of the kernel. With them, what precedes the activation is kept for the way
+    back, rounded to x's dtype, and torch's own functions follow.
 
     Args:
         backend: "cpu", "reference" or "onednn"; `operands` must be that backend's layout (registry: `Kernel.pack`).
@@ -201,6 +262,8 @@ def linear(
         x: [..., in_features] of the values' dtype, or float32 where they are bfloat16 (the reference takes any floating
             dtype where they are int8 or float8).
         bias: [out_features] or None.
+        activation: "none", "relu", "gelu" (by erf), "gelu_tanh" or "silu".
+        residual: [..., out_features] of x's dtype, or None.
     Returns:
         [..., out_features] of x's dtype.
     Raises:
@@ -208,6 +271,9 @@ def linear(
     """
     values, metadata = operands
     _require_input(backend, x, values, bias, out_features, in_features)
+    if activation != "none" or residual is not None:
+        epilogue.require(x, activation, residual, out_features)
+        return _finished(backend, x, operands, bias, pattern, out_features, in_features, activation, residual)
     if not torch.compiler.is_compiling() and direct.applies(x, values, bias):
         return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features)
     run = _LINEAR[backend]
@@ -223,6 +289,31 @@ def linear(
             moved = moved + run(x, values_tangent, metadata, None, pattern, out_features, in_features)
         return cast(Tensor, forward_ad.make_dual(y, moved))
     return cast(Tensor, run(x, values, metadata, bias, pattern, out_features, in_features))
+
+
+def _finished(
+    backend: str,
+    x: Tensor,
+    operands: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    values, metadata = operands
+    if not torch.compiler.is_compiling() and direct.applies(x, values, bias, residual):
+        return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features, activation, residual)
+    differentiated = forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (x, values, bias, residual))
+    )
+    if differentiated:
+        y = linear(backend, x, operands, bias, pattern, out_features, in_features)
+        return epilogue.finish(y, activation, residual)
+    run = _LINEAR[backend]
+    return cast(Tensor, run(x, values, metadata, bias, pattern, out_features, in_features, activation, residual))
 
 
 def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

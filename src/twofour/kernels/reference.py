@@ -7,27 +7,44 @@ from torch import Tensor
 
 from ..format.pack import unpack, unpack_mask
 from ..pattern import Pattern
+from . import epilogue
 
 
 def linear(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: Pattern, in_features: int
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x @ W.T + bias by way of the dense weight; sums and bias in float32 (float64 for float64 x), rounded once.
+    """activation(x @ W.T + bias) + residual by way of the dense weight; in float32 (float64 for float64 x), rounded once.
 
     Args:
         x: [..., in_features] floating point.
         values, metadata: as in SparseMatrix; int8 and float8 values are taken as numbers, without a scale.
         bias: [out_features], or None.
+        activation: a name of `epilogue.ACTIVATIONS`.
+        residual: [..., out_features], or None.
     Returns:
         [..., out_features] of x's dtype. An input at a dropped place never reaches the output, not even NaN or infinity.
     Cost: a float32 product, and the dense weight made anew at each call.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _linear(x, values, metadata, bias, pattern, in_features)
+        return _linear(x, values, metadata, bias, pattern, in_features, activation, residual)
 
 
 def _linear(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: Pattern, in_features: int
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    in_features: int,
+    activation: str,
+    residual: Tensor | None,
 ) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = to_dense(values, metadata, pattern, in_features).to(wide)
@@ -38,6 +55,7 @@ def _linear(
         held = unpack_mask(metadata, (values.shape[0], in_features), pattern)
         y = torch.stack([torch.where(held, row * weight, weight.new_zeros(())).sum(-1) for row in rows])
     y = y if bias is None else y + bias.to(wide)
+    y = epilogue.finish(y, activation, None if residual is None else residual.reshape(y.shape).to(wide))
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 

@@ -77,6 +77,8 @@ class SparseLinear(nn.Module):
     values: Tensor
     metadata: Tensor
     bias: nn.Parameter | None
+    activation: str | None = None
+    """What the layer applies to its output in the same pass (`twofour.fuse` sets it): "relu", "gelu", "gelu_tanh", "silu"."""
 
     def __init__(self, matrix: SparseMatrix, bias: Tensor | None = None, *, backend: str | None = None) -> None:
         super().__init__()
@@ -108,7 +110,15 @@ class SparseLinear(nn.Module):
         """Another layer on the same weight tensors, with its own bias: for weights that are shared between layers."""
         other = SparseLinear.__new__(SparseLinear)
         nn.Module.__init__(other)
-        for name in ("in_features", "out_features", "pattern", "_pattern_text", "backend", "_wanted_backend"):
+        for name in (
+            "in_features",
+            "out_features",
+            "pattern",
+            "_pattern_text",
+            "backend",
+            "_wanted_backend",
+            "activation",
+        ):
             setattr(other, name, getattr(self, name))
         other.register_parameter("bias", bias)
         other._hold(self.values, self.metadata)
@@ -147,7 +157,15 @@ class SparseLinear(nn.Module):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """The dense twin: an nn.Linear with the zeros written out. Shares the bias."""
+        """The dense twin: an nn.Linear with the zeros written out. Shares the bias.
+
+        Raises:
+            UnsupportedError: the layer applies an activation, which an nn.Linear cannot.
+        """
+        if self.activation is not None:
+            raise UnsupportedError(
+                f"the layer applies {self.activation!r} itself: take that out first, with twofour.unfuse(model)."
+            )
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.values.dtype)
         linear.weight = nn.Parameter(self.matrix.to_dense())
         linear.register_parameter("bias", self.bias)
@@ -203,6 +221,7 @@ class SparseLinear(nn.Module):
             self._pattern_text,
             self.out_features,
             self.in_features,
+            self.activation or "none",
         )
 
     def extra_repr(self) -> str:
@@ -210,6 +229,7 @@ class SparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" pattern={self.pattern}, dtype={dtype}, kernel={self.backend}"
+            + ("" if self.activation is None else f", activation={self.activation}")
         )
 
     def _set_matrix(self, matrix: SparseMatrix) -> None:

@@ -6,6 +6,8 @@ from typing import cast
 
 from torch import nn
 
+from ..errors import UnsupportedError
+from .fused import unfuse
 from .linear import SparseLinear
 
 _HOOKS = (
@@ -24,7 +26,14 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
     """Puts `new` wherever `old` sits in `model`, with its hooks and training mode; returns how many places.
 
     A module used under several names is replaced under each, by the one new module.
+
+    Raises:
+        UnsupportedError: `old` applies an activation that stood after it, and would take it away.
     """
+    if isinstance(old, SparseLinear) and old.activation is not None:
+        raise UnsupportedError(
+            f"a layer that applies {old.activation!r} itself cannot be replaced: call twofour.unfuse(model) first."
+        )
     for hooks in _HOOKS:
         if getattr(old, hooks, None):
             setattr(new, hooks, getattr(old, hooks))
@@ -50,7 +59,11 @@ def why_not_swappable(module: nn.Linear) -> str | None:
 
 
 def to_dense_modules(model: nn.Module) -> int:
-    """Replaces every SparseLinear below `model` by its dense twin, in place; returns how many. Shared weights stay shared."""
+    """Replaces every SparseLinear below `model` by its dense twin, in place; returns how many. Shared weights stay shared.
+
+    Fused activations are taken out first.
+    """
+    unfuse(model)
     layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module is not model]
     weights: dict[int, nn.Parameter] = {}
     for layer in layers:

@@ -131,6 +131,9 @@ class Comparison:
         kept = None if self._remeasure else self.store.get(name)
         if kept is not None:
             return kept, True, False
+        if sparse.activation is not None:  # layers are compared without what follows them
+            sparse = sparse.twin(sparse.bias)
+            sparse.activation = None
         measured, disturbed = _measure(sparse, dense if dense is not None else sparse.to_linear(), tokens)
         if not disturbed:
             self.store.add(name, measured)

@@ -15,6 +15,7 @@ from ..format.pack import VALUE_DTYPES
 from ..kernels import KERNELS, LinearSpec
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
+from ..nn.fused import unfuse
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -110,6 +111,8 @@ def compress(
     if not candidates:
         raise ModelError(_why_nothing(list(rows.values()), pattern))
     notes: list[str] = []
+    if not dry_run and unfuse(model):
+        notes.append("activations that were fused stand alone again: call twofour.fuse(model) after this")
     if force:
         notes.append("force: every layer that can be was compressed, without timing")
     else:

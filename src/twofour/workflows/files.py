@@ -14,6 +14,7 @@ from ..format import SparseMatrix, file
 from ..kernels import KERNELS, LinearSpec, choose
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
+from ..nn.fused import unfuse
 from ..nn.swap import replace_module, why_not_swappable
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -94,6 +95,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, pattern: Pattern | s
 def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> Report:
     """Fills `model`, in place, from a file that `save` wrote; every tensor takes the file's dtype.
 
+    Fused activations are taken out first: fuse after loading.
+
     Parameter objects are replaced (their requires_grad stays): make optimizers after load, not before.
 
     Compressed weights become SparseLinear layers, except those that ran dense when they were saved. Tensors are mapped
@@ -146,6 +149,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True)
         raise ModelError(
             f"{_some('would stay on the meta device', left)}: the file does not have them. Build the model on the CPU."
         )
+    unfuse(model)
     rows = _fill(model, slots, plan, contents)
     notes = tuple(_some(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names)
     summary = {"file": os.fspath(path), "tensors": len(plan), "compressed weights": len(rows)}

@@ -1,0 +1,100 @@
+// What follows the sums of a linear layer: y = activation(x @ W.T + bias) + residual, in fp32, rounded once with y. Included
+// inside an unnamed namespace, after simd_*.inl.h.
+//
+// ReLU is exact; GELU and SiLU err by 8 units of 2^-24 at most, relative, also where they decay to 0 on the negative side,
+// where the textbook form 1 + erf(..) has lost every digit; GELU by tanh(z) by 8 (1 + 2|z|), for z itself is rounded.
+// What is smaller than 2^-122 |x| may become 0. -inf gives NaN as in torch (-inf * 0), except for ReLU; NaN stays NaN.
+
+inline bool has_epilogue(const LinearArgs& args) {
+  return args.activation != Activation::kNone || args.residual != nullptr;
+}
+
+// c[0] + c[1] x + .. + c[N - 1] x^(N - 1).
+template <int N>
+TWOFOUR_INLINE inline F polynomial(const float (&c)[N], F x) {
+  F sum = all(c[N - 1]);
+  unroll<N - 1>([&](auto i) TWOFOUR_INLINE { sum = fma(sum, x, all(c[N - 2 - i])); });
+  return sum;
+}
+
+// e^(x + rest) for x in [-87, 0] and |rest| < 0.06: no subnormals, which cost some processors a hundred cycles each.
+TWOFOUR_INLINE inline F exponential(F x, F rest) {
+  constexpr float kRound = 12582912;       // 1.5 * 2^23: what is added to it loses its fraction
+  constexpr float kBiased = kRound + 127;  // and here its low bits are the exponent field of 2^n
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
+  static constexpr float kTerms[] = {0.499999821f, 0.166663766f, 0.041670084f, 0.00838326942f, 0.0013784609f};
+  const F biased = fma(x, all(1.44269504f), all(kBiased));
+  const F n = add(biased, all(-kBiased));
+  const F r = add(fma(n, all(-kLn2Low), fma(n, all(-kLn2High), x)), rest);
+  const F e = add(fma(mul(r, r), polynomial(kTerms, r), r), all(1));
+  return mul(e, low_bits_as_exponent(biased));
+}
+
+// min(|x|, largest); NaN becomes the largest, and x itself must bring it back.
+TWOFOUR_INLINE inline F bounded_magnitude(F x, float largest) {
+  const F magnitude = and_bits(x, 0x7fffffffu);
+  return select_less(magnitude, all(largest), magnitude, all(largest));
+}
+
+// x / (1 + e^-z) for z of x's sign.
+TWOFOUR_INLINE inline F times_sigmoid(F x, F z) {
+  constexpr float kEnd = 87;
+  const F t = bounded_magnitude(z, kEnd);
+  const F e = select_less(t, all(kEnd), exponential(mul(t, all(-1)), zero()), zero());
+  return mul(x, divide(select_less(x, zero(), e, all(1)), add(e, all(1))));
+}
+
+TWOFOUR_INLINE inline F relu(F x) { return select_less(x, zero(), zero(), x); }
+
+TWOFOUR_INLINE inline F silu(F x) { return times_sigmoid(x, x); }
+
+// 0.5 x (1 + tanh(z)) = x / (1 + e^-2z) for z = sqrt(2 / pi) (x + 0.044715 x^3).
+TWOFOUR_INLINE inline F gelu_tanh(F x) {
+  return times_sigmoid(x, mul(x, fma(mul(x, x), all(0.0713548163f), all(1.59576912f))));
+}
+
+// x Phi(x), where Phi(-t) = e^(-t^2 / 2) R(t) and R, which falls from 1/2 like 1 / t, is a quotient of polynomials without
+// a minus: nothing cancels. t^2 is taken in two parts, for its rounding would reach the result 80 times as large.
+TWOFOUR_INLINE inline F gelu(F x) {
+  static constexpr float kOver[] = {0.5f, 0.438504845f, 0.183390081f, 0.0406852886f, 0.0041239839f};
+  static constexpr float kUnder[] = {1, 1.67489469f, 1.20314789f, 0.469879508f, 0.101989269f, 0.0103371767f};
+  constexpr float kEnd = 12.75f;
+  const F t = bounded_magnitude(x, kEnd);
+  const F high = and_bits(t, 0xfffff000u);  // 12 bits: the square is exact
+  const F rest = mul(fma(high, all(-1), t), mul(add(t, high), all(-0.5f)));
+  const F e = exponential(mul(mul(high, high), all(-0.5f)), rest);
+  const F tail = select_less(t, all(kEnd), mul(e, divide(polynomial(kOver, t), polynomial(kUnder, t))), zero());
+  return mul(x, select_less(x, zero(), tail, fma(tail, all(-1), all(1))));
+}
+
+template <class Output, class Function>
+TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, F bias, int64_t token0, int tokens,
+                                       int64_t row, int rows, Function&& function) {
+  Output* y = static_cast<Output*>(args.y) + token0 * args.y_stride + row;
+  if (args.residual == nullptr) {
+    for (int t = 0; t < tokens; ++t) store_first(y + t * args.y_stride, function(add(sums[t], bias)), rows);
+    return;
+  }
+  const Output* residual = static_cast<const Output*>(args.residual) + token0 * args.residual_stride + row;
+  for (int t = 0; t < tokens; ++t) {
+    const F added = load_first(residual + t * args.residual_stride, rows);
+    store_first(y + t * args.y_stride, add(function(add(sums[t], bias)), added), rows);
+  }
+}
+
+// Writes outputs [row, row + rows), at most a vector, of tokens [token0, token0 + tokens), one vector of sums each. A
+// function of its own: its registers are not those of the loops that made the sums.
+template <class Output>
+TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, F bias, int64_t token0, int tokens, int64_t row,
+                                  int rows) {
+  const auto each = [&](auto function) TWOFOUR_INLINE {
+    finish_each<Output>(args, sums, bias, token0, tokens, row, rows, function);
+  };
+  switch (args.activation) {
+    case Activation::kNone: return each([](F v) TWOFOUR_INLINE { return v; });
+    case Activation::kRelu: return each([](F v) TWOFOUR_INLINE { return relu(v); });
+    case Activation::kGelu: return each([](F v) TWOFOUR_INLINE { return gelu(v); });
+    case Activation::kGeluTanh: return each([](F v) TWOFOUR_INLINE { return gelu_tanh(v); });
+    case Activation::kSilu: return each([](F v) TWOFOUR_INLINE { return silu(v); });
+  }
+}
