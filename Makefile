@@ -14,7 +14,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_by
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench-smallest native-test sanitize sanitize-threads neon check clean
+.PHONY: demo test lint types examples bench bench-smallest native-test sanitize sanitize-threads neon check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -31,6 +31,28 @@ types: $(VENV)/installed
 
 examples: $(VENV)/installed
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example > /dev/null || exit 1; done
+
+RESULTS ?= benchmarks/results/$(shell hostname)
+LINEAR = $(BIN)/python benchmarks/kernels/bench_linear.py --json $(RESULTS)/linear.json
+MANY := --tokens 256 --tokens 512 --tokens 1024 --tokens 2048 --tokens 4096
+FEW := --tokens 1 --tokens 4 --tokens 16
+MIDDLE := --tokens 64 --tokens 128
+
+# Half an hour on two cores; stop it whenever you like, it goes on where it was. Other programs must rest.
+bench: $(VENV)/installed
+	$(LINEAR) --layer MiniLM $(FEW) $(MIDDLE) --tokens 512 --tokens 2048 --threads 1 --threads 2
+	$(LINEAR) --layer square $(FEW)
+	$(LINEAR) --layer square --pattern 2:4 --pattern 2:4x4 $(MANY) --repeats 20
+	$(LINEAR) --layer "big square" $(FEW)
+	$(LINEAR) --layer square $(MIDDLE) --tokens 512 --threads 1 --threads 2
+	$(LINEAR) --layer BERT $(FEW) $(MIDDLE) --tokens 512
+	$(LINEAR) --layer Llama $(FEW) --tokens 128 --tokens 512
+	$(LINEAR) --layer square --pattern 2:4x2 --tokens 512
+	$(LINEAR) --layer square --dtype "bf16 weights" --tokens 1 --tokens 16 --tokens 512
+	$(BIN)/python benchmarks/kernels/bench_int8.py --layer square --json $(RESULTS)/int8.json
+	$(BIN)/python benchmarks/kernels/bench_backward.py --json $(RESULTS)/backward.json
+	$(BIN)/python benchmarks/plot_linear.py $(RESULTS)/linear.json $(RESULTS)/speed.svg
+	$(BIN)/python benchmarks/bars.py $(RESULTS)/linear.json
 
 bench-smallest: $(VENV)/installed
 	for bench in benchmarks/kernels/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done

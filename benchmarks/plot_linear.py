@@ -27,8 +27,10 @@ def main(
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in json.loads(source.read_text(encoding="utf-8"))["rows"]:
         if row["layer"] in wanted and row["threads"] == threads and row["x_onednn"] is not None:
-            name = f"{row['dtype']} {row['out_features']}x{row['in_features']}"
+            shared = "" if row["pattern"] == "2:4" else f" {row['pattern']}"
+            name = f"{row['dtype']} {row['out_features']}x{row['in_features']}{shared}"
             lines.setdefault(name, []).append((row["tokens"], row["x_onednn"]))
+    lines = {name: sorted(points) for name, points in lines.items()}
     svg = plots.ratio_lines(lines, x_title="tokens", y_title="speed against oneDNN prepacked", ideals=COMPUTE_IDEAL)
     target.parent.mkdir(parents=True, exist_ok=True)
     plots.svg_file(target, svg)

@@ -13,7 +13,8 @@ class Layer(NamedTuple):
     in_features: int
 
 
-SQUARE = Layer("square", 4096, 4096)
+SQUARE = Layer("square", 4096, 4096)  # and the query and output projections of Llama-3-8B
+BIG = Layer("big square", 8192, 8192)
 
 LAYERS = (
     SQUARE,
@@ -21,11 +22,14 @@ LAYERS = (
     Layer("MiniLM mlp up", 1536, 384),
     Layer("MiniLM mlp down", 384, 1536),
     Layer("BERT-base attention", 768, 768),
-    Layer("BERT-base mlp up", 3072, 768),
-    Layer("Llama-3-8B attention", 4096, 4096),
+    Layer("BERT-base mlp up", 3072, 768),  # ViT-B has the shapes of BERT-base
+    Layer("BERT-base mlp down", 768, 3072),
+    Layer("Llama-3-8B key, value", 1024, 4096),
     Layer("Llama-3-8B mlp up", 14336, 4096),
+    Layer("Llama-3-8B mlp down", 4096, 14336),
+    BIG,
 )
 
 SMALLEST = Layer("smallest", 64, 64)
 
-TOKENS = (1, 4, 16, 64, 128, 512, 2048)
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)

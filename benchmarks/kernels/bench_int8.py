@@ -28,14 +28,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kernels.bench_linear import COLD_BYTES, COLD_TOKENS, MOST_COPIES, commit, native_kernel, rotating
-from benchmarks.shapes import LAYERS, SMALLEST, SQUARE, Layer
+from benchmarks.shapes import LAYERS, SMALLEST, Layer
 
 from twofour import SparseMatrix
 from twofour.kernels import int8, reference
 from twofour.nn import quantize_rows
 from twofour.report.environment import environment
 
-BIG = Layer("big", 8192, 8192)
 TOKENS = (1, 4, 8, 16, 64, 128, 256, 1024)
 ENGINES = ("onednn", "fbgemm")
 
@@ -164,7 +163,7 @@ def main(
     smallest: Annotated[bool, typer.Option("--smallest", help="A tiny case, in seconds.")] = False,
 ) -> None:
     """Measures int8 2:4 linear layers against torch's int8 dynamic linear."""
-    known = (*(each for each in LAYERS if each[1:] != SQUARE[1:] or each is SQUARE), BIG)
+    known = LAYERS
     layers: Sequence[Layer] = [each for each in known if layer.lower() in each.name.lower()]
     chosen_tokens: Sequence[int] = tokens or TOKENS
     if smallest:

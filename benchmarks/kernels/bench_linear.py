@@ -3,8 +3,16 @@
     python benchmarks/kernels/bench_linear.py --threads 1 --threads 2 --json benchmarks/results/<machine>/linear.json
 
 Every kernel of a row runs in turn in the same loop, so that all of them see the same machine; a time is the median, a
-ratio the median of the paired ratios. With few tokens the weights are cold: each call takes the next of enough copies
-to exceed the last-level cache. All results are compared with float64 in the same run.
+ratio the median of the paired ratios. A rival that takes more than twice twofour's time takes part in every fifth round
+only, and its ratio is that of the medians. With few tokens the weights are cold: each call takes the next of enough
+copies to exceed the last-level cache. All results are compared with float64 in the same run.
+
+The JSON is written after every row. Rows of the same commit that are there already are not measured again, so a run that
+was stopped (--budget does) goes on where it was. A row whose quartiles lie far apart is measured once more, and marked.
+
+Percent of the bound: the time that a perfect kernel of the format would take, over the time taken. It does half the
+products at the speed of oneDNN's best dense product here, or reads the compressed weights at the speed at which torch
+sums 512 MiB; the longer of the two.
 """
 
 from __future__ import annotations
@@ -14,8 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +42,17 @@ from twofour.kernels import cpu
 from twofour.nn import onednn
 from twofour.report.environment import environment
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16 weights": (torch.bfloat16, torch.float32),
+}
+"""dtypes of the sparse weight, and of everything else."""
+CSR_TOKENS = (1, 64, 512)
+CSR_WEIGHTS = 4096 * 4096
+"""torch.sparse CSR is timed in float32 at these tokens and up to this size, in three rounds: it is that slow."""
+DISTURBED = 1.15
+"""Third quartile over first, of twofour's times or oneDNN's, from which a row is suspicious."""
 COLD_TOKENS = 16
 """Up to this many tokens the weights are cold."""
 COLD_BYTES = 160 << 20
@@ -52,6 +72,7 @@ class Row:
     out_features: int
     in_features: int
     dtype: str
+    pattern: str
     tokens: int
     threads: int
     kernel: str
@@ -60,17 +81,24 @@ class Row:
     twofour_us: float
     f_linear_us: float
     onednn_us: float | None
+    csr_us: float | None
     tflops_dense_equivalent: float
     gigabytes_per_second: float
+    percent_of_bound: float
     x_f_linear: float
     x_onednn: float | None
+    x_csr: float | None
+    disturbed: bool
 
     def line(self) -> str:
-        rival = "" if self.x_onednn is None else f"{self.onednn_us:10.1f} us  {self.x_onednn:5.2f} x oneDNN"
+        onednn = "" if self.x_onednn is None else f"{self.onednn_us:10.1f} us {self.x_onednn:5.2f} x oneDNN"
+        csr = "" if self.x_csr is None else f" | {self.x_csr:5.1f} x CSR"
         return (
-            f"{self.layer:22} {self.out_features:5}x{self.in_features:<5} {self.dtype} {self.tokens:5} tokens"
-            f" {self.threads} thr {self.kernel:16} {self.twofour_us:10.1f} us {self.tflops_dense_equivalent:6.3f} TFLOP/s"
-            f" {self.gigabytes_per_second:6.1f} GB/s | F.linear {self.f_linear_us:10.1f} us {self.x_f_linear:5.2f} x | {rival}"
+            f"{self.layer:21} {self.out_features:5}x{self.in_features:<5} {self.dtype:12} {self.pattern:5} {self.tokens:5}"
+            f" tokens {self.threads} thr {self.kernel:16} {self.twofour_us:10.1f} us"
+            f" {self.tflops_dense_equivalent:6.3f} TFLOP/s {self.gigabytes_per_second:5.1f} GB/s"
+            f" {self.percent_of_bound:3.0f} % | F.linear {self.f_linear_us:10.1f} us {self.x_f_linear:5.2f} x | {onednn}{csr}"
+            f"{'  (disturbed)' if self.disturbed else ''}"
         )
 
 
@@ -88,7 +116,9 @@ def rotating(functions: Sequence[Linear]) -> Linear:
 
 def sparse_linear(matrix: SparseMatrix, bias: Tensor) -> tuple[Linear, int]:
     """The kernel on a packed copy of its own, and the bytes of that copy."""
-    values, metadata = cpu.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features)
+    shared = cpu.shared_rows(matrix.metadata)
+    assert shared == matrix.pattern.rows
+    values, metadata = cpu.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, shared)
 
     def run(x: Tensor) -> Tensor:
         return cpu.linear(x, values, metadata, bias, matrix.out_features, matrix.in_features)
@@ -99,6 +129,33 @@ def sparse_linear(matrix: SparseMatrix, bias: Tensor) -> tuple[Linear, int]:
 def dense_linear(weight: Tensor, bias: Tensor) -> Linear:
     weight = weight.clone()
     return lambda x: torch.nn.functional.linear(x, weight, bias)
+
+
+def csr_linear(weight: Tensor, bias: Tensor) -> Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "beta state"
+        csr = weight.to_sparse_csr()
+    return lambda x: (csr @ x.T).T + bias
+
+
+@cache
+def peaks(dtype: torch.dtype, threads: int) -> tuple[float, float]:
+    """Of this machine: multiply-adds per second of the best dense product, and bytes per second that are read."""
+    x = torch.randn(1024, 1024).to(dtype)
+    dense: Linear = lambda x: x @ x  # noqa: E731
+    if onednn.why_not(dtype) is None:
+        dense = onednn.prepacked_linear(x, None)
+    memory = torch.ones(128 << 20)
+
+    def best(function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 1024**3 / best(lambda: dense(x)), memory.nbytes / best(memory.sum)
 
 
 def check(name: str, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -113,14 +170,14 @@ def check(name: str, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None
         raise SystemExit(f"{name} is wrong on {list(weight.shape)} at {x.shape[0]} tokens")
 
 
-def measure(layer: Layer, dtype_name: str, tokens: int, threads: int, repeats: int) -> Row:
-    """Times the three kernels in turn."""
+def measure(layer: Layer, dtype_name: str, pattern: str, tokens: int, threads: int, repeats: int) -> Row:
+    """Times the kernels in turn."""
     torch.set_num_threads(threads)
-    dtype = DTYPES[dtype_name]
+    held, dtype = DTYPES[dtype_name]
     generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(layer.out_features, layer.in_features, generator=generator).to(dtype)
-    matrix = SparseMatrix.from_dense(dense, "2:4", prune=True)
-    weight = matrix.to_dense()
+    dense = torch.randn(layer.out_features, layer.in_features, generator=generator).to(held)
+    matrix = SparseMatrix.from_dense(dense, pattern, prune=True)
+    weight = matrix.to_dense().to(dtype)
     bias = torch.randn(layer.out_features, generator=generator).to(dtype)
     x = torch.randn(tokens, layer.in_features, generator=generator).to(dtype)
 
@@ -134,28 +191,52 @@ def measure(layer: Layer, dtype_name: str, tokens: int, threads: int, repeats: i
     if onednn.why_not(dtype) is None:
         kernels["oneDNN"] = rotating([onednn.prepacked_linear(weight, bias) for _ in range(copies)])
 
+    few_rounds = set()
+    if dtype_name == "fp32" and pattern == "2:4" and tokens in CSR_TOKENS and weight.numel() <= CSR_WEIGHTS:
+        kernels["CSR"] = csr_linear(weight, bias)
+        few_rounds.add("CSR")
+
+    once = {}
     for name, function in kernels.items():
         check(name, function(x), x, weight, bias)
+        start = time.perf_counter()
+        function(x)
+        once[name] = time.perf_counter() - start
+    few_rounds |= {name for name in kernels if once[name] > max(2 * once["twofour"], 0.02)}
     kernel = native_kernel(kernels["twofour"], x)
-    times: dict[str, list[float]] = {name: [] for name in kernels}
-    for repeat in range(repeats + 2):
-        for name, function in kernels.items():
-            start = time.perf_counter()
-            function(x)
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
+    for attempt in range(2):
+        times: dict[str, list[float]] = {name: [] for name in kernels}
+        for repeat in range(repeats + 2):
+            for name, function in kernels.items():
+                if name in few_rounds and repeat % 5 != 2:
+                    continue
+                start = time.perf_counter()
+                function(x)
+                if repeat >= 2:
+                    times[name].append(time.perf_counter() - start)
+        disturbed = any(spread(times[name]) > DISTURBED for name in ("twofour", "oneDNN") if name in times)
+        if not disturbed or sum(map(sum, times.values())) > 10 or attempt:
+            break
 
     median = {name: statistics.median(values) for name, values in times.items()}
     own = times["twofour"]
     ratio = {
-        name: statistics.median(rival / mine for rival, mine in zip(times[name], own, strict=True)) for name in kernels
+        name: median[name] / median["twofour"]
+        if name in few_rounds
+        else statistics.median(rival / mine for rival, mine in zip(times[name], own, strict=True))
+        for name in kernels
     }
     seconds = median["twofour"]
+    products, bandwidth = peaks(dtype, threads)
+    weight_bytes = sparse[0][1]
+    compute = layer.out_features * layer.in_features / 2 * tokens / products
+    reading = weight_bytes / bandwidth if copies > 1 else 0.0
     return Row(
         layer=layer.name,
         out_features=layer.out_features,
         in_features=layer.in_features,
         dtype=dtype_name,
+        pattern=pattern,
         tokens=tokens,
         threads=threads,
         kernel=kernel,
@@ -165,10 +246,20 @@ def measure(layer: Layer, dtype_name: str, tokens: int, threads: int, repeats: i
         f_linear_us=median["F.linear"] * 1e6,
         onednn_us=median["oneDNN"] * 1e6 if "oneDNN" in median else None,
         tflops_dense_equivalent=2 * layer.out_features * layer.in_features * tokens / seconds / 1e12,
-        gigabytes_per_second=sparse[0][1] / seconds / 1e9,
+        csr_us=median["CSR"] * 1e6 if "CSR" in median else None,
+        gigabytes_per_second=weight_bytes / seconds / 1e9,
+        percent_of_bound=100 * max(compute, reading) / seconds,
         x_f_linear=ratio["F.linear"],
         x_onednn=ratio.get("oneDNN"),
+        x_csr=ratio.get("CSR"),
+        disturbed=disturbed,
     )
+
+
+def spread(times: list[float]) -> float:
+    """Third quartile over first."""
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (1.0, 1.0, 1.0)
+    return high / low
 
 
 def native_kernel(function: Linear, x: Tensor) -> str:
@@ -191,39 +282,76 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+class Results:
+    """The rows of a JSON file, written after each; those of this commit that it holds already are kept."""
+
+    def __init__(self, path: Path | None, again: bool) -> None:
+        self.path, self.rows, self.commit = path, [], commit()
+        self._head = {**environment(), "isa": cpu.isa(), "commit": self.commit}
+        if path is not None and path.exists() and not again and not self.commit.endswith("+"):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if all(record.get(key) == self._head[key] for key in ("commit", "isa")):
+                self.rows = record["rows"]
+
+    def has(self, **wanted: object) -> bool:
+        return any(all(row[key] == value for key, value in wanted.items()) for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(asdict(row))
+        if self.path is not None:
+            record = {
+                **self._head,
+                "command": "python benchmarks/kernels/bench_linear.py, see Makefile",
+                "rows": self.rows,
+            }
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.path)
+
+
 def main(
     threads: Annotated[list[int] | None, typer.Option(help="Threads; repeat it for several. Default 1.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; default both.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; default 1 to 2048.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or 'bf16 weights'; default the first two.")
+    ] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="2:4, 2:4x2 or 2:4x4; default 2:4.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; default 1 to 4096.")] = None,
     layer: Annotated[str, typer.Option(help="Only layers whose name contains this.")] = "",
     repeats: Annotated[int, typer.Option(help="Timed rounds, at least 20 for numbers to publish.")] = 20,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure rows again that the JSON has.")] = False,
+    budget: Annotated[float, typer.Option(help="Seconds after which no row is begun; run again to go on.")] = 1e9,
     smallest: Annotated[bool, typer.Option("--smallest", help="A tiny case, in seconds.")] = False,
 ) -> None:
     """Measures 2:4 linear layers against F.linear and prepacked oneDNN."""
     layers: Sequence[Layer] = [each for each in LAYERS if layer.lower() in each.name.lower()]
     chosen_tokens: Sequence[int] = tokens or TOKENS
     if smallest:
-        layers, chosen_tokens, repeats = [SMALLEST], [1, 64], 3
-    rows = []
+        layers, chosen_tokens, repeats, pattern = [SMALLEST], [1, 64], 3, ["2:4", "2:4x4"]
+        dtype = list(DTYPES)
+    results, began = Results(json_path, again), time.monotonic()
+    cases = [
+        (each, dtype_name, shared, count, number)
+        for number in threads or [1]
+        for shared in pattern or ["2:4"]
+        for dtype_name in dtype or ["fp32", "bf16"]
+        for each in layers
+        for count in chosen_tokens
+    ]
+    todo = [
+        case
+        for case in cases
+        if not results.has(layer=case[0].name, dtype=case[1], pattern=case[2], tokens=case[3], threads=case[4])
+    ]
     with torch.inference_mode():
-        for number in threads or [1]:
-            for dtype_name in dtype or list(DTYPES):
-                for each in layers:
-                    for count in chosen_tokens:
-                        row = measure(each, dtype_name, count, number, repeats)
-                        print(row.line(), flush=True)
-                        rows.append(row)
-    if json_path is not None:
-        record = {
-            **environment(),
-            "isa": cpu.isa(),
-            "commit": commit(),
-            "command": " ".join(["python", "benchmarks/kernels/bench_linear.py", *sys.argv[1:]]),
-            "rows": [asdict(row) for row in rows],
-        }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for done, case in enumerate(todo):
+            if time.monotonic() - began > budget:
+                print(f"{len(todo) - done} of {len(cases)} rows are left: run again to go on")
+                return
+            row = measure(*case, repeats)
+            print(f"[{len(cases) - len(todo) + done + 1}/{len(cases)}] {row.line()}", flush=True)
+            results.add(row)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What the CPU kernels are to reach against oneDNN prepacked, and whether the JSON says they do.
+
+python benchmarks/bars.py benchmarks/results/<machine>/linear.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MANY = (256, 512, 1024, 2048, 4096)
+SMALL = ("MiniLM attention", "MiniLM mlp up", "MiniLM mlp down")
+
+
+class Bar(NamedTuple):
+    """The least ratio to oneDNN over the rows it names (one thread)."""
+
+    layers: tuple[str, ...]
+    dtype: str
+    pattern: str
+    tokens: tuple[int, ...]
+    least: float
+
+
+BARS = (
+    Bar(("square",), "bf16", "2:4", MANY, 1.30),
+    Bar(("square",), "fp32", "2:4", MANY, 1.45),
+    Bar(("square",), "fp32", "2:4x4", MANY, 1.80),
+    Bar(("square",), "bf16", "2:4x4", MANY, 1.70),
+    Bar(("big square",), "bf16", "2:4", (1,), 1.65),
+    Bar(("big square",), "fp32", "2:4", (1,), 1.70),
+    Bar(("big square",), "bf16", "2:4", (4,), 1.40),
+    Bar(("big square",), "bf16", "2:4", (16,), 1.20),
+    Bar(SMALL, "fp32", "2:4", (128,), 1.20),
+    Bar(SMALL, "bf16", "2:4", (128,), 1.20),
+)
+TWO_THREADS = 1.90
+"""Two threads against one, the square at 512 tokens."""
+NEVER_BELOW = 0.97
+
+
+def main(path: Path) -> None:
+    """Prints a line per bar: the ratios of its rows, the least of them, met or not."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for bar in BARS:
+        found = [
+            row["x_onednn"]
+            for row in rows
+            if row["layer"] in bar.layers
+            and (row["dtype"], row["pattern"], row["threads"]) == (bar.dtype, bar.pattern, 1)
+            and row["tokens"] in bar.tokens
+        ]
+        say(f"{', '.join(bar.layers)}, {bar.dtype} {bar.pattern}, {bar.tokens} tokens", found, bar.least)
+    for dtype in ("fp32", "bf16"):
+        one, two = (
+            next(
+                (
+                    row["twofour_us"]
+                    for row in rows
+                    if (row["layer"], row["dtype"], row["pattern"], row["tokens"]) == ("square", dtype, "2:4", 512)
+                    and row["threads"] == threads
+                ),
+                None,
+            )
+            for threads in (1, 2)
+        )
+        say(f"two threads against one, square, {dtype}, 512 tokens", [one / two] if one and two else [], TWO_THREADS)
+    worst = min(rows, key=lambda row: min(row["x_onednn"] or 9.0, row["x_f_linear"]))
+    least = min(worst["x_onednn"] or 9.0, worst["x_f_linear"])
+    say(
+        f"worst of {len(rows)} rows ({worst['layer']}, {worst['dtype']}, {worst['tokens']} tokens)",
+        [least],
+        NEVER_BELOW,
+    )
+
+
+def say(what: str, found: list[float], least: float) -> None:
+    """One line."""
+    verdict = "not measured" if not found else "met" if min(found) >= least else "MISSED"
+    print(f"{verdict:12} {least:.2f}  {' '.join(f'{ratio:.2f}' for ratio in found):32} {what}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
