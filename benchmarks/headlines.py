@@ -40,7 +40,7 @@ def headlines(folder: Path, shown: str) -> list[str]:
 def _row(record: dict[str, Any], dtype: str, tokens: int) -> dict[str, Any]:
     wanted = ("square", dtype, tokens, 1)
     for row in record["rows"]:
-        if row["pattern"] == "2:4" and (row["layer"], row["dtype"], row["tokens"], row["threads"]) == wanted:
+        if row.get("pattern", "2:4") == "2:4" and (row["layer"], row["dtype"], row["tokens"], row["threads"]) == wanted:
             return dict(row)
     raise SystemExit(f"no row {wanted} in the JSON: run bench_linear.py whole")
 

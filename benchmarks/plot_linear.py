@@ -27,7 +27,7 @@ def main(
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in json.loads(source.read_text(encoding="utf-8"))["rows"]:
         if row["layer"] in wanted and row["threads"] == threads and row["x_onednn"] is not None:
-            shared = "" if row["pattern"] == "2:4" else f" {row['pattern']}"
+            shared = "" if row.get("pattern", "2:4") == "2:4" else f" {row['pattern']}"
             name = f"{row['dtype']} {row['out_features']}x{row['in_features']}{shared}"
             lines.setdefault(name, []).append((row["tokens"], row["x_onednn"]))
     lines = {name: sorted(points) for name, points in lines.items()}
