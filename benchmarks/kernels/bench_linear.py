@@ -317,7 +317,7 @@ def main(
     ] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="2:4, 2:4x2 or 2:4x4; default 2:4.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; default 1 to 4096.")] = None,
-    layer: Annotated[str, typer.Option(help="Only layers whose name contains this.")] = "",
+    layer: Annotated[str, typer.Option(help="Only the layer of this name, or those whose name contains it.")] = "",
     repeats: Annotated[int, typer.Option(help="Timed rounds, at least 20 for numbers to publish.")] = 20,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure rows again that the JSON has.")] = False,
@@ -325,7 +325,8 @@ def main(
     smallest: Annotated[bool, typer.Option("--smallest", help="A tiny case, in seconds.")] = False,
 ) -> None:
     """Measures 2:4 linear layers against F.linear and prepacked oneDNN."""
-    layers: Sequence[Layer] = [each for each in LAYERS if layer.lower() in each.name.lower()]
+    named = [each for each in LAYERS if each.name.lower() == layer.lower()]
+    layers: Sequence[Layer] = named or [each for each in LAYERS if layer.lower() in each.name.lower()]
     chosen_tokens: Sequence[int] = tokens or TOKENS
     if smallest:
         layers, chosen_tokens, repeats, pattern = [SMALLEST], [1, 64], 3, ["2:4", "2:4x4"]
