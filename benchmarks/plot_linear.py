@@ -14,6 +14,8 @@ import typer
 from twofour.report import plots
 
 COMPUTE_IDEAL = {"half the products": 2.0}
+DTYPES, PATTERNS = ("fp32", "bf16"), ("2:4", "2:4x4")
+"""What is drawn; the others were measured at a few tokens only."""
 
 
 def main(
@@ -26,8 +28,10 @@ def main(
     wanted = layer or ["square", "MiniLM mlp up"]
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in json.loads(source.read_text(encoding="utf-8"))["rows"]:
-        if row["layer"] in wanted and row["threads"] == threads and row["x_onednn"] is not None:
-            shared = "" if row.get("pattern", "2:4") == "2:4" else f" {row['pattern']}"
+        pattern = row.get("pattern", "2:4")
+        drawn = row["dtype"] in DTYPES and pattern in PATTERNS and row["threads"] == threads
+        if drawn and row["layer"] in wanted and row["x_onednn"] is not None:
+            shared = "" if pattern == "2:4" else f" {pattern}"
             name = f"{row['dtype']} {row['out_features']}x{row['in_features']}{shared}"
             lines.setdefault(name, []).append((row["tokens"], row["x_onednn"]))
     lines = {name: sorted(points) for name, points in lines.items()}
