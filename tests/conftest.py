@@ -54,6 +54,24 @@ def needs_native() -> None:
     pytest.fail(f"the native kernels are required here: {reason}")
 
 
+def needs_onednn(dtype: torch.dtype) -> None:
+    """Skips where this processor or this torch cannot; fails where it must be able to: float32 wherever torch has oneDNN."""
+    from twofour.kernels import onednn
+
+    reason = onednn.why_not(dtype)
+    if reason is None:
+        return
+    if dtype == torch.float32 and torch._C._has_mkldnn:
+        pytest.fail(f"oneDNN in float32 is required here: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def require_onednn() -> Callable[[torch.dtype], None]:
+    """For tests that must reach oneDNN: call it with the dtype."""
+    return needs_onednn
+
+
 @pytest.fixture(scope="session")
 def native() -> None:
     """For tests that must reach the native kernels."""
@@ -71,10 +89,9 @@ def trained_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session", params=["cpu", "reference", "onednn"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the CPU in turn."""
-    from twofour.kernels import onednn
-
     if request.param == "cpu":
         needs_native()
-    if request.param == "onednn" and (reason := onednn.why_not(torch.bfloat16)) is not None:
-        pytest.skip(reason)
+    if request.param == "onednn":
+        needs_onednn(torch.float32)
+        needs_onednn(torch.bfloat16)  # half of the tests that ask for backends run in it
     return str(request.param)

@@ -276,7 +276,7 @@ def commit() -> str:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     if head.returncode != 0:
         return "unknown"
-    measured = ["src", "csrc", "CMakeLists.txt", "benchmarks/kernels", "benchmarks/models"]
+    measured = ["src", "csrc", "CMakeLists.txt", "benchmarks/kernels", "benchmarks/models", "benchmarks/shapes.py"]
     status = ["git", "status", "--porcelain", "--", *measured]
     changed = subprocess.run(status, cwd=root, capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import twofour
 from twofour import cli
-from twofour.kernels import onednn
 from twofour.workflows.timing import Timing
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
@@ -586,7 +585,11 @@ def test_measure_gives_a_vision_model_pixels(
 
 
 def test_timings_are_kept_shown_and_forgotten(
-    run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Result],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    require_onednn: Callable[[torch.dtype], None],
 ) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("TWOFOUR_CACHE", str(cache))
@@ -598,8 +601,7 @@ def test_timings_are_kept_shown_and_forgotten(
         return {name: Timing(us[name], us[name], us[name], 15) for name in rivals}
 
     monkeypatch.setattr("twofour.workflows.comparison.paired", paired)
-    if reason := onednn.why_not(torch.float32):
-        pytest.skip(reason)
+    require_onednn(torch.float32)
     run("prune", folder, tmp_path / "pruned")
     assert run("compress", tmp_path / "pruned", tmp_path / "small", "--tokens", "1,8").code == 0
     timed = len(calls)

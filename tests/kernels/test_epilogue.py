@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -209,7 +210,6 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
         kernels.linear(x, matrix, residual=torch.zeros(5, 12).bfloat16(), backend=backend)
 
 
-def test_onednn_runs_its_own_activations() -> None:
-    if onednn.why_not(torch.float32):
-        pytest.skip(str(onednn.why_not(torch.float32)))
+def test_onednn_runs_its_own_activations(require_onednn: Callable[[torch.dtype], None]) -> None:
+    require_onednn(torch.float32)
     assert set(onednn._POINTWISE) == set(ACTIVATIONS) == set(cpu._ACTIVATIONS)

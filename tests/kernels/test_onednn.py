@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,10 +17,8 @@ from twofour.pattern import Pattern
 
 
 @pytest.fixture(autouse=True)
-def _required() -> None:
-    reason = onednn.why_not(torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
+def _required(require_onednn: Callable[[torch.dtype], None]) -> None:
+    require_onednn(torch.float32)
 
 
 def matrix_of(out_features: int = 48, in_features: int = 64, pattern: str = "2:4") -> SparseMatrix:
@@ -55,10 +54,9 @@ def test_it_runs_every_pattern(pattern: str) -> None:
     assert torch.equal(back.metadata, matrix.metadata)
 
 
-def test_a_bias_of_another_dtype_is_added_in_float32() -> None:
+def test_a_bias_of_another_dtype_is_added_in_float32(require_onednn: Callable[[torch.dtype], None]) -> None:
     matrix = matrix_of().to(torch.bfloat16)
-    if onednn.why_not(torch.bfloat16):
-        pytest.skip(str(onednn.why_not(torch.bfloat16)))
+    require_onednn(torch.bfloat16)
     x, bias = torch.randint(-1, 2, (3, 64)).bfloat16(), torch.randint(-4, 5, (48,)).float()
     assert torch.equal(kernels.linear(x, matrix, bias, backend="onednn"), (x @ matrix.to_dense().T) + bias.bfloat16())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -259,11 +260,8 @@ def test_weights_of_16_bits_among_float32_inputs(trained_backend: str) -> None:
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_the_dense_row_takes_one_dtype() -> None:
-    from twofour.kernels import onednn
-
-    if onednn.why_not(torch.bfloat16) is not None:
-        pytest.skip("no oneDNN in bfloat16 here")
+def test_the_dense_row_takes_one_dtype(require_onednn: Callable[[torch.dtype], None]) -> None:
+    require_onednn(torch.bfloat16)
     layer = SparseLinear(SparseMatrix.from_dense(torch.eye(16, dtype=torch.bfloat16)), backend="onednn")
     with pytest.raises(UnsupportedError, match="both must have one dtype"):
         layer(torch.ones(2, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from twofour.nn import onednn
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_rival_computes_what_the_linear_does(dtype: torch.dtype, bias: bool) -> None:
-    reason = onednn.why_not(dtype)
-    if reason is not None:
-        pytest.skip(reason)
+def test_the_rival_computes_what_the_linear_does(
+    dtype: torch.dtype, bias: bool, require_onednn: Callable[[torch.dtype], None]
+) -> None:
+    require_onednn(dtype)
     linear = nn.Linear(48, 80, bias=bias)
     with torch.no_grad():
         for parameter in linear.parameters():

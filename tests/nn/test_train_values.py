@@ -176,11 +176,8 @@ def test_training_under_compile_gives_the_eager_gradients(native: None) -> None:
     torch.testing.assert_close(found, [parameter.grad for parameter in sparse.parameters()])
 
 
-def test_kernels_without_a_gradient_of_the_values_say_so() -> None:
-    from twofour.kernels import onednn
-
-    if onednn.why_not(torch.float32) is not None:
-        pytest.skip("no oneDNN here")
+def test_kernels_without_a_gradient_of_the_values_say_so(require_onednn: Callable[[torch.dtype], None]) -> None:
+    require_onednn(torch.float32)
     layer = SparseLinear(twofour.SparseMatrix.from_dense(torch.eye(16)), backend="onednn")
     with pytest.raises(
         twofour.UnsupportedError, match=r"backend 'onednn' has no gradient of the values: SparseLinear\("

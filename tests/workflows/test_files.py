@@ -13,7 +13,7 @@ from torch import nn
 import twofour
 from twofour import ModelError, SparseLinear, SparseMatrix, UnsupportedError
 from twofour.format import file
-from twofour.kernels import KERNELS, onednn
+from twofour.kernels import KERNELS
 
 Build = Callable[[], nn.Sequential]
 
@@ -281,9 +281,10 @@ def test_8_bit_weights_that_ran_dense_come_back(path: Path) -> None:
     assert torch.equal(fresh[0].weight.float(), model[0].weight.float())
 
 
-def test_layers_on_dense_onednn_come_back_on_it_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if onednn.why_not(torch.float32):
-        pytest.skip(str(onednn.why_not(torch.float32)))
+def test_layers_on_dense_onednn_come_back_on_it_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, require_onednn: Callable[[torch.dtype], None]
+) -> None:
+    require_onednn(torch.float32)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
     twofour.prune(model)
     matrices = [SparseMatrix.from_dense(layer.weight) for layer in model]
