@@ -12,14 +12,15 @@ namespace {
 #include "cpu/epilogue.inl.h"
 #include "cpu/linear_few.inl.h"
 #include "cpu/linear_many.inl.h"
+#include "cpu/linear_many_avx2.inl.h"
 #include "cpu/linear_kernels.inl.h"
 
 }  // namespace
 
 const LinearKernels linear_avx2 = {
-    kernel_of<FewWide<float>, ManyWide<float>>(),
-    kernel_of<FewWide<bf16>, ManyWide<bf16>>(),
-    kernel_of<FewWide<bf16, float>, ManyWide<bf16, float>>(),
+    kernel_of<FewWide<float>, ManyAvx2<float>>(),
+    kernel_of<FewWide<bf16>, ManyAvx2<bf16>>(),
+    kernel_of<FewWide<bf16, float>, ManyAvx2<bf16, float>>(),
 };
 
 }  // namespace twofour::cpu

@@ -19,8 +19,11 @@ inline I first_lanes(int n) {
 }
 
 // The first n (0..8) elements; the other lanes are 0 and their memory is not touched.
-inline F load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-inline void store_first(float* p, F v, int n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+inline F load_first(const float* p, int n) { return n >= kLanes ? load(p) : _mm256_maskload_ps(p, first_lanes(n)); }
+inline void store_first(float* p, F v, int n) {
+  if (n >= kLanes) return store(p, v);
+  _mm256_maskstore_ps(p, first_lanes(n), v);  // AMD takes dozens of cycles for it
+}
 
 inline F widen(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
 inline F load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -85,21 +88,19 @@ inline F splat(Quad quad) {
   return _mm256_broadcast_ss(quad + kIndex);
 }
 
-template <int kHalf, int S>
-inline void half_row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
-  const I n = nibbles<kHalf, S>(metadata);
-  const I three = _mm256_set1_epi32(3);
-  const I i0 = _mm256_and_si256(n, three), i1 = _mm256_and_si256(_mm256_srli_epi32(n, 2), three);
-  const I both = _mm256_or_si256(i0, _mm256_slli_epi32(i1, 16));
-  const I scaled = _mm256_mullo_epi16(both, _mm256_set1_epi16(static_cast<short>(row_bytes)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + kLanes * kHalf), scaled);
+// Per lane, from the nibble in its low bits: i0 * row_bytes | (i1 * row_bytes) << 16.
+inline I offsets_of(I nibbles, int row_bytes) {
+  const I halves = _mm256_blend_epi16(nibbles, _mm256_slli_epi32(nibbles, 14), 0xaa);  // i1: bits 2, 3 -> 16, 17
+  const I both = _mm256_and_si256(halves, _mm256_set1_epi32(3 << 16 | 3));
+  return _mm256_mullo_epi16(both, _mm256_set1_epi16(static_cast<short>(row_bytes)));
 }
 
 // Per row of the tile: i0 * row_bytes | (i1 * row_bytes) << 16.
 template <int S>
 inline void row_offsets(const uint8_t* metadata, int row_bytes, uint32_t* offsets) {
-  half_row_offsets<0, S>(metadata, row_bytes, offsets);
-  half_row_offsets<1, S>(metadata, row_bytes, offsets);
+  auto* to = reinterpret_cast<__m256i*>(offsets);
+  _mm256_storeu_si256(to, offsets_of(nibbles<0, S>(metadata), row_bytes));
+  _mm256_storeu_si256(to + 1, offsets_of(nibbles<1, S>(metadata), row_bytes));
 }
 
 inline void transpose(F (&v)[8]) {
