@@ -82,6 +82,11 @@ Scratch& sums_scratch() {
 
 int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Of one quantized token.
+int64_t row_bytes_of(const LinearInt8Kernel& kernel, const LinearInt8Args& args) {
+  return (args.in_features + kInt8Step - 1) / kInt8Step * kernel.input_bytes;
+}
+
 void run_few(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int threads, uint8_t* quantized,
              float* x_scales) {
   kernel.quantize(args, 0, args.tokens, quantized, x_scales);
@@ -95,7 +100,7 @@ void run_few(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int thr
 
 void run_many(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int threads, uint8_t* quantized,
               float* x_scales, int64_t most_tokens) {
-  const int64_t row_bytes = up_to(args.in_features, kInt8Step);
+  const int64_t row_bytes = row_bytes_of(kernel, args);
   const int64_t tiles = nm::tiles_of(args.out_features);
   // Panels begin at whole steps of the kernel's blocks. Few blocks of rows, so that a panel stays with its thread; more
   // where threads would stand idle. Blocks hold whole pairs of tiles.
@@ -145,7 +150,7 @@ const char* linear_int8(const LinearInt8Args& args, int threads, const char* isa
   const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
   const LinearInt8Kernel& kernel = *chosen.kernel;
   const bool few = family != Family::kMany && args.tokens <= kernel.few_tokens;
-  const int64_t row_bytes = up_to(args.in_features, kInt8Step);
+  const int64_t row_bytes = row_bytes_of(kernel, args);
   const int64_t fitting = (few || kPanelBytes / row_bytes > kPanelTokens ? kPanelTokens : kPanelBytes / row_bytes);
   const int64_t panel = up_to(fitting < 4 * kernel.block_tokens ? 4 * kernel.block_tokens : fitting, kernel.block_step);
   // Whole panels of tokens at a time, so that the quantized copy stays small whatever the batch.

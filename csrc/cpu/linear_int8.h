@@ -49,9 +49,10 @@ struct LinearInt8Args {
 
 // One instruction set: pure workers, called from several threads at once; linear_int8.cpp cuts the work.
 //
-// Quantized tokens lie in blocks: `width` tokens from token `first` on are [steps][width][8] bytes at
-// `quantized + first * steps * 8`. Whether a byte is q or q + 128 is the kernel's own affair.
+// Quantized tokens lie in blocks: `width` tokens from token `first` on are [steps][width][input_bytes] bytes at
+// `quantized + first * steps * input_bytes`. How the bytes say the eight inputs of a step is the kernel's own affair.
 struct LinearInt8Kernel {
+  int input_bytes;   // of a step of a token
   int few_tokens;    // `few` takes up to so many tokens, in one block of exactly that width
   int block_tokens;  // most tokens of a block of `many`
   int block_step;    // widths of blocks of `many` are multiples of this

@@ -124,6 +124,6 @@ void many(const LinearInt8Args& args, void*, const uint8_t* quantized, const flo
 
 }  // namespace
 
-const LinearInt8Kernel linear_int8_baseline = {8, kBlockTokens, 1, quantize, few, many_scratch_bytes, many};
+const LinearInt8Kernel linear_int8_baseline = {kInt8Step, 8, kBlockTokens, 1, quantize, few, many_scratch_bytes, many};
 
 }  // namespace twofour::cpu

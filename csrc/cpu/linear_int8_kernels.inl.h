@@ -4,8 +4,8 @@
 constexpr int kTileVectors = nm::kTileRows / kRows;
 constexpr int kStepValueBytes = nm::kTileRows * 4;  // of one step of a tile
 constexpr int kStepMetadataBytes = nm::kTileRows;
-constexpr int kDecodedBytes = 128;    // room of one decoded step of a vector
-constexpr int kChunkSteps = 128;      // decoded at once: 32 KiB for two vectors
+constexpr int kDecodedBytes = 2 * 4 * kRows;  // one decoded step of a vector
+constexpr int kChunkSteps = 128;              // decoded at once: 32 KiB for two vectors of 16 rows
 constexpr int kFewAhead = 64;         // steps from a prefetch to the use of the weights: 16 cost 25 %, bursts 60 %
 constexpr int kBlockStep = 4;
 
@@ -37,11 +37,11 @@ float quantize_token(const Item* x, int64_t in_features, int64_t width, uint8_t*
   }
   if (factor == 0.0f) {
     for (int64_t step = 0; step < (in_features + kInt8Step - 1) / kInt8Step; ++step) {
-      __builtin_memset(q + step * width * kInt8Step, kZeroInput, kInt8Step);
+      __builtin_memset(q + step * width * kInputBytes, kZeroInput, kInputBytes);
     }
     return finite ? 0.0f : __builtin_nanf("");
   }
-  const int64_t stride = width * kInt8Step;
+  const int64_t stride = width * kInputBytes;
   for (k = 0; k + kFloats <= in_features; k += kFloats) {
     store_quantized(q + k / kInt8Step * stride, stride, load_floats(x + k, kFloats), factor, true);
   }
@@ -54,11 +54,11 @@ float quantize_token(const Item* x, int64_t in_features, int64_t width, uint8_t*
 
 void quantize(const LinearInt8Args& args, int64_t first, int64_t width, uint8_t* block, float* x_scales) {
   for (int64_t t = 0; t < width; ++t) {
-    uint8_t* q = block + t * kInt8Step;
+    uint8_t* q = block + t * kInputBytes;
     const int64_t token = first + t;
     if (token >= args.tokens) {  // computed with the others, never written
       for (int64_t step = 0; step < steps_of(args); ++step) {
-        __builtin_memset(q + step * width * kInt8Step, kZeroInput, kInt8Step);
+        __builtin_memset(q + step * width * kInputBytes, kZeroInput, kInputBytes);
       }
     } else if (args.dtype == DType::kFp32) {
       const float* x = static_cast<const float*>(args.x) + token * args.x_stride;
@@ -114,11 +114,11 @@ void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float*
     unroll<kVectors>([&](auto v) {
       const Weights w = weights_at(values[v], metadata[v]);
       offsets[chain][v] = add_offsets(offsets[chain][v], w);
-      unroll<kTokens>([&](auto t) { sums[chain][v][t] = dot(sums[chain][v][t], w, load_inputs(x + t * kInt8Step)); });
+      unroll<kTokens>([&](auto t) { sums[chain][v][t] = dot(sums[chain][v][t], w, load_inputs(x + t * kInputBytes)); });
       values[v] += kStepValueBytes;
       metadata[v] += kStepMetadataBytes;
     });
-    x += kTokens * kInt8Step;
+    x += kTokens * kInputBytes;
   };
   int64_t step = 0;
   for (; step + kUnrolled <= steps; step += kUnrolled) {
@@ -179,13 +179,13 @@ TWOFOUR_OWN_REGISTERS void block(const uint8_t* decoded, const uint8_t* x, int64
     Weights w[kVectors];
     unroll<kVectors>([&](auto v) { w[v] = load_weights(decoded + v * kDecodedBytes); });
     unroll<kTokens>([&](auto t) {
-      const Inputs inputs = load_inputs(x + t * kInt8Step);
+      const Inputs inputs = load_inputs(x + t * kInputBytes);
       unroll<kVectors>([&](auto v) { sums[t * kVectors + v] = dot(sums[t * kVectors + v], w[v], inputs); });
     });
     __builtin_prefetch(ahead, 0, 2);
     ahead += 64;
     decoded += kVectors * kDecodedBytes;
-    x += kTokens * kInt8Step;
+    x += kTokens * kInputBytes;
   }
   unroll<kVectors * kTokens>([&](auto i) { store_ints(saved + i * kRows, sums[i]); });
 }
@@ -243,7 +243,7 @@ void many_of(const LinearInt8Args& args, uint8_t* scratch, const uint8_t* quanti
           for (int64_t t = token; t < end; ++t) __builtin_prefetch(y_at(args, t, (vector0 + 1) * kRows), 1);
         }
       }
-      block_of<kVectors>(width, Widths{})(decoded, quantized + (token * steps + step0 * width) * kInt8Step, chunk, sums,
+      block_of<kVectors>(width, Widths{})(decoded, quantized + (token * steps + step0 * width) * kInputBytes, chunk, sums,
                                           step0 == 0, number < 4 ? ahead[number] : decoded);
       if (last) {
         for (int64_t t = token; t < end; ++t) {
@@ -268,4 +268,5 @@ void many(const LinearInt8Args& args, void* scratch, const uint8_t* quantized, c
   for (; vector < end; ++vector) many_of<1>(args, bytes, quantized, x_scales, token0, token1, vector);
 }
 
-constexpr LinearInt8Kernel kKernel = {kFewTokens, kBlockTokens, kBlockStep, quantize, few, many_scratch_bytes, many};
+constexpr LinearInt8Kernel kKernel = {kInputBytes, kFewTokens, kBlockTokens, kBlockStep,
+                                      quantize,    few,        many_scratch_bytes, many};

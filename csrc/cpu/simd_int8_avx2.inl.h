@@ -1,19 +1,20 @@
 // The vector of the int8 kernels: 8 rows in 32-bit lanes.
 //
 // vpmaddubsw multiplies unsigned by signed and saturates at 16 bits: |w| <= 128 times |q| <= 127, twice, is at most
-// 32512 and fits. So |w| goes in unsigned, q with the sign of w signed, and every sum is exact.
+// 32512 and fits. So |w| goes in unsigned and q with the sign of w signed, and every sum is exact. The eight inputs of a
+// step are held twice, as q and as -q: the shuffle that picks the input picks its sign too.
 
 constexpr int kRows = 8;
-constexpr int kGroupVectors = 1;
-constexpr int kBlockTokens = 8;  // 8 sums of the 16 registers
+constexpr int kGroupVectors = 2;  // vectors of rows that share one load of inputs
+constexpr int kBlockTokens = 4;   // 8 sums of the 16 registers
 constexpr int kFewTokens = 8;
+constexpr int kInputBytes = 2 * kInt8Step;
 constexpr uint8_t kZeroInput = 0;
 
 using Ints = __m256i;
 
 struct Weights {
   __m256i places;
-  __m256i values;
   __m256i sizes;
 };
 
@@ -39,27 +40,25 @@ TWOFOUR_INLINE inline __m256i places_of(const uint8_t* metadata) {
 
 TWOFOUR_INLINE inline Weights weights_at(const int8_t* values, const uint8_t* metadata) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-  return {places_of(metadata), v, _mm256_abs_epi8(v)};
+  const __m256i negative = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(8));  // the second eight inputs
+  return {_mm256_or_si256(places_of(metadata), negative), _mm256_abs_epi8(v)};
 }
 TWOFOUR_INLINE inline Weights load_weights(const uint8_t* decoded) {
-  const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(decoded + 32));
-  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(decoded)), v, _mm256_abs_epi8(v)};
+  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(decoded)),
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(decoded + 32))};
 }
 TWOFOUR_INLINE inline void store_weights(uint8_t* decoded, const Weights& w) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(decoded), w.places);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(decoded + 32), w.values);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(decoded + 32), w.sizes);
 }
 
 using Inputs = __m256i;
-TWOFOUR_INLINE inline Inputs load_inputs(const uint8_t* eight) {
-  long long bits;
-  __builtin_memcpy(&bits, eight, sizeof bits);
-  return _mm256_set1_epi64x(bits);
+TWOFOUR_INLINE inline Inputs load_inputs(const uint8_t* step) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(step)));
 }
 
 TWOFOUR_INLINE inline Ints dot(Ints sum, const Weights& w, Inputs x) {
-  const __m256i signs = _mm256_sign_epi8(_mm256_shuffle_epi8(x, w.places), w.values);
-  const __m256i pairs = _mm256_maddubs_epi16(w.sizes, signs);
+  const __m256i pairs = _mm256_maddubs_epi16(w.sizes, _mm256_shuffle_epi8(x, w.places));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 TWOFOUR_INLINE inline Ints add_offsets(Ints offsets, const Weights&) { return offsets; }  // inputs are signed here
@@ -73,7 +72,11 @@ TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints, float x_scale, const fl
   value = _mm256_mul_ps(value, _mm256_maskload_ps(scales, mask));
   if (bias != nullptr) value = _mm256_add_ps(value, _mm256_maskload_ps(bias, mask));
   if (dtype == DType::kFp32) {
-    _mm256_maskstore_ps(static_cast<float*>(y), mask, value);
+    if (rows == kRows) {
+      _mm256_storeu_ps(static_cast<float*>(y), value);
+    } else {
+      _mm256_maskstore_ps(static_cast<float*>(y), mask, value);  // AMD takes dozens of cycles for it
+    }
     return;
   }
   const __m256i bits = _mm256_castps_si256(value);
@@ -119,11 +122,12 @@ TWOFOUR_INLINE inline uint32_t largest_of(Ints v) {
   return most;
 }
 
-// One step of eight bytes.
+// One step: eight bytes and their negatives.
 TWOFOUR_INLINE inline void store_quantized(uint8_t* p, int64_t, Floats v, float factor, bool) {
   const __m256 scaled = _mm256_mul_ps(v, _mm256_set1_ps(factor));
   const __m256 rounded = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256i whole = _mm256_cvttps_epi32(rounded);
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  const __m128i negatives = _mm_sub_epi16(_mm_setzero_si128(), words);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, negatives));
 }

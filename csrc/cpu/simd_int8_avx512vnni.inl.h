@@ -5,6 +5,7 @@ constexpr int kRows = 16;           // rows of a vector
 constexpr int kGroupVectors = 2;    // vectors of rows that share one load of inputs
 constexpr int kBlockTokens = 12;    // 24 sums
 constexpr int kFewTokens = 8;
+constexpr int kInputBytes = kInt8Step;
 constexpr uint8_t kZeroInput = 128;
 
 using Ints = __m512i;
