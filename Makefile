@@ -14,7 +14,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_by
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench bench-smallest native-test sanitize sanitize-threads neon check clean
+.PHONY: demo test lint types examples bench bench-smallest native-test sanitize sanitize-threads neon emulated check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -78,6 +78,15 @@ neon: $(VENV)/installed
 	$(call native_test,native-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
 	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
 	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
+
+# The kernels for AVX-512 on a machine that may lack it: tests/native/emulated.
+emulated: $(VENV)/installed
+	@echo '#include <simde/x86/avx512.h>' | $${CXX:-c++} -E -x c++ - > /dev/null 2>&1 || \
+	  { echo "error: make emulated needs SIMDe, headers only. On Debian: apt-get install libsimde-dev"; exit 1; }
+	$(call native_test,native-emulated,-DTWOFOUR_EMULATE_AVX512=ON)
+	build/native-emulated/linear_test --require avx512 --require avx512bf16
+	tests/native/module_with.sh emulated TWOFOUR_EMULATE_AVX512=ON \
+	  python -m pytest -q -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py tests/kernels/test_int8.py tests/kernels/test_backward.py tests/kernels/test_epilogue.py
 
 check: lint types test native-test examples bench-smallest
 

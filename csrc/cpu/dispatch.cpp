@@ -1,15 +1,10 @@
 // Chooses the instruction set and the kernel family, cuts the work and lends scratch memory.
-#if defined(TWOFOUR_AARCH64) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(TWOFOUR_AARCH64) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
-
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/features.h"
 #include "cpu/linear.h"
 #include "cpu/work.h"
 #include "nm/layout.h"
@@ -18,30 +13,6 @@ namespace twofour::cpu {
 namespace {
 
 // ---- the table -----------------------------------------------------------------------------------------------------
-
-bool always() { return true; }
-#if defined(TWOFOUR_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#endif
-#if defined(TWOFOUR_AARCH64)
-bool has_neonbf16() {
-#if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
-#elif defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
-#else
-  return false;
-#endif
-}
-#endif
 
 struct Isa {
   const char* name;

@@ -3,7 +3,11 @@
 inline F splat_of(const float* p) { return _mm512_set1_ps(*p); }
 
 // The value stays in its register: the compiler would rather load it again for each use, and loads are what is scarce.
+#if defined(__AVX512F__)
 inline void keep_in_register(F& v) { __asm__("" : "+v"(v)); }
+#else  // emulated (tests/native/emulated): there is no such register
+inline void keep_in_register(F&) {}
+#endif
 
 // Lane k: the sum of the lanes of v[k]. Half the shuffles of a transpose: each step adds what it has brought together.
 inline F sums_of(F (&v)[16]) {

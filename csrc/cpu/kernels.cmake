@@ -1,6 +1,7 @@
 # twofour_add_kernels(target): everything in csrc/cpu, with the instruction sets of the processor that is built for.
 # Used by the Python module and by tests/native, so that both run the same files with the same flags.
 set(TWOFOUR_SANITIZE "" CACHE STRING "sanitizers to build with, as in \"address,undefined\"; a finding fails the run")
+option(TWOFOUR_EMULATE_AVX512 "run the AVX-512 kernels in plain C, for tests on machines without it (needs SIMDe)")
 
 function(twofour_add_kernels target)
   get_filename_component(csrc "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/.." ABSOLUTE)
@@ -34,6 +35,12 @@ function(twofour_add_kernels target)
     set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
     set(avx512bf16 ${avx512} -mavx512bf16)
     set(avx512vnni ${avx512} -mavx512vnni)
+    if(TWOFOUR_EMULATE_AVX512)
+      set(avx512 ${avx2} -O1 -Wno-psabi -I${csrc}/../tests/native/emulated)
+      set(avx512bf16 ${avx512})
+      set(avx512vnni ${avx512})
+      target_compile_definitions(${target} PRIVATE TWOFOUR_EMULATED_AVX512)
+    endif()
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
     endif()

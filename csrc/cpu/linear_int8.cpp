@@ -6,21 +6,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/features.h"
 #include "cpu/work.h"
 #include "nm/layout.h"
 
 namespace twofour::cpu {
 namespace {
-
-bool always() { return true; }
-#if defined(TWOFOUR_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
-bool has_avx512vnni() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-#endif
 
 struct Isa {
   const char* name;

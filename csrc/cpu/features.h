@@ -1,0 +1,47 @@
+// What the processor can do, asked at run time: for the files that dispatch an operation.
+#pragma once
+
+#if defined(TWOFOUR_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(TWOFOUR_AARCH64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <cstddef>
+#endif
+
+namespace twofour::cpu {
+
+inline bool always() { return true; }
+
+#if defined(TWOFOUR_X86)
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#if defined(TWOFOUR_EMULATED_AVX512)  // tests/native/emulated: nothing beyond AVX2 is executed
+inline bool has_avx512() { return has_avx2(); }
+inline bool has_avx512bf16() { return has_avx512(); }
+inline bool has_avx512vnni() { return has_avx512(); }
+#else
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+inline bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+inline bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
+#endif
+
+#if defined(TWOFOUR_AARCH64)
+inline bool has_neonbf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace twofour::cpu
