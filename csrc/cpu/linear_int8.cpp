@@ -172,13 +172,17 @@ const char* linear_int8(const LinearInt8Args& args, int threads, const char* isa
 
 namespace {
 
-// Calls visit(row, group, cell) for every group of the layout; `cell` counts (tile, step, row of the tile).
+// Calls visit(row, group, values, metadata, shift) for every group: where its two values start, where the bytes of
+// their places start, and how far up in these the places are.
 template <class Visit>
 void each_group(int64_t rows, int64_t groups, const Visit& visit) {
-  const int64_t steps = (groups + 1) / 2;
+  const int64_t steps = (groups + 1) / 2, quads = (steps + kInt8Quad - 1) / kInt8Quad;
   for (int64_t row = 0; row < rows; ++row) {
+    const int64_t tile = row / nm::kTileRows, r = row % nm::kTileRows;
     for (int64_t group = 0; group < groups; ++group) {
-      visit(row, group, ((row / nm::kTileRows * steps) + group / 2) * nm::kTileRows + row % nm::kTileRows);
+      const int64_t step = group / 2, first = group % 2 * nm::kKeep;
+      visit(row, group, ((tile * steps + step) * nm::kTileRows + r) * 4 + first,
+            ((tile * quads + step / kInt8Quad) * nm::kTileRows + r) * 4 + first, 2 * static_cast<int>(step % kInt8Quad));
     }
   }
 }
@@ -187,15 +191,16 @@ void each_group(int64_t rows, int64_t groups, const Visit& visit) {
 
 void pack_linear_int8(const int8_t* values, const uint8_t* metadata, int8_t* packed_values, uint8_t* packed_metadata,
                       int64_t out_features, int64_t in_features) {
-  const int64_t groups = nm::groups_of(in_features), cells = nm::tiles_of(out_features) * nm::kTileRows * ((groups + 1) / 2);
-  std::memset(packed_values, 0, static_cast<size_t>(cells) * 4);
-  std::memset(packed_metadata, nm::kPaddingNibble * 17, static_cast<size_t>(cells));
+  const int64_t groups = nm::groups_of(in_features), steps = (groups + 1) / 2;
+  const int64_t cells = nm::tiles_of(out_features) * nm::kTileRows * 4;
+  std::memset(packed_values, 0, static_cast<size_t>(cells * steps));
+  std::memset(packed_metadata, 0, static_cast<size_t>(cells * ((steps + kInt8Quad - 1) / kInt8Quad)));
   const int64_t metadata_row = nm::metadata_row_bytes(in_features);
-  each_group(out_features, groups, [&](int64_t row, int64_t group, int64_t cell) {
-    std::memcpy(packed_values + cell * 4 + group % 2 * 2, values + (row * groups + group) * 2, 2);
+  each_group(out_features, groups, [&](int64_t row, int64_t group, int64_t value, int64_t place, int shift) {
+    std::memcpy(packed_values + value, values + (row * groups + group) * 2, 2);
     const unsigned nibble = metadata[row * metadata_row + group / 2] >> (4 * (group % 2)) & 15u;
-    const unsigned other = packed_metadata[cell] & (group % 2 == 0 ? 0xF0u : 0x0Fu);
-    packed_metadata[cell] = static_cast<uint8_t>(other | nibble << (4 * (group % 2)));
+    packed_metadata[place] = static_cast<uint8_t>(packed_metadata[place] | nm::first_of(nibble) << shift);
+    packed_metadata[place + 1] = static_cast<uint8_t>(packed_metadata[place + 1] | nm::second_of(nibble) << shift);
   });
 }
 
@@ -203,9 +208,9 @@ void unpack_linear_int8(const int8_t* packed_values, const uint8_t* packed_metad
                         uint8_t* metadata, int64_t out_features, int64_t in_features) {
   const int64_t groups = nm::groups_of(in_features), metadata_row = nm::metadata_row_bytes(in_features);
   std::memset(metadata, 0, static_cast<size_t>(out_features * metadata_row));
-  each_group(out_features, groups, [&](int64_t row, int64_t group, int64_t cell) {
-    std::memcpy(values + (row * groups + group) * 2, packed_values + cell * 4 + group % 2 * 2, 2);
-    const unsigned nibble = packed_metadata[cell] >> (4 * (group % 2)) & 15u;
+  each_group(out_features, groups, [&](int64_t row, int64_t group, int64_t value, int64_t place, int shift) {
+    std::memcpy(values + (row * groups + group) * 2, packed_values + value, 2);
+    const unsigned nibble = nm::nibble_of(packed_metadata[place] >> shift & 3u, packed_metadata[place + 1] >> shift & 3u);
     metadata[row * metadata_row + group / 2] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
   });
 }

@@ -10,13 +10,16 @@
 // below 2^-119 counts as zero (its scale would be subnormal). A token with NaN or inf at any place, dropped ones too,
 // gives NaN in all its outputs.
 //
-// Layout: tiles of 16 rows as in nm/layout.h, two groups (8 inputs, a "step") at a time; `steps = ceil(in / 8)`.
+// Layout: tiles of 16 rows as in nm/layout.h, two groups (8 inputs, a "step") at a time; `steps = ceil(in / 8)`, and
+// four steps a "quad", `quads = ceil(steps / 4)`.
 //
 //   values    [tiles, steps, 16, 4] int8    | r0.g0.v0 r0.g0.v1 r0.g1.v0 r0.g1.v1 | r1... | .. | r15... |
-//   metadata  [tiles, steps, 16] uint8      byte of row r: nibble of the first group | nibble of the second << 4
+//   metadata  [tiles, quads, 16, 4] uint8   byte k of row r: where in its group kept value k of the row is, two bits
+//                                           for each step of the quad, the first lowest
 //
-// One 32-bit lane for a row: vpshufb takes its four inputs out of the eight, one dot product adds them up. Rows beyond
-// out_features and the group beyond an odd number of groups hold the value 0 and the nibble of (0, 1).
+// One 32-bit lane for a row: shifted and masked, the metadata are the places of the step's four values, with which
+// vpshufb takes their inputs out of the eight; one dot product adds them up. Rows beyond out_features, the group beyond an
+// odd number of groups and steps beyond the last hold the value 0 (if any) and place 0.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
 #pragma once
@@ -29,6 +32,7 @@
 namespace twofour::cpu {
 
 constexpr int kInt8Step = 8;                          // inputs of a step
+constexpr int kInt8Quad = 4;                          // steps whose metadata lie together
 constexpr int64_t kInt8MostInputs = int64_t{1} << 18;  // 2^17 kept products of at most 127 * 128 fit an int32
 constexpr float kInt8Smallest = 0x1p-119f;            // the scale of any larger token is a normal number
 

@@ -83,15 +83,16 @@ void write(const LinearInt8Args& args, int32_t sum, float x_scale, int64_t token
 
 void block(const LinearInt8Args& args, const int8_t* q, int64_t width, const float* x_scales, int64_t token0,
            int64_t row) {
-  const int64_t steps = steps_of(args), r = row % nm::kTileRows;
+  const int64_t steps = steps_of(args), quads = (steps + kInt8Quad - 1) / kInt8Quad, r = row % nm::kTileRows;
   int32_t sums[kBlockTokens] = {};
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t cell = (row / nm::kTileRows * steps + step) * nm::kTileRows + r;
-    const unsigned places = args.metadata[cell];
+    const int64_t quad = row / nm::kTileRows * quads + step / kInt8Quad;
+    const uint8_t* places = args.metadata + (quad * nm::kTileRows + r) * 4;
     const int8_t* x = q + step * width * kInt8Step;
     for (int kept = 0; kept < 4; ++kept) {
       const int32_t weight = args.values[cell * 4 + kept];
-      const unsigned place = (places >> (2 * kept) & 3u) + (kept < 2 ? 0 : 4);
+      const unsigned place = (places[kept] >> (2 * (step % kInt8Quad)) & 3u) + (kept < nm::kKeep ? 0 : nm::kGroup);
       for (int64_t t = 0; t < width; ++t) sums[t] += weight * x[t * kInt8Step + place];
     }
   }

@@ -3,13 +3,22 @@
 
 constexpr int kTileVectors = nm::kTileRows / kRows;
 constexpr int kStepValueBytes = nm::kTileRows * 4;  // of one step of a tile
-constexpr int kStepMetadataBytes = nm::kTileRows;
+constexpr int kQuadMetadataBytes = nm::kTileRows * 4;
 constexpr int kDecodedBytes = 2 * 4 * kRows;  // one decoded step of a vector
 constexpr int kChunkSteps = 128;              // decoded at once: 32 KiB for two vectors of 16 rows
-constexpr int kFewAhead = 64;         // steps from a prefetch to the use of the weights: 16 cost 25 %, bursts 60 %
 constexpr int kBlockStep = 4;
+static_assert(kChunkSteps % kInt8Quad == 0, "chunks are whole quads");
 
 int64_t steps_of(const LinearInt8Args& args) { return (args.in_features + kInt8Step - 1) / kInt8Step; }
+int64_t quads_of(const LinearInt8Args& args) { return (steps_of(args) + kInt8Quad - 1) / kInt8Quad; }
+
+// Where the values, or the metadata, of a vector of rows (counted over all tiles) start.
+const int8_t* values_of(const LinearInt8Args& args, int64_t vector) {
+  return args.values + vector / kTileVectors * steps_of(args) * kStepValueBytes + vector % kTileVectors * kRows * 4;
+}
+const uint8_t* metadata_of(const LinearInt8Args& args, int64_t vector) {
+  return args.metadata + vector / kTileVectors * quads_of(args) * kQuadMetadataBytes + vector % kTileVectors * kRows * 4;
+}
 
 // ---- quantization ----------------------------------------------------------------------------------------------------
 
@@ -94,7 +103,6 @@ TWOFOUR_INLINE inline void write(const LinearInt8Args& args, Ints sum, Ints offs
 // kVectors vectors of rows side by side: more streams of memory for the processor to fetch ahead.
 template <int kTokens, int kVectors>
 void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float* x_scales, int64_t vector) {
-  constexpr int kUnrolled = 4;                               // steps: four lines of values, one of metadata
   constexpr int kChains = kTokens * kVectors <= 4 ? 2 : 1;  // a dot product takes four cycles
   const int64_t steps = steps_of(args);
   const int8_t* values[kVectors];
@@ -102,33 +110,42 @@ void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float*
   const uint8_t* x = quantized;
   Ints sums[kChains][kVectors][kTokens], offsets[kChains][kVectors];
   unroll<kVectors>([&](auto v) {
-    const int64_t tile = (vector + v) / kTileVectors, part = (vector + v) % kTileVectors;
-    values[v] = args.values + tile * steps * kStepValueBytes + part * kRows * 4;
-    metadata[v] = args.metadata + tile * steps * kStepMetadataBytes + part * kRows;
+    values[v] = values_of(args, vector + v);
+    metadata[v] = metadata_of(args, vector + v);
     unroll<kChains>([&](auto c) {
       offsets[c][v] = zero_ints();
       unroll<kTokens>([&](auto t) { sums[c][v][t] = zero_ints(); });
     });
   });
+  Places places[kVectors];
+  const auto load_quad = [&]() TWOFOUR_INLINE {
+    unroll<kVectors>([&](auto v) {
+      places[v] = load_places(metadata[v]);
+      metadata[v] += kQuadMetadataBytes;
+    });
+  };
   const auto one_step = [&](auto chain) TWOFOUR_INLINE {
     unroll<kVectors>([&](auto v) {
-      const Weights w = weights_at(values[v], metadata[v]);
+      const Weights w = weights_at(values[v], places[v]);
+      places[v] = of_next_step(places[v]);
       offsets[chain][v] = add_offsets(offsets[chain][v], w);
       unroll<kTokens>([&](auto t) { sums[chain][v][t] = dot(sums[chain][v][t], w, load_inputs(x + t * kInputBytes)); });
       values[v] += kStepValueBytes;
-      metadata[v] += kStepMetadataBytes;
     });
     x += kTokens * kInputBytes;
   };
   int64_t step = 0;
-  for (; step + kUnrolled <= steps; step += kUnrolled) {
+  for (; step + kInt8Quad <= steps; step += kInt8Quad) {
     // Reading ahead past the end of the tensors is harmless.
-    unroll<kVectors>([&](auto v) { __builtin_prefetch(metadata[v] + kFewAhead / kVectors * kStepMetadataBytes); });
-    unroll<kUnrolled>([&](auto u) {
-      unroll<kVectors>([&](auto v) { __builtin_prefetch(values[v] + kFewAhead / kVectors * kStepValueBytes); });
+    constexpr int64_t kAhead = kFewAhead / kVectors;
+    unroll<kVectors>([&](auto v) { __builtin_prefetch(metadata[v] + kAhead / kInt8Quad * kQuadMetadataBytes); });
+    load_quad();
+    unroll<kInt8Quad>([&](auto u) {
+      unroll<kVectors>([&](auto v) { __builtin_prefetch(values[v] + kAhead * kStepValueBytes); });
       one_step(Constant<u % kChains>{});
     });
   }
+  if (step < steps) load_quad();
   for (; step < steps; ++step) one_step(Constant<0>{});
   unroll<kVectors>([&](auto v) {
     if (kChains == 2) {
@@ -142,7 +159,7 @@ void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float*
 template <int kTokens>
 void few_of(const LinearInt8Args& args, const uint8_t* quantized, const float* x_scales, int64_t vector0,
             int64_t vector1) {
-  constexpr int kVectors = kTokens == 1 ? 2 * kGroupVectors : kTokens == 2 ? kGroupVectors : 1;
+  constexpr int kVectors = few_vectors(kTokens);
   int64_t vector = vector0;
   for (; vector + kVectors <= vector1; vector += kVectors) {
     few_rows<kTokens, kVectors>(args, quantized, x_scales, vector);
@@ -211,15 +228,17 @@ void many_of(const LinearInt8Args& args, uint8_t* scratch, const uint8_t* quanti
   for (int64_t step0 = 0; step0 < steps; step0 += kChunkSteps) {
     const int64_t chunk = smaller(kChunkSteps, steps - step0);
     unroll<kVectors>([&](auto v) {
-      const int64_t vector = vector0 + v, tile = vector / kTileVectors, part = vector % kTileVectors;
-      const int8_t* values = args.values + (tile * steps + step0) * kStepValueBytes + part * kRows * 4;
-      const uint8_t* metadata = args.metadata + (tile * steps + step0) * kStepMetadataBytes + part * kRows;
+      const int8_t* values = values_of(args, vector0 + v) + step0 * kStepValueBytes;
+      const uint8_t* metadata = metadata_of(args, vector0 + v) + step0 / kInt8Quad * kQuadMetadataBytes;
+      Places places;
       for (int64_t step = 0; step < chunk; ++step) {
+        const uint8_t* quad = metadata + step / kInt8Quad * kQuadMetadataBytes;
         if (alone) {  // one block or two do not get round to all of the next chunk
           __builtin_prefetch(values + (step + kChunkSteps) * kStepValueBytes);
-          if (step % 4 == 0) __builtin_prefetch(metadata + (step + kChunkSteps) * kStepMetadataBytes);
+          if (step % kInt8Quad == 0) __builtin_prefetch(quad + kChunkSteps / kInt8Quad * kQuadMetadataBytes);
         }
-        const Weights w = weights_at(values + step * kStepValueBytes, metadata + step * kStepMetadataBytes);
+        places = step % kInt8Quad == 0 ? load_places(quad) : of_next_step(places);
+        const Weights w = weights_at(values + step * kStepValueBytes, places);
         offsets[v] = add_offsets(offsets[v], w);
         store_weights(decoded + (step * kVectors + v) * kDecodedBytes, w);
       }
@@ -227,11 +246,12 @@ void many_of(const LinearInt8Args& args, uint8_t* scratch, const uint8_t* quanti
     // The first blocks fetch the weights of the next chunk: 64 steps of values are 64 lines, of metadata 16.
     const bool last = step0 + kChunkSteps >= steps;
     const int64_t next_vector = last ? vector0 + kVectors : vector0, next_step = last ? 0 : step0 + kChunkSteps;
-    const int64_t next = next_vector / kTileVectors * steps + next_step;
-    const int64_t second = (next_vector + kVectors - 1) / kTileVectors * steps + next_step;
-    const auto* all_values = reinterpret_cast<const uint8_t*>(args.values);
-    const uint8_t* ahead[] = {all_values + next * kStepValueBytes, all_values + second * kStepValueBytes,
-                              args.metadata + next * kStepMetadataBytes, args.metadata + second * kStepMetadataBytes};
+    const int8_t* values[] = {values_of(args, next_vector), values_of(args, next_vector + kVectors - 1)};
+    const uint8_t* metadata[] = {metadata_of(args, next_vector), metadata_of(args, next_vector + kVectors - 1)};
+    const int64_t next_quad = next_step / kInt8Quad;
+    const uint8_t* ahead[] = {reinterpret_cast<const uint8_t*>(values[0] + next_step * kStepValueBytes),
+                              reinterpret_cast<const uint8_t*>(values[1] + next_step * kStepValueBytes),
+                              metadata[0] + next_quad * kQuadMetadataBytes, metadata[1] + next_quad * kQuadMetadataBytes};
     int number = 0;
     for (int64_t token = token0; token < token1; ++number) {
       const int64_t width = int8_block_width(token1 - token, kBlockTokens, kBlockStep);

@@ -8,6 +8,8 @@ constexpr int kRows = 8;
 constexpr int kGroupVectors = 2;  // vectors of rows that share one load of inputs
 constexpr int kBlockTokens = 4;   // 8 sums of the 16 registers
 constexpr int kFewTokens = 8;
+constexpr int few_vectors(int) { return 2; }  // of rows side by side: a tile. One: 1.4 times as long at four tokens
+constexpr int kFewAhead = 128;                // steps from a prefetch to the use of the weights; with 64 8 % longer
 constexpr int kInputBytes = 2 * kInt8Step;
 constexpr uint8_t kZeroInput = 0;
 
@@ -25,23 +27,19 @@ TWOFOUR_INLINE inline Ints load_ints(const int32_t* p) {
 }
 TWOFOUR_INLINE inline void store_ints(int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
-// Four indices 0..7 a row out of its byte of metadata: each byte of the lane gets the row's byte, keeps its own two bits,
-// and a table turns 4, 8, 12 into 1, 2, 3. Any byte gives indices inside the eight inputs.
-TWOFOUR_INLINE inline __m256i places_of(const uint8_t* metadata) {
-  const __m256i rows = _mm256_setr_epi32(0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505,
-                                         0x06060606, 0x07070707);
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0));
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(metadata));
-  const __m256i spread = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), rows);
-  const __m256i first = _mm256_and_si256(spread, _mm256_set1_epi32(0x00000C03));
-  const __m256i second = _mm256_and_si256(_mm256_srli_epi32(spread, 4), _mm256_set1_epi32(0x0C030000));
-  return _mm256_or_si256(_mm256_shuffle_epi8(table, _mm256_or_si256(first, second)), _mm256_set1_epi32(0x04040000));
+using Places = __m256i;  // of the step at hand in the low bits of every byte, those of later steps above
+TWOFOUR_INLINE inline Places load_places(const uint8_t* quad) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quad));
 }
+TWOFOUR_INLINE inline Places of_next_step(Places places) { return _mm256_srli_epi16(places, 2); }
 
-TWOFOUR_INLINE inline Weights weights_at(const int8_t* values, const uint8_t* metadata) {
+// Which of the sixteen bytes: 4 more for the second group, 8 more (-q) for a negative weight. Whatever the metadata say,
+// the place is inside.
+TWOFOUR_INLINE inline Weights weights_at(const int8_t* values, Places places) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-  const __m256i negative = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(8));  // the second eight inputs
-  return {_mm256_or_si256(places_of(metadata), negative), _mm256_abs_epi8(v)};
+  const __m256i signs = _mm256_or_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi32(0x04040000));
+  const __m256i more = _mm256_and_si256(signs, _mm256_set1_epi32(0x0C0C0808));
+  return {_mm256_or_si256(_mm256_and_si256(places, _mm256_set1_epi8(3)), more), _mm256_abs_epi8(v)};
 }
 TWOFOUR_INLINE inline Weights load_weights(const uint8_t* decoded) {
   return {_mm256_load_si256(reinterpret_cast<const __m256i*>(decoded)),

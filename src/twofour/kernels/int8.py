@@ -61,10 +61,10 @@ def packed_shapes(out_features: int, in_features: int) -> tuple[tuple[int, ...],
     """Shapes of the values (int8) and of the metadata (uint8) in the int8 layout.
 
     >>> packed_shapes(100, 60)
-    ((7, 8, 16, 4), (7, 8, 16))
+    ((7, 8, 16, 4), (7, 2, 16, 4))
     """
     tiles, steps = -(-out_features // cpu.TILE_ROWS), -(-in_features // 8)
-    return (tiles, steps, cpu.TILE_ROWS, 4), (tiles, steps, cpu.TILE_ROWS)
+    return (tiles, steps, cpu.TILE_ROWS, 4), (tiles, -(-steps // 4), cpu.TILE_ROWS, 4)
 
 
 def pack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> Operands:
@@ -135,7 +135,7 @@ def linear_cpu(
         and metadata.dtype == torch.uint8
         and scales.dtype == torch.float32
         and values.numel() == tiles * steps * 4 * cpu.TILE_ROWS
-        and metadata.numel() == tiles * steps * cpu.TILE_ROWS
+        and metadata.numel() == tiles * -(-steps // 4) * 4 * cpu.TILE_ROWS
         and scales.numel() == out_features
         and values.is_contiguous()
         and metadata.is_contiguous()
