@@ -61,6 +61,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; default both.")] = None,
     smallest: Annotated[
         bool, typer.Option("--smallest", help="Without torch.compile, few tokens, two rounds.")
     ] = False,
@@ -71,14 +72,15 @@ def main(
     ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     rows = []
-    for dtype_name, dtype in DTYPES.items():
-        rivals = models(dtype, compiled=not smallest)
+    for dtype_name in dtype or DTYPES:
+        torch_dtype = DTYPES[dtype_name]
+        rivals = models(torch_dtype, compiled=not smallest)
         with torch.no_grad():
             outputs = {name: model(**inputs).last_hidden_state.float() for name, model in rivals.items()}
             scale = float(outputs["eager"].abs().max())
             for name, output in outputs.items():
                 apart = float((output - outputs["eager"]).abs().max()) / scale
-                if not apart < (1e-4 if dtype == torch.float32 else 0.1):
+                if not apart < (1e-4 if torch_dtype == torch.float32 else 0.1):
                     raise SystemExit(f"{name} in {dtype_name} is {apart:.1e} of the largest output away from eager")
             times: dict[str, list[float]] = {name: [] for name in rivals}
             for turn in range(rounds + 1):
