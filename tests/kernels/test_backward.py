@@ -376,18 +376,19 @@ def turned(native: None) -> Iterator[dict[int, object]]:
     ops_grad._turned.clear()
 
 
-def test_transposable_weights_run_transposed_and_stay_right(turned: dict[int, object]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposable_weights_run_transposed_and_stay_right(turned: dict[int, object], dtype: torch.dtype) -> None:
     from twofour import _native
 
-    weight = torch.randint(-4, 5, (20, 32)).bfloat16()
+    weight = torch.randint(-4, 5, (20, 32)).to(dtype)
     matrix = SparseMatrix.from_dense(weight, "2:4t", prune=True)
-    grad = torch.randint(-4, 5, (7, 20)).bfloat16()
-    x = torch.randint(-4, 5, (7, 32)).bfloat16().requires_grad_()
+    grad = torch.randint(-4, 5, (7, 20)).to(dtype)
+    x = torch.randint(-4, 5, (7, 32)).to(dtype).requires_grad_()
 
     def found() -> Tensor:
         return torch.autograd.grad(kernels.linear(x, matrix, backend="cpu"), x, grad)[0]
 
-    assert torch.equal(found(), (grad.double() @ matrix.to_dense().double()).bfloat16())
+    assert torch.equal(found(), (grad.double() @ matrix.to_dense().double()).to(dtype))
     assert len(turned) == 1
     kept = next(iter(turned.values()))
     found()
@@ -396,10 +397,10 @@ def test_transposable_weights_run_transposed_and_stay_right(turned: dict[int, ob
 
     matrix.prepared["cpu"][0].mul_(2)  # weights that change are not transposed again and again
     for _ in range(2):
-        assert torch.equal(found(), (2 * grad.double() @ matrix.to_dense().double()).bfloat16())
+        assert torch.equal(found(), (2 * grad.double() @ matrix.to_dense().double()).to(dtype))
         assert _native.last_kernel().endswith("grad_input")
     matrix.prepared["cpu"][0].div_(2)
-    assert torch.equal(found(), (grad.double() @ matrix.to_dense().double()).bfloat16())
+    assert torch.equal(found(), (grad.double() @ matrix.to_dense().double()).to(dtype))
 
 
 def test_transposed_copies_die_with_their_weights(turned: dict[int, object]) -> None:

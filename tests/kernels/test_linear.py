@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,11 +43,7 @@ def test_integers_are_exact_at_any_size(
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 129])
-def test_real_inputs_stay_within_the_bound(
-    backend: str, dtype: torch.dtype, tokens: int, require_onednn: Callable[[torch.dtype], None]
-) -> None:
-    if backend == "onednn":
-        require_onednn(dtype)
+def test_real_inputs_stay_within_the_bound(backend: str, dtype: torch.dtype, tokens: int) -> None:
     if backend == "cpu" and dtype == torch.float16:
         matrix = SparseMatrix.from_dense(torch.randn(8, 8).to(dtype), prune=True)
         with pytest.raises(UnsupportedError, match="backend 'cpu' cannot run this layer: float16 has no native kernel"):

