@@ -16,17 +16,19 @@
 constexpr int kMaxChunkGroups = 64;
 constexpr int kChunkStep = 4;  // groups; so that packing works on whole vectors of K
 
-// The offsets of R rows, group after group, each loaded two groups ahead of its turn.
-template <class Offset, int R>
+// The offsets of R rows, group after group, each loaded two groups ahead of its turn; one for each S rows.
+template <class Offset, int R, int S = 1>
 struct OffsetsAhead {
   static constexpr int kPerWord = sizeof(uint64_t) / sizeof(Offset);
-  static constexpr int kPieces = (R + 2 * kPerWord - 1) / (2 * kPerWord);  // of two words
+  static constexpr int kOffsets = R > S ? R / S : 1;
+  static constexpr int kStride = nm::kTileRows / S;
+  static constexpr int kPieces = (kOffsets + 2 * kPerWord - 1) / (2 * kPerWord);  // of two words
 
   uint64_t words[kPieces][2];
   Ahead next[kPieces];
   const Offset* offsets;
 
-  TWOFOUR_INLINE explicit OffsetsAhead(const Offset* first) : offsets(first + nm::kTileRows) {
+  TWOFOUR_INLINE explicit OffsetsAhead(const Offset* first) : offsets(first + kStride) {
     unroll<kPieces>([&](auto p) TWOFOUR_INLINE { next[p] = load_ahead(first + 2 * kPerWord * p); });
     advance();
   }
@@ -34,10 +36,10 @@ struct OffsetsAhead {
   TWOFOUR_INLINE void advance() {
     unroll<kPieces>([&](auto p) TWOFOUR_INLINE {
       words[p][0] = arrived<0>(next[p]);
-      if (2 * kPerWord * p + kPerWord < R) words[p][1] = arrived<1>(next[p]);
+      if (2 * kPerWord * p + kPerWord < kOffsets) words[p][1] = arrived<1>(next[p]);
       next[p] = load_ahead(offsets + 2 * kPerWord * p);
     });
-    offsets += nm::kTileRows;
+    offsets += kStride;
   }
 };
 

@@ -103,8 +103,9 @@ struct ManyPairs {
     return _mm512_add_epi32(base, _mm512_set1_epi32(a | (32 + b) << 16));
   }
 
-  // Three vectors of 32 words: which 16 bits of the metadata of two groups have the nibble of a row, how far
-  // up the nibble is, and the byte offset of its pair (twice, because vpermw reads five bits of the index).
+  // Three vectors of 32 words for 16 bytes of metadata: which 16 bits of them have the nibble, how far up it is, and the
+  // byte offset of its pair (twice, because vpermw reads five bits of the index). 32 nibbles are those of two groups, or of
+  // 2 * S where S rows share one.
   struct OffsetTables {
     uint16_t word[32], shift[32], offset[32];
   };
@@ -112,7 +113,7 @@ struct ManyPairs {
   static constexpr OffsetTables offset_tables() {
     OffsetTables tables{};
     for (int i = 0; i < 32; ++i) {
-      const int bit = 8 * nm::metadata_bytes(S) * (i / nm::kTileRows) + nm::bit_of_row(i % nm::kTileRows, S);
+      const int bit = S == 1 ? 8 * nm::kTileMetadataBytes * (i / nm::kTileRows) + nm::bit_of_row(i % nm::kTileRows, 1) : 4 * i;
       tables.word[i] = static_cast<uint16_t>(bit / 16);
       tables.shift[i] = static_cast<uint16_t>(bit % 16);
       tables.offset[i] = static_cast<uint16_t>(nm::pair_of(i % 16) * NV * static_cast<int>(sizeof(F)));
@@ -120,26 +121,25 @@ struct ManyPairs {
     return tables;
   }
 
-  // 2, 4, 8 or 16 bytes, and zeros behind them.
-  template <int kBytes>
-  static __m128i load_bytes(const uint8_t* p) {
-    if constexpr (kBytes == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if constexpr (kBytes == 8) return _mm_cvtsi64_si128(static_cast<int64_t>(bits_of<uint64_t>(p)));
-    if constexpr (kBytes == 4) return _mm_cvtsi32_si128(static_cast<int>(bits_of<uint32_t>(p)));
-    return _mm_cvtsi32_si128(static_cast<int>(bits_of<uint16_t>(p)));
+  // The first n bytes, and zeros behind them where there are fewer than 16.
+  static __m128i load_bytes(const uint8_t* p, int n) {
+    if (n >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    uint8_t bytes[16] = {};
+    __builtin_memcpy(bytes, p, static_cast<size_t>(n));
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
   }
 
+  // [groups][rows of a tile, one for those that share a mask].
   template <int NV, int S>
   static void offsets(const uint8_t* metadata, int groups, uint16_t* offsets) {
     static constexpr OffsetTables kTables = offset_tables<NV, S>();
-    constexpr int kBytes = nm::metadata_bytes(S);
     const I word = _mm512_loadu_si512(kTables.word), shift = _mm512_loadu_si512(kTables.shift);
     const I offset = _mm512_loadu_si512(kTables.offset);
-    for (int g = 0; g < groups; g += 2) {
-      const uint8_t* from = metadata + g * kBytes;
-      const __m128i bytes = g + 1 < groups ? load_bytes<2 * kBytes>(from) : load_bytes<kBytes>(from);
-      const I nibbles = _mm512_srlv_epi16(_mm512_permutexvar_epi16(word, _mm512_castsi128_si512(bytes)), shift);
-      _mm512_storeu_si512(offsets + g * nm::kTileRows, _mm512_permutexvar_epi16(nibbles, offset));
+    const int bytes = groups * nm::metadata_bytes(S);
+    for (int b = 0; b < bytes; b += 16, offsets += 32) {
+      const I from = _mm512_castsi128_si512(load_bytes(metadata + b, bytes - b));
+      const I nibbles = _mm512_srlv_epi16(_mm512_permutexvar_epi16(word, from), shift);
+      _mm512_storeu_si512(offsets, _mm512_permutexvar_epi16(nibbles, offset));
     }
   }
 
@@ -149,16 +149,17 @@ struct ManyPairs {
   TWOFOUR_INLINE static void step(const char* panel, const uint16_t* offsets, const bf16* weights, int row, int groups,
                                   const char* next_weights, F (&sums)[R][NV]) {
     weights += row * nm::kKeep;
-    OffsetsAhead<Offset, R> ahead(offsets + row);
+    OffsetsAhead<Offset, R, S> ahead(offsets + row / S);
     for (int g = 0; g < groups; ++g) {
       __builtin_prefetch(next_weights);
       next_weights += R * nm::kKeep * sizeof(bf16);
-      const OffsetsAhead<Offset, R> now = ahead;
+      const OffsetsAhead<Offset, R, S> now = ahead;
       ahead.advance();
       unroll<R / 4>([&](auto q) TWOFOUR_INLINE {
         const Quad quad = load_quad(reinterpret_cast<const float*>(weights + q * 4 * nm::kKeep));
         unroll<4 / S>([&](auto s) TWOFOUR_INLINE {
-          const char* x = panel + (now.words[q / 2][q % 2] >> (16 * S * s) & 0xffff);
+          constexpr int offset = 4 / S * q + s;
+          const char* x = panel + (now.words[offset / 8][offset / 4 % 2] >> (16 * (offset % 4)) & 0xffff);
           I w[S];
           unroll<S>([&](auto i) TWOFOUR_INLINE { w[i] = _mm512_castps_si512(splat<S * s + i>(quad)); });
           unroll<NV>([&](auto v) TWOFOUR_INLINE {
