@@ -1,5 +1,7 @@
 """What the CPU kernels are to reach against oneDNN prepacked, and whether the JSON says they do.
 
+The bars are those of a Zen 5 core with AVX-512-BF16. Where oneDNN refuses the dtype, F.linear is the rival.
+
 python benchmarks/bars.py benchmarks/results/<machine>/linear.json
 """
 
@@ -46,7 +48,7 @@ def main(path: Path) -> None:
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     for bar in BARS:
         found = [
-            row["x_onednn"]
+            row["x_onednn"] or row["x_f_linear"]
             for row in rows
             if row["layer"] in bar.layers
             and (row["dtype"], row["pattern"], row["threads"]) == (bar.dtype, bar.pattern, 1)

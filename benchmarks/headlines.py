@@ -1,6 +1,7 @@
 """The README's numbers, written from the JSON files; tests/test_readme.py checks that the README has these lines.
 
-python benchmarks/headlines.py benchmarks/results/<machine>
+python benchmarks/headlines.py benchmarks/results/<machine>           with AVX-512-BF16
+python benchmarks/headlines.py benchmarks/results/<machine> --avx2    without AVX-512
 """
 
 from __future__ import annotations
@@ -37,13 +38,39 @@ def headlines(folder: Path, shown: str) -> list[str]:
     ]
 
 
-def _row(record: dict[str, Any], dtype: str, tokens: int) -> dict[str, Any]:
+def headline_avx2(folder: Path, shown: str) -> str:
+    """One line of Markdown on a processor without AVX-512.
+
+    Args:
+        folder: holds linear.json, int8.json and encoder.json.
+        shown: the folder as the README links to it.
+    """
+    linear, int8, encoder = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("linear", "int8", "encoder")
+    )
+    plain, shared = _row(linear, "fp32", 512), _row(linear, "fp32", 512, "2:4x4")
+    eight = next(row for row in int8["rows"] if (row["layer"], row["tokens"], row["threads"]) == ("square", 256, 1))
+    model = next(row for row in encoder["rows"] if row["dtype"] == "fp32")
+    return (
+        f"- **With AVX2 alone** (a Zen 4 core, no AVX-512), one thread: {plain['x_onednn']:.2f}× oneDNN for the same layer,"
+        f" {shared['x_onednn']:.2f}× as 2:4x4 ([JSON]({shown}/linear.json)); int8, 256 tokens, {eight['x_strongest']:.2f}×"
+        f" the better of torch's int8 kernels ([JSON]({shown}/int8.json)); the MiniLM encoder {model['x_best_dense']:.2f}×"
+        f" the best dense one in float32 ([JSON]({shown}/encoder.json))."
+    )
+
+
+def _row(record: dict[str, Any], dtype: str, tokens: int, pattern: str = "2:4") -> dict[str, Any]:
     wanted = ("square", dtype, tokens, 1)
     for row in record["rows"]:
-        if row.get("pattern", "2:4") == "2:4" and (row["layer"], row["dtype"], row["tokens"], row["threads"]) == wanted:
+        if (
+            row.get("pattern", "2:4") == pattern
+            and (row["layer"], row["dtype"], row["tokens"], row["threads"]) == wanted
+        ):
             return dict(row)
     raise SystemExit(f"no row {wanted} in the JSON: run bench_linear.py whole")
 
 
 if __name__ == "__main__":
-    print("\n".join(headlines(Path(sys.argv[1]), sys.argv[1].rstrip("/"))))
+    folder = Path(sys.argv[1])
+    avx2 = sys.argv[2:] == ["--avx2"]
+    print(headline_avx2(folder, str(folder)) if avx2 else "\n".join(headlines(folder, str(folder))))

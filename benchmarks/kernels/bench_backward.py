@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kernels.bench_linear import DTYPES, commit
 from benchmarks.shapes import LAYERS, SMALLEST, Layer
+from benchmarks.turns import in_turns, ratios_to
 
 from twofour import SparseMatrix
 from twofour.kernels import cpu, cpu_grad
@@ -77,18 +77,6 @@ def check(name: str, found: Tensor, expected: Tensor, magnitude: Tensor, terms: 
         raise SystemExit(f"{name} is wrong")
 
 
-def timed(kernels: dict[str, Gradient], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each kernel, in turn."""
-    times: dict[str, list[float]] = {name: [] for name in kernels}
-    for repeat in range(repeats + 2):
-        for name, function in kernels.items():
-            start = time.perf_counter()
-            function()
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def measure(layer: Layer, dtype_name: str, tokens: int, threads: int, repeats: int) -> list[Row]:
     """Times both gradients of a layer with a transposable weight, so that all of the kernels apply to it."""
     torch.set_num_threads(threads)
@@ -134,13 +122,9 @@ def measure(layer: Layer, dtype_name: str, tokens: int, threads: int, repeats: i
 
     lines = []
     for gradient, functions in (("input", of_input), ("values", of_values)):
-        times = timed(functions, repeats)
+        times = in_turns(functions, repeats)
         median = {name: statistics.median(seconds) for name, seconds in times.items()}
-        own = times["twofour"]
-        ratio = {
-            name: statistics.median(rival / mine for rival, mine in zip(seconds, own, strict=True))
-            for name, seconds in times.items()
-        }
+        ratio = ratios_to("twofour", times)
         lines.append(
             Row(
                 gradient=gradient,

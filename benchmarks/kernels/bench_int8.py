@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kernels.bench_linear import COLD_BYTES, COLD_TOKENS, MOST_COPIES, commit, native_kernel, rotating
 from benchmarks.shapes import LAYERS, SMALLEST, Layer
+from benchmarks.turns import in_turns, ratios_to
 
 from twofour import SparseMatrix
 from twofour.kernels import int8, reference
@@ -124,18 +125,10 @@ def measure(layer: Layer, tokens: int, threads: int, repeats: int) -> Row:
             raise SystemExit(f"{engine} is wrong on {list(weight.shape)} at {tokens} tokens")
     kernel = native_kernel(kernels["twofour"], x)
 
-    times: dict[str, list[float]] = {name: [] for name in kernels}
-    for repeat in range(repeats + 2):
-        for name, function in kernels.items():
-            start = time.perf_counter()
-            function(x)
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
-    own = times["twofour"]
-    seconds = statistics.median(own)
-    ratios = {
-        name: statistics.median(rival / mine for rival, mine in zip(times[name], own, strict=True)) for name in engines
-    }
+    times = in_turns({name: partial(function, x) for name, function in kernels.items()}, repeats)
+    seconds = statistics.median(times["twofour"])
+    every_ratio = ratios_to("twofour", times)
+    ratios = {name: every_ratio[name] for name in engines}
     return Row(
         layer=layer.name,
         out_features=layer.out_features,

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.shapes import LAYERS, SMALLEST, TOKENS, Layer
+from benchmarks.turns import in_turns, ratios_to
 
 from twofour import SparseMatrix
 from twofour.kernels import cpu
@@ -57,6 +58,9 @@ COLD_TOKENS = 16
 """Up to this many tokens the weights are cold."""
 COLD_BYTES = 160 << 20
 """Bytes of weights that each kernel rotates through: several times a last-level cache."""
+
+MEASURED = ("kernels", "models", "shapes.py", "turns.py")
+"""What else than twofour itself decides the numbers."""
 
 MOST_COPIES = 1000
 """Enough for every layer of a real model; the smallest case would need ten thousand."""
@@ -196,36 +200,18 @@ def measure(layer: Layer, dtype_name: str, pattern: str, tokens: int, threads: i
         kernels["CSR"] = csr_linear(weight, bias)
         few_rounds.add("CSR")
 
-    once = {}
     for name, function in kernels.items():
         check(name, function(x), x, weight, bias)
-        start = time.perf_counter()
-        function(x)
-        once[name] = time.perf_counter() - start
-    few_rounds |= {name for name in kernels if once[name] > max(2 * once["twofour"], 0.02)}
     kernel = native_kernel(kernels["twofour"], x)
+    calls = {name: partial(function, x) for name, function in kernels.items()}
     for attempt in range(2):
-        times: dict[str, list[float]] = {name: [] for name in kernels}
-        for repeat in range(repeats + 2):
-            for name, function in kernels.items():
-                if name in few_rounds and repeat % 5 != 2:
-                    continue
-                start = time.perf_counter()
-                function(x)
-                if repeat >= 2:
-                    times[name].append(time.perf_counter() - start)
+        times = in_turns(calls, repeats, few_rounds)
         disturbed = any(spread(times[name]) > DISTURBED for name in ("twofour", "oneDNN") if name in times)
         if not disturbed or sum(map(sum, times.values())) > 10 or attempt:
             break
 
     median = {name: statistics.median(values) for name, values in times.items()}
-    own = times["twofour"]
-    ratio = {
-        name: median[name] / median["twofour"]
-        if name in few_rounds
-        else statistics.median(rival / mine for rival, mine in zip(times[name], own, strict=True))
-        for name in kernels
-    }
+    ratio = ratios_to("twofour", times)
     seconds = median["twofour"]
     products, bandwidth = peaks(dtype, threads)
     weight_bytes = sparse[0][1]
@@ -276,7 +262,7 @@ def commit() -> str:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     if head.returncode != 0:
         return "unknown"
-    measured = ["src", "csrc", "CMakeLists.txt", "benchmarks/kernels", "benchmarks/models", "benchmarks/shapes.py"]
+    measured = ["src", "csrc", "CMakeLists.txt", *(f"benchmarks/{name}" for name in MEASURED)]
     status = ["git", "status", "--porcelain", "--", *measured]
     changed = subprocess.run(status, cwd=root, capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
