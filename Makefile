@@ -81,7 +81,8 @@ neon: $(VENV)/installed
 	$(call native_test,native-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
 	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
 	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
-	$(QEMU) build/native-neon/int8_test --require baseline
+	$(QEMU) build/native-neon/int8_test --require baseline --require neon --require neondot
+	$(QEMU) -cpu cortex-a57 build/native-neon/int8_test --require neon  # a machine without SDOT
 
 # The kernels for AVX-512 on a machine that may lack it: tests/native/emulated.
 emulated: $(VENV)/installed
