@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
-# $(call native_test,NAME,CMAKE ARGUMENTS) builds tests/native/linear_test in build/NAME.
+# $(call native_test,NAME,CMAKE ARGUMENTS) builds the tests of tests/native in build/NAME.
 native_test = export PATH="$(CURDIR)/$(BIN):$$PATH" && \
   cmake -G Ninja -S tests/native -B build/$(1) $(2) > /dev/null && cmake --build build/$(1)
 # Fresh memory holds NaN, so that whatever is read before it is written shows in the result.
@@ -62,15 +62,18 @@ bench-smallest: $(VENV)/installed
 native-test: $(VENV)/installed
 	$(call native_test,native-test)
 	build/native-test/linear_test
+	build/native-test/int8_test
 
 sanitize: $(VENV)/installed
 	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=address,undefined)
 	$(SANITIZER_OPTIONS) build/native-sanitize/linear_test
+	$(SANITIZER_OPTIONS) build/native-sanitize/int8_test
 	$(SANITIZER_OPTIONS) tests/native/sanitize_module.sh
 
 sanitize-threads: $(VENV)/installed
 	$(call native_test,native-sanitize-threads,-DTWOFOUR_SANITIZE=thread)
 	build/native-sanitize-threads/linear_test
+	build/native-sanitize-threads/int8_test
 
 neon: $(VENV)/installed
 	@command -v $(CROSS_CXX) > /dev/null && command -v $(firstword $(QEMU)) > /dev/null || \
@@ -78,6 +81,8 @@ neon: $(VENV)/installed
 	$(call native_test,native-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
 	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
 	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
+	$(QEMU) build/native-neon/int8_test --require baseline --require neon --require neondot
+	$(QEMU) -cpu cortex-a57 build/native-neon/int8_test --require neon  # a machine without SDOT
 
 # The kernels for AVX-512 on a machine that may lack it: tests/native/emulated.
 emulated: $(VENV)/installed
@@ -85,6 +90,7 @@ emulated: $(VENV)/installed
 	  { echo "error: make emulated needs SIMDe, headers only. On Debian: apt-get install libsimde-dev"; exit 1; }
 	$(call native_test,native-emulated,-DTWOFOUR_EMULATE_AVX512=ON)
 	build/native-emulated/linear_test --require avx512 --require avx512bf16
+	build/native-emulated/int8_test --require avx512vnni
 	tests/native/module_with.sh emulated TWOFOUR_EMULATE_AVX512=ON \
 	  python -m pytest -q -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py tests/kernels/test_int8.py tests/kernels/test_backward.py tests/kernels/test_epilogue.py
 

@@ -28,6 +28,10 @@ constexpr Isa kIsas[] = {
     {"avx2", has_avx2, &linear_int8_avx2, "avx2/int8-few", "avx2/int8-many"},
     {"avx512vnni", has_avx512vnni, &linear_int8_avx512vnni, "avx512vnni/int8-few", "avx512vnni/int8-many"},
 #endif
+#if defined(TWOFOUR_AARCH64)
+    {"neon", always, &linear_int8_neon, "neon/int8-few", "neon/int8-many"},
+    {"neondot", has_neondot, &linear_int8_neondot, "neondot/int8-few", "neondot/int8-many"},
+#endif
 };
 
 // Quantized inputs of a panel: about an L2 cache. At 256 tokens of 4096 inputs one panel beat two by 4 %.

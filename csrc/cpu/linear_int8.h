@@ -18,8 +18,8 @@
 //                                           for each step of the quad, the first lowest
 //
 // One 32-bit lane for a row: shifted and masked, the metadata are the places of the step's four values, with which
-// vpshufb takes their inputs out of the eight; one dot product adds them up. Rows beyond out_features, the group beyond an
-// odd number of groups and steps beyond the last hold the value 0 (if any) and place 0.
+// vpshufb or TBL takes their inputs out of the eight; one dot product adds them up. Rows beyond out_features, the group
+// beyond an odd number of groups and steps beyond the last hold the value 0 (if any) and place 0.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
 #pragma once
@@ -79,9 +79,12 @@ static constexpr int64_t int8_block_width(int64_t left, int64_t most, int64_t st
 extern const LinearInt8Kernel linear_int8_baseline;
 extern const LinearInt8Kernel linear_int8_avx2;
 extern const LinearInt8Kernel linear_int8_avx512vnni;
+extern const LinearInt8Kernel linear_int8_neon;
+extern const LinearInt8Kernel linear_int8_neondot;
 
 // Instruction sets with an int8 kernel that run here, plainest first, and the one that runs by default. TWOFOUR_ISA
-// "avx512" and "avx512bf16" stand for avx512vnni where the machine has it, else for avx2. Throws as default_isa().
+// "avx512" and "avx512bf16" stand for avx512vnni where the machine has it, else for avx2; "neonbf16" for neondot, else
+// for neon. Throws as default_isa().
 int int8_isa_count();
 const char* int8_isa_name(int index);
 const char* default_int8_isa();

@@ -6,7 +6,6 @@ constexpr int kStepValueBytes = nm::kTileRows * 4;  // of one step of a tile
 constexpr int kQuadMetadataBytes = nm::kTileRows * 4;
 constexpr int kDecodedBytes = 2 * 4 * kRows;  // one decoded step of a vector
 constexpr int kChunkSteps = 128;              // decoded at once: 32 KiB for two vectors of 16 rows
-constexpr int kBlockStep = 4;
 static_assert(kChunkSteps % kInt8Quad == 0, "chunks are whole quads");
 
 int64_t steps_of(const LinearInt8Args& args) { return (args.in_features + kInt8Step - 1) / kInt8Step; }
@@ -125,11 +124,13 @@ void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float*
     });
   };
   const auto one_step = [&](auto chain) TWOFOUR_INLINE {
-    unroll<kVectors>([&](auto v) {
+    unroll<kVectors>([&](auto v) TWOFOUR_INLINE {
       const Weights w = weights_at(values[v], places[v]);
       places[v] = of_next_step(places[v]);
       offsets[chain][v] = add_offsets(offsets[chain][v], w);
-      unroll<kTokens>([&](auto t) { sums[chain][v][t] = dot(sums[chain][v][t], w, load_inputs(x + t * kInputBytes)); });
+      unroll<kTokens>([&](auto t) TWOFOUR_INLINE {
+        sums[chain][v][t] = dot(sums[chain][v][t], w, load_inputs(x + t * kInputBytes));
+      });
       values[v] += kStepValueBytes;
     });
     x += kTokens * kInputBytes;
@@ -140,7 +141,7 @@ void few_rows(const LinearInt8Args& args, const uint8_t* quantized, const float*
     constexpr int64_t kAhead = kFewAhead / kVectors;
     unroll<kVectors>([&](auto v) { __builtin_prefetch(metadata[v] + kAhead / kInt8Quad * kQuadMetadataBytes); });
     load_quad();
-    unroll<kInt8Quad>([&](auto u) {
+    unroll<kInt8Quad>([&](auto u) TWOFOUR_INLINE {
       unroll<kVectors>([&](auto v) { __builtin_prefetch(values[v] + kAhead * kStepValueBytes); });
       one_step(Constant<u % kChains>{});
     });
@@ -230,7 +231,7 @@ void many_of(const LinearInt8Args& args, uint8_t* scratch, const uint8_t* quanti
     unroll<kVectors>([&](auto v) {
       const int8_t* values = values_of(args, vector0 + v) + step0 * kStepValueBytes;
       const uint8_t* metadata = metadata_of(args, vector0 + v) + step0 / kInt8Quad * kQuadMetadataBytes;
-      Places places;
+      Places places = load_places(metadata);
       for (int64_t step = 0; step < chunk; ++step) {
         const uint8_t* quad = metadata + step / kInt8Quad * kQuadMetadataBytes;
         if (alone) {  // one block or two do not get round to all of the next chunk

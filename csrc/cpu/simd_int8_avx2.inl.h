@@ -7,6 +7,7 @@
 constexpr int kRows = 8;
 constexpr int kGroupVectors = 2;  // vectors of rows that share one load of inputs
 constexpr int kBlockTokens = 4;   // 8 sums of the 16 registers
+constexpr int kBlockStep = 4;
 constexpr int kFewTokens = 8;
 constexpr int few_vectors(int) { return 2; }  // of rows side by side: a tile. One: 1.4 times as long at four tokens
 constexpr int kFewAhead = 128;                // steps from a prefetch to the use of the weights; with 64 8 % longer

@@ -4,6 +4,7 @@
 constexpr int kRows = 16;           // rows of a vector
 constexpr int kGroupVectors = 2;    // vectors of rows that share one load of inputs
 constexpr int kBlockTokens = 12;    // 24 sums
+constexpr int kBlockStep = 4;
 constexpr int kFewTokens = 8;
 constexpr int few_vectors(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }  // of rows side by side
 constexpr int kFewAhead = 64;       // steps from a prefetch to the use of the weights: 16 cost 25 %, bursts 60 %

@@ -8,7 +8,6 @@
 // do not depend on threads. To add a mode (other dtypes), give it a row in kModes; what a call takes is in `call`, what
 // it should give in `reference`, and how a weight is made in `make_weight`.
 #include <algorithm>
-#include <chrono>
 #include <cinttypes>
 #include <stdexcept>
 #include <string>
@@ -96,25 +95,12 @@ double draw(Random& random, Numbers numbers) {
 
 Weight make_weight(const Mode& mode, int64_t out_features, int64_t in_features, Numbers numbers, uint64_t seed = 0) {
   Random random(seed * 1000003 + static_cast<uint64_t>(out_features * 4099 + in_features));
-  const int64_t groups = in_features / 4, kept = in_features / 2;
-  Weight weight{out_features, in_features, Rows(mode.weight, out_features, kept), {}, {}, mode.shared, {}, {}};
-  weight.columns.resize(static_cast<size_t>(out_features * kept));
-  weight.metadata.assign(static_cast<size_t>(out_features * nm::metadata_row_bytes(in_features)), 0);
+  Rows values(mode.weight, out_features, in_features / 2);
+  Weight weight{out_features, in_features, std::move(values), {}, {}, mode.shared, {}, {}};
   weight.values.fill([&] { return draw(random, numbers); });
-  for (int64_t row = 0; row < out_features; ++row) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int first = random.below(4), other = (first + 1 + random.below(3)) % 4;
-      int i0 = std::min(first, other), i1 = std::max(first, other);
-      if (row % mode.shared != 0) {  // as in the row above
-        i0 = static_cast<int>(weight.columns[static_cast<size_t>((row - 1) * kept + 2 * group)] % 4);
-        i1 = static_cast<int>(weight.columns[static_cast<size_t>((row - 1) * kept + 2 * group + 1)] % 4);
-      }
-      weight.columns[static_cast<size_t>(row * kept + 2 * group)] = 4 * group + i0;
-      weight.columns[static_cast<size_t>(row * kept + 2 * group + 1)] = 4 * group + i1;
-      weight.metadata[static_cast<size_t>(row * nm::metadata_row_bytes(in_features) + group / 2)] |=
-          static_cast<uint8_t>((i0 | i1 << 2) << (4 * (group % 2)));
-    }
-  }
+  Mask mask = random_mask(random, out_features, in_features, mode.shared);
+  weight.columns = std::move(mask.columns);
+  weight.metadata = std::move(mask.metadata);
   weight.pack();
   return weight;
 }
@@ -715,11 +701,7 @@ void names_are_checked(const Mode& mode) {
   }
 }
 
-struct Test {
-  const char* name;
-  void (*run)(const Mode& mode);
-};
-constexpr Test kTests[] = {
+constexpr Test<Mode> kTests[] = {
     {"packing is the layout", packing_is_the_layout},
     {"names of instruction sets are checked", names_are_checked},
     {"integers agree exactly", integers_agree_exactly},
@@ -738,33 +720,11 @@ constexpr Test kTests[] = {
     {"family follows the number of tokens", family_follows_the_number_of_tokens},
 };
 
-int main(int argc, char** argv) {
-  std::string here;
-  for (int i = 0; i < cpu::isa_count(); ++i) here += std::string(i == 0 ? "" : ", ") + cpu::isa_name(i);
-  std::printf("instruction sets: %s; threads: %s\n", here.c_str(), cpu::threads_source());
-  for (int i = 1; i + 1 < argc; i += 2) {
-    if (std::string(argv[i]) != "--require") {
-      std::fprintf(stderr, "usage: linear_test [--require NAME]...\n");
-      return 2;
-    }
-    check((", " + here + ",").find(std::string(", ") + argv[i + 1] + ",") != std::string::npos,
-          "instruction set %s is required and not here", argv[i + 1]);
-  }
-  for (const Test& test : kTests) {
-    for (const Mode& mode : kModes) {
-      const auto begin = std::chrono::steady_clock::now();
-      const int64_t before = checks;
-      test.run(mode);
-      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-      std::printf("%-42s %-6s %7" PRId64 " checks %7.2f s\n", test.name, mode.name, checks - before, seconds.count());
-      std::fflush(stdout);
-    }
-  }
-  std::printf("%" PRId64 " checks, %" PRId64 " failed\n", checks, failures);
-  return failures == 0 ? 0 : 1;
-}
-
 }  // namespace
 }  // namespace twofour::test
 
-int main(int argc, char** argv) { return twofour::test::main(argc, argv); }
+int main(int argc, char** argv) {
+  using namespace twofour;
+  return test::run_tests(test::kTests, test::kModes, cpu::isa_count(), cpu::isa_name, cpu::threads_source(), argc,
+                         argv);
+}

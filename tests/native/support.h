@@ -1,16 +1,23 @@
-// What native tests share: numbers, memory between guard pages, and counting of failures.
+// What native tests share: numbers, memory between guard pages, masks, counting of failures, and running tests.
 #pragma once
 
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
+#include <cinttypes>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <utility>
+#include <vector>
+
+#include "nm/layout.h"
 
 namespace twofour::test {
 
@@ -202,5 +209,73 @@ class Rows {
   int skipped_;
   Memory memory_;
 };
+
+// ---- masks ---------------------------------------------------------------------------------------------------------
+
+// Two of each four neighbours, the same two in every `shared` neighbouring rows.
+struct Mask {
+  std::vector<int64_t> columns;   // [out, in / 2], where in its row each kept value stands
+  std::vector<uint8_t> metadata;  // canonical
+};
+
+inline Mask random_mask(Random& random, int64_t out_features, int64_t in_features, int shared = 1) {
+  const int64_t groups = in_features / 4, kept = in_features / 2;
+  Mask mask;
+  mask.columns.resize(static_cast<size_t>(out_features * kept));
+  mask.metadata.assign(static_cast<size_t>(out_features * nm::metadata_row_bytes(in_features)), 0);
+  for (int64_t row = 0; row < out_features; ++row) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int first = random.below(4), other = (first + 1 + random.below(3)) % 4;
+      int i0 = std::min(first, other), i1 = std::max(first, other);
+      if (row % shared != 0) {  // as in the row above
+        i0 = static_cast<int>(mask.columns[static_cast<size_t>((row - 1) * kept + 2 * group)] % 4);
+        i1 = static_cast<int>(mask.columns[static_cast<size_t>((row - 1) * kept + 2 * group + 1)] % 4);
+      }
+      mask.columns[static_cast<size_t>(row * kept + 2 * group)] = 4 * group + i0;
+      mask.columns[static_cast<size_t>(row * kept + 2 * group + 1)] = 4 * group + i1;
+      mask.metadata[static_cast<size_t>(row * nm::metadata_row_bytes(in_features) + group / 2)] |=
+          static_cast<uint8_t>((i0 | i1 << 2) << (4 * (group % 2)));
+    }
+  }
+  return mask;
+}
+
+// ---- running -------------------------------------------------------------------------------------------------------
+
+template <class Mode>
+struct Test {
+  const char* name;
+  void (*run)(const Mode& mode);
+};
+
+// Every test in every mode. The arguments are [--require NAME]..., instruction sets that must be among `count`, whose
+// names `name_of` knows. Returns the exit status.
+template <class Mode, size_t kModeCount, size_t kTestCount>
+int run_tests(const Test<Mode> (&tests)[kTestCount], const Mode (&modes)[kModeCount], int count,
+              const char* (*name_of)(int), const char* threads_source, int argc, char** argv) {
+  std::string here;
+  for (int i = 0; i < count; ++i) here += std::string(i == 0 ? "" : ", ") + name_of(i);
+  std::printf("instruction sets: %s; threads: %s\n", here.c_str(), threads_source);
+  for (int i = 1; i < argc; i += 2) {
+    if (std::string(argv[i]) != "--require" || i + 1 == argc) {
+      std::fprintf(stderr, "usage: %s [--require NAME]...\n", argv[0]);
+      return 2;
+    }
+    check((", " + here + ",").find(std::string(", ") + argv[i + 1] + ",") != std::string::npos,
+          "instruction set %s is required and not here", argv[i + 1]);
+  }
+  for (const Test<Mode>& test : tests) {
+    for (const Mode& mode : modes) {
+      const auto begin = std::chrono::steady_clock::now();
+      const int64_t before = checks;
+      test.run(mode);
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+      std::printf("%-42s %-6s %7" PRId64 " checks %7.2f s\n", test.name, mode.name, checks - before, seconds.count());
+      std::fflush(stdout);
+    }
+  }
+  std::printf("%" PRId64 " checks, %" PRId64 " failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
 
 }  // namespace twofour::test
