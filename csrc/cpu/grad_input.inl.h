@@ -62,43 +62,28 @@ TWOFOUR_OWN_REGISTERS void grad_cell(const char* panel, const char* cell, const 
       unroll<NV>([&](auto v) TWOFOUR_INLINE { acc[u][j][v] = zero(); });
     });
   });
-  const auto add_row = [&](auto pair, int at, F(&to)[nm::kGroup][NV]) TWOFOUR_INLINE {
+  int entry = 0;
+  unroll<nm::kPairs>([&](auto pair) TWOFOUR_INLINE {
     constexpr int i = first_column<pair>(), j = second_column<pair>();
-    const uint64_t row = rows[at];
-    const float* grad = reinterpret_cast<const float*>(panel + row * kGradRowBytes);
-    const F w0 = splat_of(w0s + row), w1 = splat_of(w1s + row);
-    unroll<NV>([&](auto v) TWOFOUR_INLINE {
-      F g = load(grad + v * kLanes);
-      keep_in_register(g);
-      to[i][v] = fma(w0, g, to[i][v]);
-      to[j][v] = fma(w1, g, to[j][v]);
-    });
-  };
-  if constexpr (kCopies == 1 && NV < 4) {
-    // A row has fewer products than hide the latency of its sums: a row of the other two columns goes with it.
-    unroll<nm::kPairs / 2>([&](auto pair) TWOFOUR_INLINE {
-      constexpr int kOther = nm::kPairs - 1 - pair;
-      int at = pair == 0 ? 0 : ends[pair - 1], other = ends[kOther - 1];
-      const int end = ends[pair], other_end = ends[kOther];
-      for (; at < end && other < other_end; ++at, ++other) {
-        add_row(pair, at, acc[0]);
-        add_row(Constant<kOther>{}, other, acc[0]);
-      }
-      for (; at < end; ++at) add_row(pair, at, acc[0]);
-      for (; other < other_end; ++other) add_row(Constant<kOther>{}, other, acc[0]);
-    });
-  } else {
-    int entry = 0;
-    unroll<nm::kPairs>([&](auto pair) TWOFOUR_INLINE {
-      const int end = ends[pair];
-      for (; entry + kCopies <= end; entry += kCopies) {
-        unroll<kCopies>([&](auto u) TWOFOUR_INLINE { add_row(pair, entry + u, acc[u]); });
-      }
-      if (kCopies > 1) {
-        for (; entry < end; ++entry) add_row(pair, entry, acc[0]);
-      }
-    });
-  }
+    const int end = ends[pair];
+    const auto add_row = [&](int at, F(&to)[nm::kGroup][NV]) TWOFOUR_INLINE {
+      const uint64_t row = rows[at];
+      const float* grad = reinterpret_cast<const float*>(panel + row * kGradRowBytes);
+      const F w0 = splat_of(w0s + row), w1 = splat_of(w1s + row);
+      unroll<NV>([&](auto v) TWOFOUR_INLINE {
+        F g = load(grad + v * kLanes);
+        keep_in_register(g);
+        to[i][v] = fma(w0, g, to[i][v]);
+        to[j][v] = fma(w1, g, to[j][v]);
+      });
+    };
+    for (; entry + kCopies <= end; entry += kCopies) {
+      unroll<kCopies>([&](auto u) TWOFOUR_INLINE { add_row(entry + u, acc[u]); });
+    }
+    if (kCopies > 1) {
+      for (; entry < end; ++entry) add_row(entry, acc[0]);
+    }
+  });
   unroll<nm::kGroup>([&](auto j) TWOFOUR_INLINE {
     unroll<NV>([&](auto v) TWOFOUR_INLINE {
       float* place = sums + (j * kGradPanelVectors + v) * kLanes;
