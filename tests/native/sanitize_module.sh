@@ -8,5 +8,4 @@ cxx=${CXX:-c++}
 export PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0"
 exec tests/native/module_with.sh sanitize TWOFOUR_SANITIZE=address,undefined \
-  python -m pytest -q -x -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py tests/kernels/test_int8.py \
-  tests/kernels/test_backward.py
+  python -m pytest -q -x -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py
