@@ -30,30 +30,22 @@ inline bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("av
 #endif
 
 #if defined(TWOFOUR_AARCH64)
-inline bool has_neondot() {
+// Linux tells by a bit of an entry of the auxiliary vector, macOS by a name.
+inline bool has_arm_feature([[maybe_unused]] unsigned long entry, [[maybe_unused]] unsigned long bit,
+                            [[maybe_unused]] const char* name) {
 #if defined(__linux__)
-  constexpr unsigned long kDotProd = 1ul << 20;  // HWCAP_ASIMDDP
-  return (getauxval(AT_HWCAP) & kDotProd) != 0;
+  return (getauxval(entry) & bit) != 0;
 #elif defined(__APPLE__)
   int has = 0;
   size_t size = sizeof has;
-  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+  return sysctlbyname(name, &has, &size, nullptr, 0) == 0 && has != 0;
 #else
   return false;
 #endif
 }
-inline bool has_neonbf16() {
-#if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
-#elif defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
-#else
-  return false;
-#endif
-}
+constexpr unsigned long kHwcap = 16, kHwcap2 = 26;  // AT_HWCAP, AT_HWCAP2
+inline bool has_neondot() { return has_arm_feature(kHwcap, 1ul << 20, "hw.optional.arm.FEAT_DotProd"); }
+inline bool has_neonbf16() { return has_arm_feature(kHwcap2, 1ul << 14, "hw.optional.arm.FEAT_BF16"); }
 #endif
 
 }  // namespace twofour::cpu
