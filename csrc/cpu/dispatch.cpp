@@ -18,9 +18,8 @@ struct Isa {
   const char* name;
   bool (*runs_here)();
   const LinearKernels* kernels;
-  // The many-token kernel runs from this number of tokens on: [fp32, bf16, bf16_fp32]. Measured on Zen 5,
-  // AVX2 on Zen 4;
-  // for NEON counted in vector instructions, without a machine to measure on.
+  // The many-token kernel runs from this number of tokens on: [fp32, bf16, bf16_fp32]. Measured on Zen 5, for
+  // AVX2 on Zen 4; for NEON counted in vector instructions, without a machine to measure on.
   int64_t many_from[3];
   const char* few_name;
   const char* many_name;
