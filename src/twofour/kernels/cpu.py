@@ -7,13 +7,13 @@ avx2, avx512, avx512bf16; neon, neonbf16) overrides the choice.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
 
+from .. import native
 from ..errors import ShapeError, UnsupportedError
 
 TILE_ROWS = 16
@@ -33,18 +33,12 @@ _FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _SHARED = {TILE_ROWS // 2 // rows: rows for rows in (1, 2, 4)}  # by the bytes of metadata of a tile's group
 
-_native: ModuleType | None
-try:
-    _native = importlib.import_module("twofour._native")
-    _missing = ""
-except ImportError as _error:
-    _native = None
-    _missing = f"this build of twofour has no native kernels ({_error}); reinstall it without TWOFOUR_NO_NATIVE"
+_native = native.LOADED
 
 
 def _why_unavailable() -> str | None:
     if _native is None:
-        return _missing
+        return native.MISSING
     try:
         _native.isa()
     except ValueError as error:
@@ -318,9 +312,7 @@ def _explain(
 
 
 def _module() -> ModuleType:
-    if _native is None:
-        raise UnsupportedError(_missing)
-    return _native
+    return native.module()
 
 
 def _require_packed(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> int:
