@@ -10,6 +10,8 @@ True
 from . import errors as errors
 from . import kernels as kernels
 from . import masks as masks
+from . import solvers as solvers
+from .errors import CalibrationError as CalibrationError
 from .errors import FormatError as FormatError
 from .errors import ModelError as ModelError
 from .errors import PatternError as PatternError

@@ -23,3 +23,7 @@ class UnsupportedError(TwofourError, NotImplementedError):
 
 class ModelError(TwofourError, ValueError):
     """A model that cannot be worked on as asked: no such layer, weights that are NaN, nothing to do."""
+
+
+class CalibrationError(TwofourError, ValueError):
+    """Calibration inputs that cannot tell a solver anything: none, NaN, or none that reach a layer."""

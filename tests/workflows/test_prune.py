@@ -152,7 +152,7 @@ def test_lazy_layers_are_left_with_a_reason() -> None:
 
 
 def test_unknown_method_and_pattern(mlp: Build) -> None:
-    with pytest.raises(UnsupportedError, match=r"unknown method 'wandb': this version has 'magnitude'"):
+    with pytest.raises(UnsupportedError, match=r"unknown method 'wandb': it is one of 'magnitude', 'wanda'"):
         twofour.prune(mlp(), method="wandb")
     with pytest.raises(PatternError, match=r"unknown pattern '2of4': write KEEP:GROUP"):
         twofour.prune(mlp(), "2of4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ..workflows import check
-from ..workflows.prune import CheckFailed
+from ..workflows.check import CheckFailed
 from . import models
 from .options import Exclude, Html, Include, Json, Model, PatternText, require_page, show
 

@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 from ..errors import TwofourError
 
-Kind = Literal["text", "count", "bytes", "share", "ratio", "us", "error"]
+Kind = Literal["text", "count", "bytes", "share", "ratio", "us", "seconds", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of a report: the key in each row, the heading, and how its numbers are written.
 
-    Kinds: text, count (integer), bytes, share (of 1, shown as %), ratio (shown as 1.23x), us (microseconds), error
-    (shown with two digits, as in 1.2e-03).
+    Kinds: text, count (integer), bytes, share (of 1, shown as %), ratio (shown as 1.23x), us (microseconds),
+    seconds, error (shown with two digits, as in 1.2e-03).
     """
 
     key: str
@@ -128,6 +128,8 @@ def format_value(value: Any, kind: Kind) -> str:
         return f"{value:.2f}x"
     if kind == "us":
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    if kind == "seconds":
+        return f"{value:.2f}"
     return f"{value:.1e}" if value else "0"
 
 

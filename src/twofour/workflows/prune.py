@@ -1,24 +1,28 @@
-"""prune: zeros where the pattern asks for them. check: are they there?"""
+"""prune: zeros where the pattern asks for them, and with calibration new values for what is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, PatternError, UnsupportedError
+from ..errors import CalibrationError, ModelError, UnsupportedError
 from ..format.pack import numbers
-from ..masks import PatternCheck, check_pattern, magnitude, nm_mask
+from ..masks import magnitude, nm_mask
 from ..nn import SparseLinear
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .layers import Layer, survey, weight_key, why_shape_not
+from ..solvers import METHODS, Recipe
+from . import scaleout
+from .check import check_layer, survey_for, why_nothing
+from .checkpoint import Checkpoint
+from .inputs import Batch, batches
+from .layers import Layer, weight_key
+from .oneshot import OneShot, PruneInterrupted
 from .progress import track
-
-METHODS = ("magnitude",)
 
 _COLUMNS = (
     Column("layer", "layer"),
@@ -26,154 +30,172 @@ _COLUMNS = (
     Column("shape", "shape"),
     Column("action", "action"),
     Column("kept_magnitude", "|W|² kept", "share"),
+    Column("error_masked", "error, masked", "share"),
+    Column("error", "error", "share"),
+    Column("seconds", "seconds", "seconds"),
     Column("reason", "why"),
 )
+_DATA_FREE = tuple(column for column in _COLUMNS if column.key not in ("error_masked", "error", "seconds"))
 
 
 def prune(
     model: nn.Module,
     pattern: Pattern | str = "2:4",
     *,
-    method: str = "magnitude",
+    calibration: Batch | Iterable[Batch] | None = None,
+    method: str | Recipe | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> Report:
     """Sets weights to zero, in place, so that every Linear and convolution holds `pattern` along its input axis.
 
+    With calibration inputs the weights that stay get new values, so that each layer's outputs change as little as they
+    can: a few hundred inputs like those the model will see, without labels. Layers are done one after the other, each
+    seeing what the pruned ones before it give.
+
     The tensors stay dense; `compress` makes them small and fast. Embeddings, norms and, unless named in `include`, the
     output head are left alone; the report has a line with the reason for each.
 
     Args:
-        model: any nn.Module. Weights of any floating dtype, ranked by their numbers (ties keep the lower index).
+        model: any nn.Module. Weights of any floating dtype, ranked by their numbers (ties keep the lower index) and
+            solved for in float32 (float64 weights in float64), then rounded to their own dtype.
         pattern: "2:4", "1:4", "4:8", "2:4x4", "2:4t", ...
-        method: "magnitude" keeps the largest |w| of each group.
+        calibration: what the model is called with: a tensor, a tuple of arguments, a dict of named ones, or an iterable
+            of these. Tokens that an `attention_mask` marks as padding do not count. Under torchrun every process
+            passes its own part, and all get the same masks.
+        method: "admm" (default with calibration: ADMM mask, coordinate descent over supports, least squares on the
+            mask), "sparsegpt", "wanda", "ria", or "magnitude" (default without): the largest |w| of each group. A
+            `twofour.solvers.Recipe` names all that can be chosen.
         include, exclude: shell wildcards over module names, for instance exclude=["*.decoder.*"].
+        checkpoint: a folder that keeps finished layers; the same call after a kill goes on where it was.
+        memory_limit: bytes of activations kept in memory between layers; what is over it goes to a temporary file.
         dry_run: report what would be done; change nothing.
         progress: a progress bar; None shows one on a terminal only.
     Returns:
         Report with a row per layer: action ("pruned", "skipped"; "already" where nothing had to change), the share of
-        the sum of squares that is kept, the reason.
+        the sum of squares that is kept, the reason; with calibration also the squared output error as a share of the
+        squared outputs, for the old weights on the mask (error_masked) and for the new ones (error).
     Raises:
         ModelError: no layer can be pruned, a wildcard matches nothing, or a weight has NaN or infinities. Nothing is
-            changed then.
+            changed then. PruneInterrupted, one of its kind, when the model fails half-way: `.report` has the layers
+            that are done, which keep their new weights.
+        CalibrationError: inputs that are empty, hold NaN, or reach no layer.
         PatternError, UnsupportedError: unknown pattern or method.
-    Cost: a few passes over the weights.
-    Source: Mishra et al. 2021, arXiv:2104.08378, section 3 (magnitude).
+    Cost: a few passes over the weights; with calibration about two forwards of the model over the inputs, and for a
+        layer of n x n some 80 products of n x n by n x n.
+    Source: Mishra et al. 2021, arXiv:2104.08378, section 3 (magnitude); the others are named in `twofour.solvers`.
     """
     pattern = Pattern.parse(pattern)
-    if method not in METHODS:
-        raise UnsupportedError(f"unknown method {method!r}: this version has {', '.join(map(repr, METHODS))}.")
-    layers = _survey(model, pattern, include, exclude)
+    recipe = _recipe(method, calibration is not None)
+    inputs = None if calibration is None else _calibration(calibration)
+    layers = survey_for(model, pattern, include, exclude)
     work = [layer for layer in layers if layer.skip is None and not layer.is_compressed]
     if not work and not any(layer.is_compressed for layer in layers):
-        raise ModelError("there is nothing to prune: " + _why_nothing(layers))
+        raise ModelError("there is nothing to prune: " + why_nothing(layers))
     for layer in work:
         _require_finite(layer)
 
     rows: dict[str, dict[str, Any]] = {}
-    done: dict[Hashable, str] = {}
-    for layer in track(work, f"prune {pattern}", progress):
-        rows[layer.name] = _prune_layer(layer, pattern, dry_run, done)
     for layer in layers:
         if layer.is_compressed and layer.skip is None:
             rows[layer.name] = _compressed_row(layer, pattern)
         elif layer.skip is not None:
             rows[layer.name] = {"action": "skipped", "reason": layer.skip}
-    ordered = tuple({**layer.identity(), **rows[layer.name]} for layer in layers)
-    pruned = [row for row in ordered if row["action"] in ("pruned", "already")]
-    summary = {
-        "pattern": str(pattern),
-        "method": method,
-        "layers pruned": f"{len(pruned)} of {len(ordered)}",
-        "weights in pruned layers": sum(int(row["weights"]) for row in pruned),
-        "weights in the model": sum(
-            parameter.numel()
-            for parameter in model.parameters()
-            if not isinstance(parameter, nn.UninitializedParameter)
-        ),
-    }
     notes = ["dry run: nothing was changed"] if dry_run else []
-    return Report("prune", _COLUMNS, ordered, summary, tuple(notes), environment())
+    summary: dict[str, Any] = {"pattern": str(pattern), "method": recipe.method}
+
+    def report() -> Report:
+        ordered = tuple({**layer.identity(), **rows.get(layer.name, _NOT_DONE)} for layer in layers)
+        pruned = [row for row in ordered if row["action"] in ("pruned", "already")]
+        counts = {
+            "layers pruned": f"{len(pruned)} of {len(ordered)}",
+            "weights in pruned layers": sum(int(row["weights"]) for row in pruned),
+            "weights in the model": sum(
+                parameter.numel()
+                for parameter in model.parameters()
+                if not isinstance(parameter, nn.UninitializedParameter)
+            ),
+        }
+        columns = _DATA_FREE if inputs is None else _COLUMNS
+        return Report("prune", columns, ordered, {**summary, **counts, **_errors(ordered)}, tuple(notes), environment())
+
+    if inputs is None:
+        done: dict[Hashable, str] = {}
+        for layer in track(work, f"prune {pattern}", progress):
+            rows[layer.name] = _prune_layer(layer, pattern, dry_run, done)
+        return report()
+    if not work:
+        return report()
+    kept = None
+    if checkpoint is not None and not dry_run:
+        kept = Checkpoint(checkpoint, work, inputs, pattern, recipe, write=scaleout.rank() == 0)
+    originals = {layer.name: layer.weight.detach().clone() for layer in work} if dry_run else {}
+    run = OneShot(model, work, inputs, pattern, recipe, kept, memory_limit, progress)
+    try:
+        run.run()
+    except Exception as error:
+        finished = sum(row["action"] == "pruned" for row in run.rows.values())
+        if not finished or dry_run:
+            raise
+        rows.update(run.rows)
+        notes.append(f"interrupted: {error}")
+        raise PruneInterrupted(
+            f"the run stopped after {finished} of {len(work)} layers, which keep their new weights (see .report):"
+            f" {type(error).__name__}: {error}",
+            report(),
+        ) from error
+    finally:
+        with torch.no_grad():
+            for layer in work:
+                if layer.name in originals:
+                    layer.weight.copy_(originals[layer.name])
+    rows.update(run.rows)
+    notes.extend(run.notes)
+    summary["calibration batches"] = len(inputs)
+    summary["seconds"] = round(run.seconds, 1)
+    return report()
 
 
-def check(
-    model: nn.Module,
-    pattern: Pattern | str = "2:4",
-    *,
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-) -> Report:
-    """Confirms that every layer `prune` would prune holds `pattern`.
-
-    Args:
-        model, pattern, include, exclude: as in `prune`.
-    Returns:
-        Report with a row per layer: action ("holds", "skipped"), groups, density, reason.
-    Raises:
-        PatternError: a layer does not hold it; the message names the first bad layer, coordinate and values, and the
-            error carries the whole report as `.report`.
-        ModelError: there is no layer to check.
-    """
-    pattern = Pattern.parse(pattern)
-    layers = _survey(model, pattern, include, exclude)
-    rows: list[dict[str, Any]] = []
-    first_fault: str | None = None
-    for layer in layers:
-        row = layer.identity()
-        if layer.skip is not None:
-            row.update(action="skipped", reason=layer.skip)
-        else:
-            found = _check_layer(layer, pattern)
-            row.update(action="holds" if found.holds else "broken", groups=found.groups, broken=found.broken)
-            row.update(density=found.nonzero / max(1, int(row["weights"])))
-            if not found.holds:
-                row.update(reason=found.describe())
-            if row["action"] == "broken" and first_fault is None:
-                first_fault = f"'{layer.name}' is not {pattern}: {row['reason']}."
-        rows.append(row)
-    checked = [row for row in rows if row["action"] != "skipped"]
-    if not checked:
-        raise ModelError("there is nothing to check: " + _why_nothing(layers))
-    broken = sum(row["action"] == "broken" for row in checked)
-    summary = {"pattern": str(pattern), "holds": broken == 0, "layers checked": len(checked), "layers broken": broken}
-    columns = (
-        Column("layer", "layer"),
-        Column("kind", "kind"),
-        Column("shape", "shape"),
-        Column("action", "result"),
-        Column("groups", "groups", "count"),
-        Column("broken", "broken", "count"),
-        Column("density", "non-zero", "share"),
-        Column("reason", "why"),
-    )
-    report = Report("check", columns, tuple(rows), summary, (), environment())
-    if first_fault is not None:
-        raise CheckFailed(f"{first_fault}\n  Prune it with twofour.prune(model, '{pattern}'), or leave it out.", report)
-    return report
+_NOT_DONE = {"action": "not done", "reason": "the run stopped before it"}
 
 
-class CheckFailed(PatternError):
-    """PatternError raised by `check`, with the whole report as `.report`."""
+def _recipe(method: str | Recipe | None, calibrated: bool) -> Recipe:
+    if method is None:
+        method = "admm" if calibrated else "magnitude"
+    if isinstance(method, str):
+        method = Recipe(method)
+    if not isinstance(method, Recipe):
+        raise UnsupportedError(f"method is a {type(method).__name__}: pass one of {METHODS}, or a Recipe.")
+    if not calibrated and (method.method != "magnitude" or method.changes_weights):
+        raise UnsupportedError(
+            f"method {method.method!r} measures what each layer does to inputs: pass calibration=, a few hundred inputs"
+            " like those the model will see."
+        )
+    return method.resolved()
 
-    def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message)
-        self.report = report
+
+def _calibration(calibration: Any) -> list[Batch]:
+    try:
+        return batches(calibration)
+    except ModelError as error:
+        raise CalibrationError(str(error).replace("inputs", "calibration", 1)) from None
 
 
-def _survey(
-    model: nn.Module, pattern: Pattern, include: Sequence[str] | str | None, exclude: Sequence[str] | str | None
-) -> list[Layer]:
-    """`survey`, with the compressed layers whose shape `pattern` cannot have skipped too."""
-    return [
-        replace(layer, skip=why_shape_not(layer, pattern)) if layer.is_compressed and layer.skip is None else layer
-        for layer in survey(model, pattern, include, exclude)
-    ]
+def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    errors = [row["error"] for row in rows if "error" in row]
+    if not errors:
+        return {}
+    masked = [row["error_masked"] for row in rows if "error" in row]
+    mean, mean_masked = sum(errors) / len(errors), sum(masked) / len(masked)
+    return {"mean output error": f"{mean:.2%} of the squared outputs (the mask alone: {mean_masked:.2%})"}
 
 
 def _compressed_row(layer: Layer, pattern: Pattern) -> dict[str, Any]:
-    if _check_layer(layer, pattern).holds:
+    if check_layer(layer, pattern).holds:
         return {"action": "already", "reason": "already compressed", "kept_magnitude": 1.0}
     assert isinstance(layer.module, SparseLinear)
     return {
@@ -200,16 +222,6 @@ def _prune_layer(layer: Layer, pattern: Pattern, dry_run: bool, done: dict[Hasha
     return {"action": "pruned" if changes else "already", "kept_magnitude": kept}
 
 
-def _check_layer(layer: Layer, pattern: Pattern) -> PatternCheck:
-    if isinstance(layer.module, SparseLinear):
-        own = layer.module.pattern
-        if own == pattern:  # SparseMatrix holds what its pattern says: it is checked when it is made
-            groups = layer.module.out_features * layer.module.in_features // pattern.group
-            return PatternCheck(pattern, groups, 0, None, None, int((numbers(layer.module.values) != 0).sum()))
-        return check_pattern(layer.module.matrix.to_dense(), pattern)
-    return check_pattern(layer.weight, pattern, dim=layer.input_axis)
-
-
 def _require_finite(layer: Layer) -> None:
     if layer.weight.is_inference():
         raise ModelError(
@@ -224,10 +236,3 @@ def _require_finite(layer: Layer) -> None:
             f"'{layer.name}' has {int(bad.sum())} weights that are NaN or infinite, the first at {list(first)}:"
             " their magnitudes cannot be ranked. Nothing was changed; repair it, or leave it out with exclude=."
         )
-
-
-def _why_nothing(layers: list[Layer]) -> str:
-    if not layers:
-        return "the model has no layer with a weight matrix."
-    reasons = sorted({layer.skip or "" for layer in layers})
-    return f"all {len(layers)} layers are skipped ({'; '.join(reasons)})."

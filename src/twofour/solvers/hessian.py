@@ -1,0 +1,152 @@
+"""What calibration leaves behind: the second moments of a layer's inputs, damped, scaled and factorised with care."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, ShapeError
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to the diagonal before a solver sees it."""
+
+_MOST_DAMPING = 1.0
+_TOKENS_AT_ONCE = 1 << 14
+
+
+class Hessian:
+    """Sums of x xᵀ and of x over tokens: half the second derivative of a layer's squared output error.
+
+    The sums are float64, so that batches may come in any order, or from several processes, with the same masks after
+    it; products within a batch are float32, or float64 for float64 inputs.
+
+    Args:
+        features: in_features of the matrix.
+        device: where the sums are kept and made.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.second = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.first = torch.zeros(features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    @property
+    def features(self) -> int:
+        """in_features."""
+        return self.first.numel()
+
+    def add(self, x: Tensor) -> None:
+        """Takes the tokens x [..., features] in.
+
+        Raises:
+            ShapeError: another number of features.
+            CalibrationError: NaN or infinities in x. Nothing of it is taken in then.
+        Cost: tokens * features² products.
+        """
+        if x.shape[-1] != self.features:
+            raise ShapeError(f"x is {list(x.shape)}: its last axis must be the layer's {self.features} in_features.")
+        rows = x.detach().reshape(-1, self.features).to(self.second.device)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        sums = rows.sum(0, dtype=torch.float64)
+        if not bool(torch.isfinite(sums).all()):  # float64 sums of finite numbers stay finite
+            bad = int((~torch.isfinite(rows)).any(1).sum())
+            raise CalibrationError(f"{bad} of {rows.shape[0]} tokens hold NaN or infinities.")
+        for part in rows.split(_TOKENS_AT_ONCE):
+            self.second += part.T @ part
+        self.first += sums
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: Hessian) -> None:
+        """Takes in what another one has seen."""
+        self.second += other.second
+        self.first += other.first
+        self.tokens += other.tokens
+
+    def mean_square(self) -> Tensor:
+        """float64 [features]: the mean of x² of each input; zeros before the first token."""
+        return self.second.diagonal() / max(1, self.tokens)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a solver works with, from `statistics`.
+
+    Args:
+        matrix: float64 [features, features], mean of x xᵀ (or its covariance), damped; symmetric positive definite.
+        damping: what was added to the diagonal, as a share of its mean; above DAMPING where factors failed.
+        dead: bool [features], inputs that were zero at every token: their weights cannot be told apart by outputs.
+    """
+
+    matrix: Tensor
+    damping: float
+    dead: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """float64 [features]: square roots of the diagonal, all positive."""
+        return self.matrix.diagonal().sqrt()
+
+
+def statistics(
+    hessian: Hessian, *, centered: bool = False, shrinkage: float = 0.0, damping: float = DAMPING
+) -> Statistics:
+    """The damped matrix of a Hessian, ready for every solver: checked to have a Cholesky factor.
+
+    Args:
+        centered: the covariance in place of the second moments: right where the bias takes up what the mean of the
+            outputs loses.
+        shrinkage: 0 ... 1, how far entries off the diagonal shrink towards zero: against over-fitting to few or
+            foreign inputs.
+        damping: share of the mean diagonal added to the diagonal. Times ten until the Cholesky factor exists, and
+            the answer says what was needed: a layer that saw fewer tokens than it has inputs is no failure.
+    Raises:
+        CalibrationError: no tokens, all inputs zero, or no factor up to a damping of 1.
+    Cost: features³ / 3 products.
+    """
+    if hessian.tokens == 0:
+        raise CalibrationError("no tokens reached the layer.")
+    matrix = hessian.second / hessian.tokens
+    dead = matrix.diagonal() == 0
+    if centered:
+        mean = hessian.first / hessian.tokens
+        matrix = matrix - torch.outer(mean, mean)
+    live = matrix.diagonal()[~dead]
+    mean_diagonal = float(live.mean()) if live.numel() else 0.0
+    if not mean_diagonal > 0:
+        raise CalibrationError("every input of the layer was zero at every token.")
+    if shrinkage:
+        diagonal = matrix.diagonal().clone()
+        matrix = matrix * (1 - shrinkage)
+        matrix.diagonal().copy_(diagonal)
+    while True:
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * mean_diagonal)
+        damped.diagonal()[dead] = mean_diagonal
+        _, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return Statistics(damped, damping, dead)
+        if damping >= _MOST_DAMPING:
+            raise CalibrationError("the second moments of the inputs have no Cholesky factor at a damping of 1.")
+        damping = max(10 * damping, 1e-4)
+
+
+def inverse_factor(matrix: Tensor) -> Tensor:
+    """Upper triangular U with Uᵀ U = matrix⁻¹: one Cholesky factor of the reversed matrix and one triangular inverse."""
+    reversed_factor = torch.linalg.cholesky(matrix.flip(0, 1))
+    upper = reversed_factor.flip(0, 1)
+    eye = torch.eye(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse
+
+
+def output_error(change: Tensor, matrix: Tensor) -> float:
+    """Mean over tokens of the squared change of a layer's outputs, summed over outputs: tr(change · matrix · changeᵀ).
+
+    Args:
+        change: [out_features, in_features] the new weight minus the old one.
+        matrix: [in_features, in_features] mean of x xᵀ, undamped.
+    """
+    change = change.to(matrix.dtype)
+    return float(((change @ matrix) * change).sum())

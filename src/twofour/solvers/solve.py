@@ -1,0 +1,149 @@
+"""One layer: its weight and what calibration saw -> the weight that takes its place."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, UnsupportedError
+from ..masks.scores import magnitude, ria, wanda
+from ..pattern import Pattern
+from .admm import admm
+from .choose import Chooser
+from .hessian import DAMPING, Hessian, Statistics, inverse_factor, output_error, statistics
+from .refit import refit
+from .sparsegpt import sparsegpt
+from .supports import descend, descends
+
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "admm")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a layer is pruned.
+
+    Args:
+        method: one of METHODS.
+        refit: least squares on the mask afterwards; None: as the method has it (admm has it, the others do not).
+        sweeps: passes of coordinate descent over supports before the refit; None: 3 for admm, 0 for the others.
+        damping, shrinkage: of the Hessian, see `statistics`.
+        cluster: let rows that share a mask ("2:4x4") lie anywhere, not only side by side.
+    """
+
+    method: str = "admm"
+    refit: bool | None = None
+    sweeps: int | None = None
+    damping: float = DAMPING
+    shrinkage: float = 0.0
+    cluster: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UnsupportedError(f"unknown method {self.method!r}: it is one of {', '.join(map(repr, METHODS))}.")
+
+    @property
+    def changes_weights(self) -> bool:
+        """True where kept weights get new values."""
+        return self.method in ("sparsegpt", "admm") or bool(self.refit) or bool(self.sweeps)
+
+    def resolved(self) -> Recipe:
+        """With the method's own answers in place of None."""
+        own = self.method == "admm"
+        return replace(
+            self,
+            refit=own if self.refit is None else self.refit,
+            sweeps=(3 if own else 0) if self.sweeps is None else self.sweeps,
+        )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What `solve` found.
+
+    Args:
+        weight: [out_features, in_features] float32 or float64, zero off the mask.
+        mask: bool, same shape, holds the pattern (rows that share it anywhere, if they were clustered).
+        error_masked: squared output error of the old weights on the mask, as a share of the squared outputs.
+        error: the same of the new weights.
+        damping: what the Hessian needed.
+        seconds: time taken.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    error_masked: float
+    error: float
+    damping: float
+    seconds: float
+
+
+def solve(weight: Tensor, hessian: Hessian, pattern: Pattern | str, recipe: Recipe | None = None) -> Solution:
+    """Prunes one matrix so that its outputs change little.
+
+    Args:
+        weight: [out_features, in_features], any floating dtype, finite; computed with in float32 (float64 stays).
+        hessian: of the layer's inputs, on the device to compute on.
+        pattern: any.
+        recipe: default Recipe(): ADMM mask, coordinate descent, refit.
+    Raises:
+        CalibrationError: the Hessian cannot be used (`statistics`).
+        ShapeError: it is another layer's.
+    Cost: for admm about 80 products of out_features x in_features x in_features.
+    """
+    began = time.perf_counter()
+    pattern = Pattern.parse(pattern)
+    recipe = (recipe or Recipe()).resolved()
+    if weight.ndim != 2 or weight.shape[1] != hessian.features:
+        raise ShapeError(f"weight is {list(weight.shape)}: its Hessian has {hessian.features} in_features.")
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    old = weight.detach().to(hessian.second.device, dtype)
+    found = statistics(hessian, shrinkage=recipe.shrinkage, damping=recipe.damping)
+    scale = found.scale.to(dtype)
+    matrix = (found.matrix / torch.outer(found.scale, found.scale)).to(dtype)
+    new, mask = _prune(old, hessian, pattern, recipe, found, old * scale, matrix)
+    new = (new / scale).masked_fill_(~mask, 0.0) if recipe.changes_weights else old.masked_fill(~mask, 0.0)
+    plain = hessian.second / hessian.tokens
+    whole = output_error(old, plain) or 1.0
+    return Solution(
+        weight=new,
+        mask=mask,
+        error_masked=output_error(old.masked_fill(~mask, 0.0) - old, plain) / whole,
+        error=output_error(new - old, plain) / whole,
+        damping=found.damping,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _prune(
+    old: Tensor,
+    hessian: Hessian,
+    pattern: Pattern,
+    recipe: Recipe,
+    found: Statistics,
+    target: Tensor,
+    matrix: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(weights, mask), scaled where the recipe changes weights."""
+    choose = Chooser(pattern, target.square(), recipe.cluster)
+    if recipe.method == "admm":
+        mask, weights = admm(target, matrix, choose)
+    elif recipe.method == "sparsegpt":
+        factor = inverse_factor(found.matrix / torch.outer(found.scale, found.scale))
+        weights, mask = sparsegpt(target, factor.to(old.dtype), pattern.group, choose)
+    else:
+        if recipe.method == "magnitude":
+            scores = magnitude(old)
+        else:
+            scores = (wanda if recipe.method == "wanda" else ria)(old, hessian.mean_square())
+        mask = choose(scores)
+        weights = target
+    if recipe.sweeps and descends(pattern):
+        start = choose.neighbours(weights.masked_fill(~mask, 0.0))
+        weights, mask = descend(choose.neighbours(target), start, matrix, pattern, recipe.sweeps)
+        weights, mask = choose.original(weights), choose.original(mask)
+    if recipe.refit:
+        weights = refit(target, mask, matrix, weights)
+    return weights, mask

@@ -1,0 +1,189 @@
+"""Calibrated one-shot pruning of a whole model: layer after layer, each seeing the pruned ones before it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import CalibrationError, ModelError
+from ..format.pack import numbers
+from ..nn import observe
+from ..pattern import Pattern
+from ..report import Report
+from ..solvers import Hessian, Recipe, Solution, solve
+from . import scaleout
+from .checkpoint import Checkpoint
+from .inputs import Batch
+from .layers import Layer, weight_key
+from .replay import Group, Replay
+
+
+class PruneInterrupted(ModelError):
+    """ModelError raised by `prune` half-way: layers that were done keep their new weights; `.report` says which."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class OneShot:
+    """One calibrated run.
+
+    Args:
+        model, layers: what is pruned, in the model's order.
+        batches: calibration inputs.
+        pattern, recipe: what every layer gets.
+        checkpoint: where finished layers are kept, or None.
+        memory_limit: bytes of activations kept in memory.
+        progress: as in `prune`.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    batches: Sequence[Batch]
+    pattern: Pattern
+    recipe: Recipe
+    checkpoint: Checkpoint | None = None
+    memory_limit: int | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+        self.tokens = 0
+
+    def run(self) -> None:
+        """Prunes the layers in place and fills `rows` (by layer name) and `notes`.
+
+        Raises:
+            CalibrationError: no input reaches any layer, or one holds NaN.
+            Whatever the model raises on its inputs; `rows` then holds the layers that are done.
+        """
+        began = time.perf_counter()
+        with scaleout.together():
+            replay = Replay(self.model, self.layers, self.batches, self.memory_limit)
+        try:
+            scaleout.require_same([[layer.name for layer in group.layers] for group in replay.groups])
+            self._skip_unreached(replay.unreached)
+            bar = tqdm(
+                total=sum(len(group.layers) for group in replay.groups),
+                desc=f"prune {self.pattern} by {self.recipe.method}",
+                disable=None if self.progress is None else not self.progress,
+                leave=False,
+                unit="layer",
+            )
+            with bar:
+                done: dict[Hashable, str] = {}
+                for group in replay.groups:
+                    bar.set_postfix_str(group.layers[0].name)
+                    self._prune_group(replay, group, done)
+                    bar.update(len(group.layers))
+        finally:
+            replay.close()
+        self.notes += replay.notes
+        self.seconds = time.perf_counter() - began
+
+    def _skip_unreached(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            self.rows[layer.name] = {
+                "action": "skipped",
+                "reason": "no calibration input reaches it (method='magnitude' needs none)",
+            }
+        if len(layers) == len(self.layers):
+            raise CalibrationError(
+                f"no calibration input reaches any of the {len(layers)} layers, '{layers[0].name}' for one: the model"
+                " does not call them. Nothing was changed."
+            )
+        if layers:
+            self.notes.append(f"{len(layers)} layers were left alone: no calibration input reaches them")
+
+    def _prune_group(self, replay: Replay, group: Group, done: dict[Hashable, str]) -> None:
+        waiting = []
+        for layer in group.layers:
+            key = weight_key(layer.weight)
+            if key in done:
+                self.rows[layer.name] = {
+                    "action": "pruned",
+                    "reason": f"shares its weight with '{done[key]}'",
+                    "weights": 0,
+                }
+                continue
+            done[key] = layer.name
+            kept = self.checkpoint.load(layer) if self.checkpoint is not None else None
+            if kept is None:
+                waiting.append(layer)
+            else:
+                _write(layer, kept.weight)
+                self.rows[layer.name] = {**kept.row, "reason": "from the checkpoint"}
+        if waiting:
+            hessian = self._observe(replay, group)
+            for layer, row, weight in scaleout.share(waiting, lambda layer: self._solve(layer, hessian)):
+                _write(layer, weight)
+                self.rows[layer.name] = row
+                if self.checkpoint is not None:
+                    self.checkpoint.save(layer, layer.weight.detach(), row)
+        replay.finish(group)
+
+    def _observe(self, replay: Replay, group: Group) -> Hessian:
+        first = group.layers[0]
+        matrix = observe.as_matrix(first.module, first.weight)
+        hessian = Hessian(matrix.shape[1], matrix.device)
+
+        def take(x: Tensor, real: Tensor | None) -> None:
+            for tokens in observe.tokens(first.module, x, real):
+                hessian.add(tokens)
+
+        with scaleout.together():
+            try:
+                replay.run(group, take)
+            except CalibrationError as error:
+                raise CalibrationError(f"the inputs of '{first.name}': {error}") from None
+        scaleout.add_up(hessian)
+        return hessian
+
+    def _solve(self, layer: Layer, hessian: Hessian) -> tuple[dict[str, Any], Tensor]:
+        """(row of the report, new weight in the layer's own shape and dtype)."""
+        weight = layer.weight.detach()
+        old = observe.as_matrix(layer.module, numbers(weight))
+        try:
+            found = solve(old, hessian, self.pattern, self.recipe)
+        except CalibrationError as error:
+            raise CalibrationError(f"'{layer.name}': {error}") from None
+        row = {
+            "action": "pruned",
+            "method": self.recipe.method,
+            "kept_magnitude": _share(old, found),
+            "error_masked": found.error_masked,
+            "error": found.error,
+            "tokens": hessian.tokens,
+            "damping": found.damping,
+            "seconds": found.seconds,
+        }
+        if found.damping > self.recipe.damping:
+            row["reason"] = f"damping {found.damping:g}: {hessian.tokens} tokens for {hessian.features} inputs"
+        matrix = _rounded(found.weight, weight.dtype)
+        return row, observe.from_matrix(layer.module, matrix, weight.shape).contiguous()
+
+
+def _share(old: Tensor, found: Solution) -> float:
+    squares = old.double().square()
+    total = float(squares.sum())
+    return float(squares[found.mask].sum()) / total if total else 1.0
+
+
+def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the weight's dtype; what would overflow takes the largest number there is. Zeros stay zeros."""
+    largest = torch.finfo(dtype).max
+    return matrix.clamp(-largest, largest).to(dtype)
+
+
+def _write(layer: Layer, weight: Tensor) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(weight)

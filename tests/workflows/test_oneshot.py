@@ -1,0 +1,417 @@
+"""Calibrated pruning of whole models: what each layer sees, in which order, within which memory, on which architectures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import twofour
+from twofour.errors import CalibrationError, ModelError, UnsupportedError
+from twofour.nn import observe
+from twofour.solvers import Hessian, Recipe, solve
+from twofour.workflows.layers import survey
+from twofour.workflows.oneshot import PruneInterrupted
+from twofour.workflows.replay import Replay
+from twofour.workflows.spool import Spool
+
+PATTERN = twofour.Pattern()
+
+
+class Block(nn.Module):
+    """A residual block with two inputs' worth of sharing: `gate` and `up` see the same tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, 2 * width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Stack(nn.Module):
+    """Inlet, blocks, outlet; with `skip` a block also depends on the one before the last."""
+
+    def __init__(self, width: int = 32, depth: int = 3, skip: bool = False) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(16, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(depth)])
+        self.outlet = nn.Linear(width, 8)
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inlet(x)
+        before = x
+        for block in self.blocks:
+            y = block(x)
+            x = y + 0.1 * before if self.skip else y
+            before = y
+        return self.outlet(x)
+
+
+def data(count: int = 4, *shape: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*(shape or (8, 16)), generator=generator) for _ in range(count)]
+
+
+def by_hand(model: nn.Module, batches: list[Any], recipe: Recipe, names: list[list[str]]) -> None:
+    """The specification: for every group of layers a whole forward, hooks on it, then `solve`."""
+    modules = dict(model.named_modules())
+    for group in names:
+        hessian = Hessian(modules[group[0]].weight.shape[1])
+        hook = modules[group[0]].register_forward_pre_hook(lambda module, args, h=hessian: h.add(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        hook.remove()
+        for name in group:
+            weight = modules[name].weight
+            weight.data.copy_(solve(weight.detach(), hessian, "2:4", recipe).weight)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["chain", "skip connections over blocks"])
+def test_each_layer_sees_the_pruned_ones_before_it(skip: bool) -> None:
+    torch.manual_seed(0)
+    model = Stack(skip=skip).double()
+    batches = [batch.double() for batch in data()]
+    expected, plain = copy.deepcopy(model), copy.deepcopy(model)
+    order = [["inlet"]]
+    for i in range(3):
+        order += [[f"blocks.{i}.gate", f"blocks.{i}.up"], [f"blocks.{i}.down"]]
+    by_hand(expected, batches, Recipe("sparsegpt"), [*order, ["outlet"]])
+    report = twofour.prune(model, calibration=batches, method="sparsegpt")
+    for (name, found), (_, wanted) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0, msg=name)
+    assert any("whole model" in note for note in report.notes) == skip
+    assert twofour.check(model).summary["holds"]
+    # Not what layers that see the dense ones before them would get.
+    independent = copy.deepcopy(plain)
+    by_hand(independent, batches, Recipe("sparsegpt"), [["inlet"]])
+    dense_hessian = Hessian(64)
+    hook = plain.blocks[2].down.register_forward_pre_hook(lambda module, args: dense_hessian.add(args[0]))
+    plain(batches[0])
+    hook.remove()
+    assert not torch.allclose(
+        solve(plain.blocks[2].down.weight.detach(), dense_hessian, "2:4", Recipe("sparsegpt")).weight,
+        model.blocks[2].down.weight,
+    )
+
+
+def test_blocks_that_are_done_do_not_run_again() -> None:
+    model = Stack(depth=4)
+    runs: dict[int, int] = dict.fromkeys(range(4), 0)
+    for i, block in enumerate(model.blocks):
+        block.norm.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    twofour.prune(model, calibration=data(3), method="wanda")
+    trace = 2  # of one batch: what is called when, and whether blocks can answer from memory
+    live = [runs[i] - trace for i in range(4)]
+    # Of three batches: once for gate and up, once for down, once to keep the output (the last one: with the head).
+    assert live == [3 * 3] * 4
+    whole = Stack(depth=4, skip=True)
+    runs = dict.fromkeys(range(4), 0)
+    for i, block in enumerate(whole.blocks):
+        block.norm.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    twofour.prune(whole, calibration=data(3), method="wanda")
+    assert runs[0] > 2 * runs[3] > 0
+
+
+@pytest.mark.parametrize("limit", [None, 0, 3000])
+def test_memory_limit_moves_activations_to_a_file(limit: int | None) -> None:
+    torch.manual_seed(0)
+    model, batches = Stack(), data(6)
+    expected = copy.deepcopy(model)
+    twofour.prune(expected, calibration=batches, method="sparsegpt")
+    twofour.prune(model, calibration=batches, method="sparsegpt", memory_limit=limit)
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_spool_gives_back_what_it_got() -> None:
+    spool = Spool(limit=100)
+    outputs = {
+        i: (torch.arange(i * 7.0), {"cache": torch.full((3, i), i, dtype=torch.bfloat16)}, None, "x") for i in range(9)
+    }
+    for key, output in outputs.items():
+        spool.put(key, output)
+        assert spool.bytes_in_memory <= 100
+    for key, output in outputs.items():
+        tensor, mapping, nothing, text = spool.get(key)
+        assert torch.equal(tensor, output[0])
+        assert torch.equal(mapping["cache"], output[1]["cache"])
+        assert (nothing, text) == (None, "x")
+        tensor.fill_(-1)  # a copy: what is kept stays
+    assert torch.equal(spool.get(3)[0], outputs[3][0])
+    spool.drop(3)
+    with pytest.raises(KeyError):
+        spool.get(3)
+    spool.close()
+    assert spool.bytes_in_memory == 0
+
+
+def test_padding_does_not_count() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+
+        def forward(self, inputs: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.first(inputs)
+
+    torch.manual_seed(0)
+    model = Tagger()
+    x = torch.randn(4, 6, 16)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6, [1, 1, 0, 0, 0, 0], [1] * 5 + [0]])
+    loud = x.masked_fill(mask[..., None] == 0, float("nan"))  # NaN in padding must not be seen either
+    expected = copy.deepcopy(model)
+    twofour.prune(expected, calibration=(x, torch.ones_like(mask)), method="sparsegpt")
+    twofour.prune(model, calibration={"inputs": loud, "attention_mask": mask}, method="sparsegpt")
+    hessian = Hessian(16)
+    hessian.add(x[mask.bool()])
+    torch.manual_seed(0)
+    wanted = solve(Tagger().first.weight.detach(), hessian, "2:4", Recipe("sparsegpt"))
+    assert torch.equal(model.first.weight, wanted.weight)
+    assert not torch.equal(model.first.weight, expected.first.weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(8, 6, 3, padding=1),
+        lambda: nn.Conv2d(8, 6, (2, 3), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+        lambda: nn.Conv2d(8, 6, 3, padding="same", padding_mode="reflect"),
+        lambda: nn.Conv1d(8, 6, 4, stride=2),
+        lambda: nn.Conv3d(4, 6, 2, padding=1, padding_mode="circular"),
+    ],
+)
+def test_convolutions_are_products_of_patches(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    conv = make()
+    x = torch.randn(3, conv.in_channels, *[7, 9, 6][: len(conv.kernel_size)])
+    rows = torch.cat(list(observe.tokens(conv, x)))
+    matrix = observe.as_matrix(conv, conv.weight.detach())
+    expected = conv(x).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(rows @ matrix.T + conv.bias, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(observe.from_matrix(conv, matrix, conv.weight.shape), conv.weight)
+    model = nn.Sequential(conv)
+    report = twofour.prune(model, calibration=x, method="sparsegpt")
+    assert twofour.check(model).summary["holds"]  # along input channels, at each place of the kernel
+    (row,) = report.rows
+    assert row["error"] < row["error_masked"]
+
+
+def test_packed_attention_is_seen_whole() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(6, 10, 32)
+    dense = copy.deepcopy(model).eval()
+    magnitude = copy.deepcopy(model).eval()
+    twofour.prune(magnitude)
+    report = twofour.prune(model.eval(), calibration=x)
+    assert len(report.where(action="pruned")) == 8
+    assert all(row["tokens"] == 60 for row in report.rows)
+    assert twofour.check(model).summary["holds"]
+    with torch.no_grad():
+        error = (model(x) - dense(x)).square().mean()
+        assert error < 0.5 * (magnitude(x) - dense(x)).square().mean()
+
+
+def test_input_of_an_output_projection_is_what_attention_gives() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    model = nn.ModuleDict({"a": attention})
+    model.forward = lambda q, k: attention(q, k, k)[0]  # type: ignore[method-assign]
+    q, k = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    layers = [layer for layer in survey(model, PATTERN) if layer.skip is None]
+    replay = Replay(model, layers, [(q, k)])
+    seen: dict[str, list[Tensor]] = {}
+    for group in replay.groups:
+        replay.run(group, lambda x, real, name=group.layers[0].name: seen.setdefault(name, []).append(x))
+    assert [tuple(x.shape) for x in seen["a.in_proj_weight"]] == [(2, 3, 16), (2, 5, 16)]
+    (inside,) = seen["a.out_proj"]
+    with torch.no_grad():
+        torch.testing.assert_close(attention.out_proj(inside), attention(q, k, k)[0])
+
+
+def test_a_layer_that_is_called_twice_sees_both_inputs() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(torch.relu(self.shared(x)))
+
+    report = twofour.prune(Twice(), calibration=data(3), method="wanda")
+    assert report.rows[0]["tokens"] == 2 * 3 * 8
+
+
+def test_tied_weights_are_pruned_once() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    report = twofour.prune(model, calibration=data(), method="sparsegpt")
+    assert report.rows[1]["reason"] == "shares its weight with '0'"
+    assert twofour.check(model).summary["holds"]
+
+
+def test_layers_that_no_input_reaches_are_left_and_named() -> None:
+    model = Stack()
+    model.spare = nn.Linear(16, 16)
+    before = model.spare.weight.clone()
+    report = twofour.prune(model, calibration=data(), method="wanda")
+    (row,) = [row for row in report.rows if row["layer"] == "spare"]
+    assert row["action"] == "skipped"
+    assert row["reason"] == "no calibration input reaches it (method='magnitude' needs none)"
+    assert torch.equal(model.spare.weight, before)
+    with pytest.raises(CalibrationError, match=r"no calibration input reaches any of the 1 layers, 'spare'"):
+        twofour.prune(model, calibration=data(), include="spare")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_solved_wide_and_written_back(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Stack().to(dtype)
+    report = twofour.prune(model, calibration=[batch.to(dtype) for batch in data(8)])
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert twofour.check(model).summary["holds"]
+    assert all(row["error"] < row["error_masked"] for row in report.where(action="pruned"))
+
+
+def test_float8_weights() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 8, bias=False)
+            self.inner.weight = nn.Parameter(self.inner.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+            self.inner.forward = lambda x: x @ self.inner.weight.float().T  # type: ignore[method-assign]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    torch.manual_seed(0)
+    model = Small()
+    report = twofour.prune(model, calibration=data(4))
+    assert model.inner.weight.dtype == torch.float8_e4m3fn
+    assert bool(torch.isfinite(model.inner.weight.float()).all())
+    assert twofour.check(model).summary["holds"]
+    assert report.rows[0]["error"] < report.rows[0]["error_masked"]
+
+
+def test_dry_run_changes_nothing_and_reports_all() -> None:
+    model = Stack()
+    before = copy.deepcopy(model.state_dict())
+    report = twofour.prune(model, calibration=data(), dry_run=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all("error" in row for row in report.where(action="pruned"))
+    assert "dry run: nothing was changed" in report.notes
+
+
+def test_training_flags_and_configurations_come_back() -> None:
+    model = Stack().train()
+    model.blocks[1].eval()
+    twofour.prune(model, calibration=data(), method="wanda")
+    assert model.training
+    assert not model.blocks[1].training
+    assert "forward" not in vars(model.blocks[0])
+    assert not model.blocks[0].gate._forward_pre_hooks
+
+
+class Faulty(Stack):
+    """Fails when it has been called often enough."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise RuntimeError("out of luck")
+        return super().forward(x)
+
+
+def test_a_model_that_fails_at_once_is_not_changed() -> None:
+    model = Faulty(0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        twofour.prune(model, calibration=data())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_fails_half_way_keeps_what_is_done_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = Faulty(14)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruneInterrupted, match=r"stopped after \d of 11 layers, .*RuntimeError: out of luck") as caught:
+        twofour.prune(model, calibration=data(), method="sparsegpt")
+    report = caught.value.report
+    pruned = {row["layer"] for row in report.where(action="pruned")}
+    assert pruned
+    assert len(report.where(action="not done")) == 11 - len(pruned) - len(report.where(action="skipped"))
+    for name, weight in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        assert torch.equal(weight, before[name]) == (layer not in pruned), name
+    assert "forward" not in vars(model.blocks[0])
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    whole = Faulty(10**6)
+    half, again = copy.deepcopy(whole), copy.deepcopy(whole)
+    twofour.prune(whole, calibration=data(), method="sparsegpt")
+    half.calls = 14
+    folder = tmp_path / "run"
+    with pytest.raises(PruneInterrupted):
+        twofour.prune(half, calibration=data(), method="sparsegpt", checkpoint=folder)
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    files[-1].write_bytes(files[-1].read_bytes()[:50])  # cut off: done again
+    report = twofour.prune(again, calibration=data(), method="sparsegpt", checkpoint=folder)
+    assert len([row for row in report.rows if row.get("reason") == "from the checkpoint"]) == len(files) - 1
+    for found, wanted in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    other = copy.deepcopy(whole)
+    with pytest.raises(ModelError, match=r"is of another run: other weights\. Name another folder"):
+        twofour.prune(other, calibration=data(), method="sparsegpt", checkpoint=folder)
+    with pytest.raises(ModelError, match=r"is of another run: other inputs, recipe"):
+        twofour.prune(copy.deepcopy(half).__class__(10**6), calibration=data(seed=1), method="wanda", checkpoint=folder)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "photo.jpg").write_text("x")
+    with pytest.raises(ModelError, match="holds other files: name an empty folder"):
+        twofour.prune(other, calibration=data(), checkpoint=tmp_path / "full")
+
+
+def test_bad_calibration_is_said_before_anything_changes() -> None:
+    model = Stack()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="calibration is empty: pass at least one batch"):
+        twofour.prune(model, calibration=[])
+    with pytest.raises(CalibrationError, match="calibration holds a int"):
+        twofour.prune(model, calibration=[3])
+    with pytest.raises(CalibrationError, match=r"the inputs of 'inlet': 2 of 8 tokens hold NaN or infinities"):
+        twofour.prune(model, calibration=torch.ones(8, 16).index_fill(0, torch.tensor([2, 3]), float("nan")))
+    with pytest.raises(RuntimeError):  # torch's own words for a wrong dtype
+        twofour.prune(model, calibration=torch.ones(8, 16, dtype=torch.float64))
+    with pytest.raises(UnsupportedError, match=r"method 'sparsegpt' measures .* pass calibration="):
+        twofour.prune(model, method="sparsegpt")
+    with pytest.raises(UnsupportedError, match="method is a int"):
+        twofour.prune(model, method=3)  # type: ignore[arg-type]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_fewer_tokens_than_inputs_is_no_failure() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    report = twofour.prune(model, calibration=torch.randn(3, 64), method=Recipe("sparsegpt", damping=0.0))
+    assert report.rows[0]["damping"] > 0
+    assert report.rows[0]["reason"].startswith("damping 0.0001: 3 tokens for 64 inputs")
+    assert twofour.check(model).summary["holds"]
