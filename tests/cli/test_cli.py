@@ -12,39 +12,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import twofour
-from twofour import cli
 from twofour.workflows.timing import Timing
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """run("check", folder) -> exit code and what was printed, in this process."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["twofour", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = exit_.value.code
-        return Result(code if isinstance(code, int) else 0 if code is None else 1, out, err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +55,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_folder_from_prune_to_measure(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_from_prune_to_measure(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     pruned, small = tmp_path / "pruned", tmp_path / "small"
     result = run("prune", folder, pruned)
     assert result.code == 0
@@ -106,7 +83,7 @@ def test_a_folder_from_prune_to_measure(run: Callable[..., Result], folder: Path
     assert "2x8" in result.out
 
 
-def test_a_file_from_prune_to_measure(run: Callable[..., Result], weights: Path, tmp_path: Path) -> None:
+def test_a_file_from_prune_to_measure(run: Callable[..., Any], weights: Path, tmp_path: Path) -> None:
     pruned, small = tmp_path / "pruned.safetensors", tmp_path / "small.safetensors"
     report = json.loads(run("prune", weights, pruned, "--json").out)
     assert {row["layer"]: row["action"] for row in report["rows"]} == {
@@ -140,7 +117,7 @@ def test_tables_fit_100_columns_and_pipes_get_no_progress(folder: Path, tmp_path
     assert result.stderr == ""
 
 
-def test_check_says_no_with_exit_code_1(run: Callable[..., Result], folder: Path) -> None:
+def test_check_says_no_with_exit_code_1(run: Callable[..., Any], folder: Path) -> None:
     result = run("check", folder)
     assert result.code == 1
     assert result.err.startswith("no: 'encoder.layer.0.attention.self.query' is not 2:4: 256 of 256 groups")
@@ -148,18 +125,18 @@ def test_check_says_no_with_exit_code_1(run: Callable[..., Result], folder: Path
     assert result.err.count("\n") == 1
 
 
-def test_pages_are_written(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_pages_are_written(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert run("explain", folder, "--html", page).code == 0
     assert "encoder.layer.0.attention.self.query" in page.read_text(encoding="utf-8")
 
 
-def test_dry_run_writes_nothing(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     assert run("prune", folder, tmp_path / "pruned", "--dry-run").code == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "pruned"
     target.mkdir()
     (target / "old.txt").write_text("old", encoding="utf-8")
@@ -213,7 +190,7 @@ def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Result], 
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
-    run: Callable[..., Result], folder: Path, weights: Path, tmp_path: Path, arguments: list[str], message: str
+    run: Callable[..., Any], folder: Path, weights: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "text.txt").write_text("hello", encoding="utf-8")
     (tmp_path / "bad.safetensors").write_bytes(b"\x01\x02")
@@ -228,13 +205,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_usage_has_exit_code_2(run: Callable[..., Result]) -> None:
+def test_wrong_usage_has_exit_code_2(run: Callable[..., Any]) -> None:
     assert run("prune").code == 2
     assert run("fly").code == 2
     assert run("--help").code == 0
 
 
-def test_damaged_folder(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_damaged_folder(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes(b"12345678 not a model")
@@ -279,7 +256,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert list(target.parent.iterdir()) == []
 
 
-def test_an_unreadable_file(run: Callable[..., Result], weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file(run: Callable[..., Any], weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may read everything, so the refusal is made up."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -291,7 +268,7 @@ def test_an_unreadable_file(run: Callable[..., Result], weights: Path, monkeypat
     assert result.err == f"error: {weights} cannot be read: Permission denied.\n"
 
 
-def test_info_names_the_kernels(run: Callable[..., Result]) -> None:
+def test_info_names_the_kernels(run: Callable[..., Any]) -> None:
     report = json.loads(run("info", "--json").out)
     assert {row["dtype"] for row in report["rows"]} == {"float32", "bfloat16", "float16"}
     assert report["summary"]["native kernels"]
@@ -304,7 +281,7 @@ def test_info_says_so_without_native_kernels() -> None:
 
 
 def test_overwrite_never_takes_the_source_or_what_is_no_model(
-    run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outer = tmp_path / "outer"
     source = outer / "model"
@@ -325,7 +302,7 @@ def test_overwrite_never_takes_the_source_or_what_is_no_model(
 
 
 def test_pruning_a_compressed_model_writes_a_dense_one(
-    run: Callable[..., Result], folder: Path, weights: Path, tmp_path: Path
+    run: Callable[..., Any], folder: Path, weights: Path, tmp_path: Path
 ) -> None:
     for source, suffix in ((folder, ""), (weights, ".safetensors")):
         pruned, small, again = (tmp_path / f"{name}{suffix}" for name in ("pruned", "small", "again"))
@@ -338,7 +315,7 @@ def test_pruning_a_compressed_model_writes_a_dense_one(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_missing_weights_are_not_made_up(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_not_made_up(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -349,7 +326,7 @@ def test_missing_weights_are_not_made_up(run: Callable[..., Result], folder: Pat
     assert "lacks weights that BertModel needs: encoder.layer.0.output.dense.weight" in result.err
 
 
-def test_integer_tensors_beside_a_weight_survive(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_integer_tensors_beside_a_weight_survive(run: Callable[..., Any], tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     tensors = {"fc.mask": torch.ones(8, dtype=torch.bool), "fc.weight": torch.randn(8, 8), "fc.a": torch.tensor([3])}
     save_file(tensors, source)
@@ -357,7 +334,7 @@ def test_integer_tensors_beside_a_weight_survive(run: Callable[..., Result], tmp
     assert sorted(load_file(target)) == sorted(tensors)
 
 
-def test_layers_of_a_bare_file_whose_kind_is_unclear_are_left(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_layers_of_a_bare_file_whose_kind_is_unclear_are_left(run: Callable[..., Any], tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     tensors = {
         "fc.weight": torch.randn(8, 8),
@@ -392,7 +369,7 @@ def test_layers_of_a_bare_file_whose_kind_is_unclear_are_left(run: Callable[...,
 
 
 def test_a_compressed_file_with_shared_weights_is_written_dense_under_every_name(
-    run: Callable[..., Result], tmp_path: Path
+    run: Callable[..., Any], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = torch.nn.Module()
@@ -410,7 +387,7 @@ def test_a_compressed_file_with_shared_weights_is_written_dense_under_every_name
 
 
 def test_a_replacement_that_fails_half_way_restores_the_old_folder(
-    run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
     target.mkdir()
@@ -430,7 +407,7 @@ def test_a_replacement_that_fails_half_way_restores_the_old_folder(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_weights_of_another_size_are_named(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_weights_of_another_size_are_named(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -451,7 +428,7 @@ def test_weights_of_another_size_are_named(run: Callable[..., Result], folder: P
     ],
 )
 def test_tied_weights_are_not_missing(
-    run: Callable[..., Result], tmp_path: Path, architecture: str, config: dict[str, object]
+    run: Callable[..., Any], tmp_path: Path, architecture: str, config: dict[str, object]
 ) -> None:
     builder = getattr(transformers, architecture)
     sizes = {"vocab_size": 50, "intermediate_size": 32, "num_hidden_layers": 1, **config}
@@ -465,7 +442,7 @@ def test_tied_weights_are_not_missing(
 
 
 @pytest.mark.parametrize("name", ["fc.training", "_modules", "training.weight"])
-def test_names_that_torch_keeps_for_itself(run: Callable[..., Result], tmp_path: Path, name: str) -> None:
+def test_names_that_torch_keeps_for_itself(run: Callable[..., Any], tmp_path: Path, name: str) -> None:
     source = tmp_path / "source.safetensors"
     save_file({"fc.weight": torch.randn(8, 8), name: torch.ones(2, dtype=torch.int32)}, source)
     result = run("prune", source, tmp_path / "target.safetensors")
@@ -475,7 +452,7 @@ def test_names_that_torch_keeps_for_itself(run: Callable[..., Result], tmp_path:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_tensor_lost_on_the_way_is_an_error(
-    run: Callable[..., Result], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+    run: Callable[..., Any], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
 ) -> None:
     source, target = weights, tmp_path / "target.safetensors"
     if compressed:
@@ -494,7 +471,7 @@ def test_a_tensor_lost_on_the_way_is_an_error(
 
 
 def test_reports_say_that_kinds_of_a_bare_file_are_a_guess(
-    run: Callable[..., Result], folder: Path, weights: Path, tmp_path: Path
+    run: Callable[..., Any], folder: Path, weights: Path, tmp_path: Path
 ) -> None:
     guess = "layer kinds of a bare file are guessed from names and shapes"
     assert guess in run("prune", weights, tmp_path / "pruned.safetensors").out
@@ -533,7 +510,7 @@ def _seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
 
 
 def test_measure_reads_text_with_the_models_tokenizer(
-    run: Callable[..., Result], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the model\n\nis sparsely fast\n", encoding="utf-8")
@@ -557,7 +534,7 @@ def test_measure_reads_text_with_the_models_tokenizer(
 
 
 def test_measure_refuses_a_tokenizer_of_another_model(
-    run: Callable[..., Result], text_folder: Path, tmp_path: Path
+    run: Callable[..., Any], text_folder: Path, tmp_path: Path
 ) -> None:
     (text_folder / "vocab.txt").write_text("\n".join([*_WORDS, "new"]), encoding="utf-8")
     (tmp_path / "text.txt").write_text("new", encoding="utf-8")
@@ -567,7 +544,7 @@ def test_measure_refuses_a_tokenizer_of_another_model(
 
 
 def test_measure_gives_a_vision_model_pixels(
-    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
@@ -585,7 +562,7 @@ def test_measure_gives_a_vision_model_pixels(
 
 
 def test_timings_are_kept_shown_and_forgotten(
-    run: Callable[..., Result],
+    run: Callable[..., Any],
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

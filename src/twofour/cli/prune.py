@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import TwofourError
 from ..workflows import prune
 from . import models
+from .inputs import calibration_batches
 from .options import (
     DryRun,
     Dtype,
@@ -19,8 +22,10 @@ from .options import (
     Output,
     Overwrite,
     PatternText,
+    Threads,
     parse_dtype,
     require_page,
+    set_threads,
     show,
 )
 
@@ -31,7 +36,27 @@ def run(
     model: Model,
     output: Output,
     pattern: PatternText = "2:4",
-    method: Annotated[str, typer.Option(help="How weights are chosen: magnitude.")] = "magnitude",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Inputs that the outputs are kept for: a text file, 'python' for Python's documentation, or a .safetensors"
+            " file of input tensors by name. Without it weights are chosen by magnitude, and quality suffers."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="admm (default with --calibration), sparsegpt, wanda, ria, or magnitude (default without)."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Lines (or pieces of running text) taken of --calibration.")
+    ] = 512,
+    length: Annotated[int, typer.Option(min=1, help="Most tokens of each.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 32,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A folder that keeps finished layers: a run that was killed goes on where it was."),
+    ] = None,
+    threads: Threads = None,
     include: Include = None,
     exclude: Exclude = None,
     dtype: Dtype = None,
@@ -42,13 +67,31 @@ def run(
 ) -> None:
     """Set weights to zero so that every layer holds the pattern. The result is still dense; compress comes next.
 
-    Example: twofour prune all-MiniLM-L6-v2 minilm-2of4
+    With --calibration the weights that stay get new values, so that each layer's outputs change as little as they can.
+    It takes a folder, whose model can run.
+
+    Example: twofour prune all-MiniLM-L6-v2 minilm-2of4 --calibration sentences.txt
     """
     require_page(html)
     wanted = parse_dtype(dtype)
     models.require_target(model, output, overwrite or dry_run)
     loaded = models.open_model(model, wanted)
-    report = prune(loaded, pattern, method=method, include=include, exclude=exclude, dry_run=dry_run)
+    set_threads(threads)
+    inputs = None
+    if calibration is not None:
+        if not model.is_dir():
+            raise TwofourError(f"{model} is a file without a model to run: --calibration needs a folder.")
+        inputs = calibration_batches(model, loaded, calibration, samples, length, batch)
+    report = prune(
+        loaded,
+        pattern,
+        calibration=inputs,
+        method=method,
+        include=include,
+        exclude=exclude,
+        checkpoint=checkpoint,
+        dry_run=dry_run,
+    )
     if not dry_run:
         models.write_dense(loaded, model, output, overwrite)
     show(models.with_guess(report, model), json, html)

@@ -1,0 +1,136 @@
+"""twofour prune --calibration: texts and tensors from files, on a folder that transformers wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import twofour
+from twofour.cli.inputs import calibration_batches
+
+transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    lines = [
+        " ".join(WORDS[i] for i in torch.randint(0, 40, (int(n),), generator=generator))
+        for n in torch.randint(2, 14, (60,), generator=generator)
+    ]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+def folder_of(model: nn.Module, path: Path) -> Path:
+    """The model with a tokenizer of whole words."""
+    model.save_pretrained(path)  # type: ignore[operator]
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    wrapped.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=42, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return folder_of(transformers.BertModel(config), tmp_path_factory.mktemp("bert") / "bert")
+
+
+def test_text_prunes_better_than_magnitude(bert: Path, text: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    done = run("prune", bert, tmp_path / "one", "--calibration", text, "--json", "--threads", "1")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert record["summary"]["method"] == "admm"
+    pruned = [row for row in record["rows"] if row["action"] == "pruned"]
+    assert len(pruned) == 13  # the pooler too: the model calls it
+    assert all(row["error"] < row["error_masked"] for row in pruned)
+    model = transformers.BertModel.from_pretrained(tmp_path / "one")
+    assert twofour.check(model).summary["holds"]
+    again = run("prune", bert, tmp_path / "two", "--calibration", text, "--checkpoint", tmp_path / "kept")
+    assert again.code == 0
+    assert "mean output error" in again.out
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    resumed = run("prune", bert, tmp_path / "three", "--calibration", text, "--checkpoint", tmp_path / "kept")
+    assert "from the checkpoint" in resumed.out
+
+
+def test_lines_are_padded_and_the_padding_is_masked(bert: Path, text: Path) -> None:
+    model = transformers.BertModel.from_pretrained(bert)
+    batches = calibration_batches(bert, model, str(text), samples=30, length=8, size=7)
+    assert [len(batch["input_ids"]) for batch in batches] == [7, 7, 7, 7, 2]
+    for batch in batches:
+        assert torch.equal(batch["input_ids"] != 0, batch["attention_mask"].bool())
+        assert batch["input_ids"].shape[1] <= 8
+
+
+def test_decoders_get_running_text(text: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=42, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    folder = folder_of(transformers.GPT2LMHeadModel(config), tmp_path / "gpt2")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    batches = calibration_batches(folder, model, str(text), samples=5, length=99, size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 16), (2, 16), (1, 16)]
+    done = run("prune", folder, tmp_path / "out", "--calibration", text, "--method", "sparsegpt", "--length", "16")
+    assert done.code == 0, done.err
+    short = tmp_path / "short.txt"
+    short.write_text("w1 w2", encoding="utf-8")
+    done = run("prune", folder, tmp_path / "other", "--calibration", short)
+    assert (done.code, "the text has 2 tokens, less than one piece of 16" in done.err) == (2, True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_tensors_by_name(bert: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    ids = torch.randint(0, 42, (12, 9))
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tmp_path / "in.safetensors")
+    done = run(
+        "prune", bert, tmp_path / "out", "--calibration", tmp_path / "in.safetensors", "--method", "wanda", "--json"
+    )
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["rows"][-1]["tokens"] == 12  # the pooler sees one token of each
+    save_file({"input_ids": ids, "attention_mask": torch.ones(3, 9)}, tmp_path / "bad.safetensors")
+    done = run("prune", bert, tmp_path / "bad", "--calibration", tmp_path / "bad.safetensors")
+    assert done.code == 2
+    assert "every tensor needs the same first axis, samples; it has" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file. Name a text file, or 'python'"),
+        (["--method", "sparsegpt"], "method 'sparsegpt' measures what each layer does to inputs: pass calibration="),
+        (["--calibration", "python", "--method", "obc"], "unknown method 'obc'"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    bert: Path, tmp_path: Path, run: Callable[..., Any], arguments: list[str], message: str
+) -> None:
+    done = run("prune", bert, tmp_path / "out", *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_has_no_model_to_run(tmp_path: Path, text: Path, run: Callable[..., Any]) -> None:
+    save_file({"a.weight": torch.randn(8, 8)}, tmp_path / "a.safetensors")
+    done = run("prune", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--calibration", text)
+    assert done.code == 2
+    assert "is a file without a model to run: --calibration needs a folder" in done.err
