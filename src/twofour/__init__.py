@@ -34,5 +34,6 @@ from .workflows import load as load
 from .workflows import measure as measure
 from .workflows import prune as prune
 from .workflows import save as save
+from .workflows import sensitivity as sensitivity
 
 __version__ = "0.1.0"

@@ -134,3 +134,13 @@ def test_a_file_has_no_model_to_run(tmp_path: Path, text: Path, run: Callable[..
     done = run("prune", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--calibration", text)
     assert done.code == 2
     assert "is a file without a model to run: --calibration needs a folder" in done.err
+
+
+def test_sensitivity(bert: Path, text: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    page = tmp_path / "page.html"
+    done = run("sensitivity", bert, "-p", "2:4", "-p", "1:4", "--calibration", text, "--samples", "20", "--html", page)
+    assert done.code == 0, done.err
+    assert "lose most as 2:4" in done.out
+    assert page.is_file()
+    done = run("sensitivity", tmp_path / "missing.safetensors")
+    assert (done.code, "is not a model folder" in done.err) == (2, True)

@@ -174,7 +174,7 @@ def report_page(report: Report) -> str:
     if overview:
         sections.append(Section("Summary", tuple(overview)))
     layers: list[Block] = []
-    picture = _ratio_plot(report)
+    picture = _ratio_plot(report) or _loss_plot(report)
     if picture is not None:
         layers.append(picture)
     if report.rows:
@@ -251,6 +251,35 @@ def _ratio_plot(report: Report) -> Plot | None:
     alt = f"{ratio.title} of {len(ratios)} rows: from {ratios[low]:.2f}x ({low}) to {ratios[high]:.2f}x ({high})."
     try:
         return Plot(plots.ratio_bars(ratios, x_title=ratio.title), alt, caption, wide=True)
+    except UnsupportedError:  # installed, but it cannot be imported
+        return None
+
+
+def _loss_plot(report: Report) -> Plot | None:
+    """Bars of the loss columns, one colour for each, layers from top to bottom."""
+    losses = [column for column in report.columns if column.kind == "loss"]
+    measured = [row for row in report.rows if any(isinstance(row.get(column.key), float) for column in losses)]
+    if not losses or not measured or not plots.available():
+        return None
+    caption = "How much the loss grows when one layer alone is pruned."
+    if len(measured) > _MOST_BARS:
+        ranked = sorted(measured, key=lambda row: -max(row.get(column.key) or 0.0 for column in losses))[:_MOST_BARS]
+        measured = [row for row in measured if any(row is one for one in ranked)]
+        caption = f"The {_MOST_BARS} layers that lose most. {caption}"
+    values = {
+        str(row["layer"]): {column.title: max(0.0, float(row[column.key])) for column in losses if column.key in row}
+        for row in measured
+    }
+    alt = f"Loss increase of {len(values)} layers."
+    try:
+        svg = plots.grouped_bars(
+            values,
+            value_title="loss +",
+            label=lambda value: f"{value:.2g}",
+            colours=plots.LINE_PALETTE,
+            horizontal=True,
+        )
+        return Plot(svg, alt, caption, wide=True)
     except UnsupportedError:  # installed, but it cannot be imported
         return None
 

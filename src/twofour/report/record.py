@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..errors import TwofourError
 
-Kind = Literal["text", "count", "bytes", "share", "ratio", "us", "seconds", "error"]
+Kind = Literal["text", "count", "bytes", "share", "ratio", "us", "seconds", "error", "loss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,8 @@ def format_value(value: Any, kind: Kind) -> str:
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     if kind == "seconds":
         return f"{value:.2f}"
+    if kind == "loss":
+        return f"{value:.3g}"
     return f"{value:.1e}" if value else "0"
 
 

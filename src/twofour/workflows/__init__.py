@@ -8,3 +8,4 @@ from .files import save as save
 from .fuse import fuse as fuse
 from .measure import measure as measure
 from .prune import prune as prune
+from .sensitivity import sensitivity as sensitivity

@@ -120,12 +120,12 @@ class OneShot:
             if kept is None:
                 waiting.append(layer)
             else:
-                _write(layer, kept.weight)
+                write_weight(layer, kept.weight)
                 self.rows[layer.name] = {**kept.row, "reason": "from the checkpoint"}
         if waiting:
             hessian = self._observe(replay, group)
             for layer, row, weight in scaleout.share(waiting, lambda layer: self._solve(layer, hessian)):
-                _write(layer, weight)
+                write_weight(layer, weight)
                 self.rows[layer.name] = row
                 if self.checkpoint is not None:
                     self.checkpoint.save(layer, layer.weight.detach(), row)
@@ -168,7 +168,7 @@ class OneShot:
         }
         if found.damping > self.recipe.damping:
             row["reason"] = f"damping {found.damping:g}: {hessian.tokens} tokens for {hessian.features} inputs"
-        matrix = _rounded(found.weight, weight.dtype)
+        matrix = rounded(found.weight, weight.dtype)
         return row, observe.from_matrix(layer.module, matrix, weight.shape).contiguous()
 
 
@@ -178,12 +178,13 @@ def _share(old: Tensor, found: Solution) -> float:
     return float(squares[found.mask].sum()) / total if total else 1.0
 
 
-def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """In the weight's dtype; what would overflow takes the largest number there is. Zeros stay zeros."""
     largest = torch.finfo(dtype).max
     return matrix.clamp(-largest, largest).to(dtype)
 
 
-def _write(layer: Layer, weight: Tensor) -> None:
+def write_weight(layer: Layer, weight: Tensor) -> None:
+    """`weight` takes the place of the layer's, in the same memory."""
     with torch.no_grad():
         layer.weight.copy_(weight)
