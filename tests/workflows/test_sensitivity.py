@@ -69,7 +69,7 @@ def test_models_with_a_loss_use_it() -> None:
     ids = torch.randint(0, 50, (4, 9))
     report = twofour.sensitivity(model, {"input_ids": ids, "labels": ids}, include="*.c_fc")
     assert float(report.summary["loss of the dense model"]) == pytest.approx(
-        float(model(ids, labels=ids).loss), rel=1e-3
+        model(ids, labels=ids).loss.item(), rel=1e-3
     )
 
 
