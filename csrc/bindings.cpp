@@ -1,4 +1,5 @@
-// The only file that knows Python. Addresses and sizes in, nothing owned, the GIL released: kernels/cpu.py checks.
+// The only file that knows Python. Addresses and sizes in, nothing owned, the GIL released: kernels/*.py and masks/cpu.py
+// check.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -13,6 +14,7 @@
 #include "cpu/grad.h"
 #include "cpu/linear.h"
 #include "cpu/linear_int8.h"
+#include "cpu/masks.h"
 #include "cpu/pack.h"
 #include "cpu/threads.h"
 #include "nm/layout.h"
@@ -176,6 +178,28 @@ void linear_int8(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t sc
   last_kernel = cpu::linear_int8(args, threads, isa ? isa->c_str() : nullptr, static_cast<cpu::Family>(kernel));
 }
 
+cpu::ScoreType score_type(int itemsize) {
+  if (itemsize != 4 && itemsize != 8) throw std::invalid_argument("scores have 4 or 8 bytes");
+  return itemsize == 4 ? cpu::ScoreType::kFp32 : cpu::ScoreType::kFp64;
+}
+
+std::vector<std::string> masks_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::masks_isa_count(); ++i) names.emplace_back(cpu::masks_isa_name(i));
+  return names;
+}
+
+void transposable_2_4(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t columns, int64_t stride, int itemsize,
+                      int threads, const std::optional<std::string>& isa) {
+  if (rows < 0 || columns < 0 || rows % 4 != 0 || columns % 4 != 0) {
+    throw std::invalid_argument("rows and columns must be multiples of 4");
+  }
+  if (rows > 1 && stride < columns) throw std::invalid_argument("rows must not overlap");
+  const cpu::MaskArgs args = {at<const void>(scores), at<uint8_t>(mask), score_type(itemsize), rows, columns, stride};
+  const nb::gil_scoped_release nogil;
+  last_kernel = cpu::transposable_2_4(args, threads, isa ? isa->c_str() : nullptr);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -206,4 +230,7 @@ NB_MODULE(_native, m) {
   m.def("linear_int8", &linear_int8, "x"_a, "values"_a, "metadata"_a, "scales"_a, "bias"_a, "y"_a, "tokens"_a,
         "out_features"_a, "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0,
         "isa"_a = nb::none());
+  m.def("masks_isas", &masks_isas, "Instruction sets that choose masks and run here, plainest first.");
+  m.def("transposable_2_4", &transposable_2_4, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a,
+        "threads"_a, "isa"_a = nb::none());
 }

@@ -135,3 +135,11 @@ def linear_int8(
     isa: str | None = None,
 ) -> None:
     """y = quantized(x) @ W.T * scales + bias. scales and bias fp32; the rest as in `linear`."""
+
+def masks_isas() -> list[str]:
+    """Instruction sets that choose masks and run here, plainest first."""
+
+def transposable_2_4(
+    scores: int, mask: int, rows: int, columns: int, stride: int, itemsize: int, threads: int, isa: str | None = None
+) -> None:
+    """The best mask with two of four in both axes (csrc/cpu/masks.h). Scores of 4 or 8 bytes, `stride` in elements."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twofour import UnsupportedError
-from twofour.masks import nm_mask
+from twofour.masks import cpu, nm_mask
+from twofour.masks.transposable import best_of_90
 from twofour.pattern import Pattern
 from twofour.testing import hostile_tensor, integer_tensor, strategies
 
@@ -55,6 +56,15 @@ def greedy_mask(scores: Tensor) -> Tensor:
     return mask
 
 
+@pytest.fixture(params=["torch", "cpu"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification, and what runs on a CPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("native")
+    else:
+        monkeypatch.setattr(cpu, "runs", lambda scores: False)
+
+
 def test_there_are_90_masks() -> None:
     assert len(ALL_90) == len(set(ALL_90)) == 90
 
@@ -69,6 +79,7 @@ def test_equals_trying_all_90(data: st.DataObject, dtype: torch.dtype) -> None:
     picks = torch.tensor(list(data.draw(st.binary(min_size=count, max_size=count))), dtype=torch.int64)
     scores = values[picks % len(values)].view(shape)
     assert torch.equal(nm_mask(scores, "2:4t"), obvious_mask(scores))
+    assert torch.equal(best_of_90(scores), obvious_mask(scores))
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,6 +93,7 @@ def test_both_axes_hold_whatever_the_scores(data: st.DataObject) -> None:
     assert torch.equal(nm_mask(mask.float(), "2:4t"), mask)
 
 
+@pytest.mark.usefixtures("path")
 def test_never_worse_and_mostly_better_than_greedy() -> None:
     scores = torch.randn(4, 4 * 300).abs()
     exact = nm_mask(scores, "2:4t")
@@ -99,12 +111,14 @@ def test_never_worse_and_mostly_better_than_greedy() -> None:
     assert better > full / 4
 
 
+@pytest.mark.usefixtures("path")
 def test_where_greedy_keeps_only_seven() -> None:
     scores = torch.tensor([[9.0, 8, 0, 0], [9, 0, 0, 8], [0, 9, 0, 8], [0, 0, 1, 0]])
     assert int(greedy_mask(scores).sum()) == 7
     assert int(nm_mask(scores, "2:4t").sum()) == 8
 
 
+@pytest.mark.usefixtures("path")
 def test_turning_the_scores_turns_the_worth() -> None:
     scores = hostile_tensor((16, 24), torch.float32, finite=True).clamp(-3, 3)
     upright, turned = nm_mask(scores, "2:4t"), nm_mask(scores.T, "2:4t").T
@@ -115,9 +129,10 @@ def test_many_blocks_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None
     scores = torch.randn(32, 32)
     whole = nm_mask(scores, "2:4t")
     monkeypatch.setattr("twofour.masks.transposable._BLOCKS_AT_ONCE", 5)
-    assert torch.equal(nm_mask(scores, "2:4t"), whole)
+    assert torch.equal(best_of_90(scores), whole)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [2.0**1020, 1.0, 2.0**-100])
 def test_numbers_of_any_size_decide_beside_nan_and_infinities(size: float) -> None:
     scores = integer_tensor((8, 80), torch.float64, largest=8) * size
@@ -125,6 +140,32 @@ def test_numbers_of_any_size_decide_beside_nan_and_infinities(size: float) -> No
     scores[3::8, 1::8] = math.nan
     scores[1::8, 2::8] = -math.inf
     assert torch.equal(nm_mask(scores, "2:4t"), obvious_mask(scores))
+
+
+@pytest.mark.usefixtures("path")
+def test_where_sums_are_rounded_the_halves_are_compared_first() -> None:
+    # The upper half is so large that both lower halves give the same sum; the better one is kept all the same.
+    scores = torch.zeros(4, 4, dtype=torch.float64)
+    scores[0, 0] = 2.0**100
+    scores[2, 2] = scores[3, 3] = 1
+    mask = nm_mask(scores, "2:4t")
+    assert bool(mask[0, 0])
+    assert bool(mask[2, 2])
+    assert bool(mask[3, 3])
+
+
+@pytest.mark.usefixtures("path")
+def test_sums_of_float32_scores_are_compared_in_float64() -> None:
+    # In float32 2**26 + 1 is 2**26, and the mask that comes first would win.
+    scores = torch.zeros(4, 4)
+    scores[0, 0] = 2.0**26
+    scores[1, 3] = 1
+    assert bool(nm_mask(scores, "2:4t")[1, 3])
+
+
+def test_meta_scores_give_the_shape() -> None:
+    mask = nm_mask(torch.empty(8, 12, device="meta"), "2:4t")
+    assert (mask.device.type, mask.shape, mask.dtype) == ("meta", (8, 12), torch.bool)
 
 
 @pytest.mark.parametrize("text", ["4:8t", "1:4t", "1:2t"])

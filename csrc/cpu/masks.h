@@ -1,0 +1,52 @@
+// Which weights survive, chosen for a matrix of scores. The masks of src/twofour/masks/*.py, which is the specification:
+// the same bits on every instruction set, for any number of threads, whatever the scores.
+//
+// A mask is [rows, columns] bytes, 0 or 1, rows close together. Nothing outside the arrays is read or written.
+#pragma once
+
+#include <cstdint>
+
+namespace twofour::cpu {
+
+enum class ScoreType { kFp32, kFp64 };
+
+struct MaskArgs {
+  const void* scores;  // [rows, columns] of `type`, rows `stride` elements apart
+  uint8_t* mask;
+  ScoreType type;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+};
+
+// The best mask with two kept in every row and column of each 4x4 block. rows and columns are multiples of 4.
+//
+// The 90 masks of a block split into 19 kinds by how many places of each column the upper two rows keep. A half with
+// the sum ((x + y) + (z + w)), each pair in column order, is chosen for every kind and either half, then the kind whose
+// two halves have the largest sum. All sums are in double. Equal sums: in a half the one, then of the kinds the one,
+// whose kept places come first in row order. Returns what ran, as "isa".
+const char* transposable_2_4(const MaskArgs& args, int threads, const char* isa);
+
+int masks_isa_count();
+const char* masks_isa_name(int index);
+const char* default_masks_isa();
+
+// ---- for the files of one instruction set --------------------------------------------------------------------------
+
+// A mask of a 4x4 block as bits: row 0, column 0 is the highest of 16. Of two masks the one whose kept places come
+// first in row order is the larger number. Takes any scores: NaN count below everything, infinities before numbers, and
+// a block with numbers beyond kLargestPlain is divided by 16 first.
+uint32_t transposable_2_4_of_any(const double (&block)[16]);
+
+constexpr double kLargestPlain = 0x1p1019;
+
+// Pure workers, called from several threads at once; [0] takes fp32 scores, [1] fp64.
+struct MaskKernels {
+  void (*transposable_2_4[2])(const MaskArgs& args, int64_t band0, int64_t band1);  // bands of four rows
+};
+
+extern const MaskKernels masks_baseline;
+extern const MaskKernels masks_avx2;
+extern const MaskKernels masks_avx512;
+
+}  // namespace twofour::cpu

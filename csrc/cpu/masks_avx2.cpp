@@ -1,0 +1,17 @@
+// AVX2.
+#include "cpu/masks.h"
+
+namespace twofour::cpu {
+namespace {
+
+constexpr int kLanes = 4;  // doubles of a vector
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/masks_halves.inl.h"
+#include "cpu/masks_blocks.inl.h"
+
+}  // namespace
+
+const MaskKernels masks_avx2 = {{transposable_2_4<float>, transposable_2_4<double>}};
+
+}  // namespace twofour::cpu

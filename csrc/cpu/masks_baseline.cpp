@@ -1,0 +1,17 @@
+// Plain C++ for any machine; vectors of 16 bytes, which SSE2 and NEON have.
+#include "cpu/masks.h"
+
+namespace twofour::cpu {
+namespace {
+
+constexpr int kLanes = 2;  // doubles of a vector
+
+#include "cpu/linear_support.inl.h"
+#include "cpu/masks_halves.inl.h"
+#include "cpu/masks_blocks.inl.h"
+
+}  // namespace
+
+const MaskKernels masks_baseline = {{transposable_2_4<float>, transposable_2_4<double>}};
+
+}  // namespace twofour::cpu

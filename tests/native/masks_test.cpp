@@ -1,0 +1,220 @@
+// Masks without Python: every instruction set of this build that runs here, fp32 and fp64 scores, against plain loops.
+//
+//   masks_test [--require NAME]...     as linear_test
+//
+// This file is compiled with -ffp-contract=off: sums round as the masks' do.
+#include <array>
+#include <limits>
+#include <stdexcept>
+
+#include "cpu/masks.h"
+#include "cpu/threads.h"
+#include "support.h"
+
+namespace twofour::test {
+namespace {
+
+double read_fp64(const void* from) {
+  double value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+void write_fp64(void* to, double value) { std::memcpy(to, &value, sizeof value); }
+constexpr Type kFp64 = {"fp64", 8, 0x1p-53, read_fp64, write_fp64};
+
+struct Mode {
+  const char* name;
+  cpu::ScoreType code;
+  const Type& type;
+};
+constexpr Mode kModes[] = {{"fp32", cpu::ScoreType::kFp32, kFp32}, {"fp64", cpu::ScoreType::kFp64, kFp64}};
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// Numbers of all kinds: `kind` 0 small integers, 1 reals, 2 reals of very different sizes, 3 few values with NaN and
+// infinities, 4 the largest and the smallest that there are.
+double score(Random& random, const Mode& mode, int kind) {
+  const bool wide = mode.code == cpu::ScoreType::kFp64;
+  if (kind == 0) return random.integer();
+  if (kind == 1) return random.real();
+  if (kind == 2) return std::ldexp(random.real(), random.below(120) - 60);
+  if (kind == 3) {
+    constexpr double kValues[] = {0.0, -0.0, 1, 1, -1, 2, NAN, kInf, -kInf, -NAN};
+    return kValues[random.below(10)];
+  }
+  const double end = wide ? std::numeric_limits<double>::max() : static_cast<double>(std::numeric_limits<float>::max());
+  const double tiny = wide ? 0x1p-1074 : 0x1p-149;
+  const double values[] = {end, -end, end / 2, tiny, -tiny, 3 * tiny, 0, 1};
+  return values[random.below(8)];
+}
+constexpr int kKinds = 5;
+
+// ---- transposable 2:4 ----------------------------------------------------------------------------------------------
+
+struct Worth {
+  int rank;
+  double sum;
+};
+Worth operator+(Worth a, Worth b) { return {a.rank + b.rank, a.sum + b.sum}; }
+int compare(Worth a, Worth b) {
+  if (a.rank != b.rank) return a.rank < b.rank ? -1 : 1;
+  return a.sum < b.sum ? -1 : a.sum > b.sum ? 1 : 0;
+}
+
+// A half of a mask: the kept columns of two rows.
+struct Half {
+  std::array<int, 4> kept;  // i < j, k < l
+  std::array<int, 4> columns;
+};
+
+std::vector<Half> halves() {
+  std::vector<Half> all;  // those whose kept places come first, first
+  for (int i = 0; i < 4; ++i)
+    for (int j = i + 1; j < 4; ++j)
+      for (int k = 0; k < 4; ++k)
+        for (int l = k + 1; l < 4; ++l) {
+          Half half{{i, j, k, l}, {}};
+          for (int c : half.kept) ++half.columns[static_cast<size_t>(c)];
+          all.push_back(half);
+        }
+  return all;
+}
+
+// The rule of cpu/masks.h by trying everything: all pairs of halves in the order of their kept places, of which a
+// better one replaces the best so far, and a half counts only where none of its columns is worth more.
+std::array<uint8_t, 16> best_block(const std::array<double, 16>& block) {
+  static const std::vector<Half> all = halves();
+  double largest = 0;
+  for (double x : block) largest = std::isfinite(x) ? std::max(largest, std::fabs(x)) : largest;
+  const double scale = largest > 0x1p1019 ? 0.0625 : 1;
+  const auto worth = [&](int row, int column) -> Worth {
+    const double x = block[static_cast<size_t>(4 * row + column)];
+    if (std::isnan(x)) return {-64, 0};
+    if (std::isinf(x)) return {x > 0 ? 1 : -1, 0};
+    return {0, x * scale};
+  };
+  std::vector<Worth> worths[2];
+  for (int half = 0; half < 2; ++half) {
+    for (const Half& each : all) {
+      const auto& c = each.kept;
+      worths[half].push_back((worth(2 * half, c[0]) + worth(2 * half, c[1])) +
+                             (worth(2 * half + 1, c[2]) + worth(2 * half + 1, c[3])));
+    }
+  }
+  const auto counts = [&](int half, size_t index) {
+    for (size_t other = 0; other < all.size(); ++other) {
+      const bool better = all[other].columns == all[index].columns && compare(worths[half][other], worths[half][index]) > 0;
+      if (better) return false;
+    }
+    return true;
+  };
+  bool found = false;
+  Worth best{};
+  size_t best_upper = 0, best_lower = 0;
+  for (size_t upper = 0; upper < all.size(); ++upper) {
+    if (!counts(0, upper)) continue;
+    for (size_t lower = 0; lower < all.size(); ++lower) {
+      bool full = true;
+      for (size_t c = 0; c < 4; ++c) full &= all[upper].columns[c] + all[lower].columns[c] == 2;
+      if (!full || !counts(1, lower)) continue;
+      const Worth now = worths[0][upper] + worths[1][lower];
+      if (found && compare(now, best) <= 0) continue;
+      found = true;
+      best = now;
+      best_upper = upper;
+      best_lower = lower;
+    }
+  }
+  std::array<uint8_t, 16> mask{};
+  for (size_t i = 0; i < 4; ++i) {
+    mask[i / 2 * 4 + static_cast<size_t>(all[best_upper].kept[i])] = 1;
+    mask[8 + i / 2 * 4 + static_cast<size_t>(all[best_lower].kept[i])] = 1;
+  }
+  return mask;
+}
+
+std::vector<uint8_t> best_blocks(const Rows& scores) {
+  std::vector<uint8_t> mask(static_cast<size_t>(scores.rows() * scores.columns()));
+  for (int64_t row = 0; row < scores.rows(); row += 4) {
+    for (int64_t column = 0; column < scores.columns(); column += 4) {
+      std::array<double, 16> block;
+      for (size_t i = 0; i < 16; ++i) {
+        block[i] = scores.get(row + static_cast<int64_t>(i / 4), column + static_cast<int64_t>(i % 4));
+      }
+      const std::array<uint8_t, 16> best = best_block(block);
+      for (int64_t i = 0; i < 16; ++i) {
+        mask[static_cast<size_t>((row + i / 4) * scores.columns() + column + i % 4)] = best[static_cast<size_t>(i)];
+      }
+    }
+  }
+  return mask;
+}
+
+void transposable_masks_are_the_best(const Mode& mode) {
+  Random random(1);
+  for (int kind = 0; kind < kKinds; ++kind) {
+    for (const int64_t columns : {4, 8, 12, 16, 28, 32, 36, 68}) {
+      Rows scores(mode.type, columns == 12 ? 40 : 8, columns, kind % 2 == 0 ? 0 : 3, kind % 3);
+      scores.fill([&] { return score(random, mode, kind); });
+      const std::vector<uint8_t> expected = best_blocks(scores);
+      for (int i = 0; i < cpu::masks_isa_count(); ++i) {
+        const char* isa = cpu::masks_isa_name(i);
+        Memory mask(expected.size(), columns % 8 == 0 ? Memory::Place::kEnd : Memory::Place::kBegin);
+        std::memset(mask.data(), 0x55, mask.size());
+        const char* ran = cpu::transposable_2_4({scores.data(), reinterpret_cast<uint8_t*>(mask.data()), mode.code,
+                                                 scores.rows(), columns, scores.stride()},
+                                                1, isa);
+        check(std::string(ran) == isa, "asked for %s, ran %s", isa, ran);
+        check(std::memcmp(mask.data(), expected.data(), expected.size()) == 0,
+              "%s %s, kind %d, %" PRId64 " columns: not the best mask", isa, mode.name, kind, columns);
+      }
+    }
+  }
+}
+
+// ---- all masks -----------------------------------------------------------------------------------------------------
+
+void bits_do_not_depend_on_threads(const Mode& mode) {
+  Random random(2);
+  Rows scores(mode.type, 516, 520);
+  scores.fill([&] { return random.real(); });
+  for (int i = 0; i < cpu::masks_isa_count(); ++i) {
+    Memory one(static_cast<size_t>(scores.rows() * scores.columns())), several(one.size());
+    for (const int threads : {0, 1, 2, 3, 8}) {
+      Memory& mask = threads == 0 ? one : several;
+      std::memset(mask.data(), 0x55, mask.size());
+      cpu::transposable_2_4({scores.data(), reinterpret_cast<uint8_t*>(mask.data()), mode.code, scores.rows(),
+                             scores.columns(), scores.stride()},
+                            threads, cpu::masks_isa_name(i));
+      check(std::memcmp(one.data(), mask.data(), one.size()) == 0, "%s, %d threads", cpu::masks_isa_name(i), threads);
+    }
+  }
+}
+
+void names_are_checked(const Mode& mode) {
+  std::string message = "no error";
+  try {
+    cpu::transposable_2_4({nullptr, nullptr, mode.code, 0, 0, 0}, 1, "sse9");
+  } catch (const std::invalid_argument& error) {
+    message = error.what();
+  }
+  const char* expected = "masks have no instruction set 'sse9' on this machine, which has: baseline";
+  check(message.find(expected) == 0, "%s", message.c_str());
+  const std::string ran = cpu::transposable_2_4({nullptr, nullptr, mode.code, 0, 4, 4}, 1, nullptr);
+  check(ran == cpu::default_masks_isa(), "%s ran by default", ran.c_str());
+}
+
+constexpr Test<Mode> kTests[] = {
+    {"names of instruction sets are checked", names_are_checked},
+    {"transposable masks are the best", transposable_masks_are_the_best},
+    {"bits do not depend on threads", bits_do_not_depend_on_threads},
+};
+
+}  // namespace
+}  // namespace twofour::test
+
+int main(int argc, char** argv) {
+  using namespace twofour;
+  return test::run_tests(test::kTests, test::kModes, cpu::masks_isa_count(), cpu::masks_isa_name,
+                         cpu::threads_source(), argc, argv);
+}
