@@ -200,6 +200,24 @@ void transposable_2_4(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t co
   last_kernel = cpu::transposable_2_4(args, threads, isa ? isa->c_str() : nullptr);
 }
 
+void best_of_groups(uintptr_t scores, uintptr_t mask, uintptr_t kept, int64_t rows, int64_t columns, int64_t stride,
+                    int64_t kept_stride, int itemsize, int keep, int group, int64_t shared, bool magnitude, int threads,
+                    const std::optional<std::string>& isa) {
+  if (group < 2 || group > 32 || keep < 1 || keep >= group || shared < 1) {
+    throw std::invalid_argument("a group has 2 to 32 scores, of which 1 to group - 1 are kept");
+  }
+  if (rows < 0 || columns < 0 || rows % shared != 0 || columns % group != 0) {
+    throw std::invalid_argument("rows and columns must be multiples of shared and group");
+  }
+  if (rows > 1 && (stride < columns || (kept != 0 && kept_stride < columns))) {
+    throw std::invalid_argument("rows must not overlap");
+  }
+  const cpu::GroupArgs args = {at<const void>(scores), at<uint8_t>(mask), at<void>(kept), score_type(itemsize), rows,
+                               columns, stride, kept_stride, keep, group, shared, magnitude};
+  const nb::gil_scoped_release nogil;
+  last_kernel = cpu::best_of_groups(args, threads, isa ? isa->c_str() : nullptr);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -233,4 +251,7 @@ NB_MODULE(_native, m) {
   m.def("masks_isas", &masks_isas, "Instruction sets that choose masks and run here, plainest first.");
   m.def("transposable_2_4", &transposable_2_4, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a,
         "threads"_a, "isa"_a = nb::none());
+  m.def("best_of_groups", &best_of_groups, "scores"_a, "mask"_a, "kept"_a, "rows"_a, "columns"_a, "stride"_a,
+        "kept_stride"_a, "itemsize"_a, "keep"_a, "group"_a, "shared"_a, "magnitude"_a, "threads"_a,
+        "isa"_a = nb::none());
 }

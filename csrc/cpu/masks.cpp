@@ -141,4 +141,12 @@ const char* transposable_2_4(const MaskArgs& args, int threads, const char* isa)
   return chosen.name;
 }
 
+const char* best_of_groups(const GroupArgs& args, int threads, const char* isa) {
+  const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
+  const auto kernel = chosen.kernels->best_of_groups[static_cast<int>(args.type)];
+  share_out(threads, args.rows / args.shared, args.shared * args.columns,
+            [&](int64_t band0, int64_t band1) { kernel(args, band0, band1); });
+  return chosen.name;
+}
+
 }  // namespace twofour::cpu

@@ -1,7 +1,7 @@
 // Which weights survive, chosen for a matrix of scores. The masks of src/twofour/masks/*.py, which is the specification:
 // the same bits on every instruction set, for any number of threads, whatever the scores.
 //
-// A mask is [rows, columns] bytes, 0 or 1, rows close together. Nothing outside the arrays is read or written.
+// A mask is [rows, columns] bytes, 0 or 1, without gaps between rows. Nothing outside the arrays is read or written.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,24 @@ struct MaskArgs {
 // whose kept places come first in row order. Returns what ran, as "isa".
 const char* transposable_2_4(const MaskArgs& args, int threads, const char* isa);
 
+struct GroupArgs {
+  const void* scores;  // [rows, columns] of `type`, rows `stride` elements apart
+  uint8_t* mask;       // or null
+  void* kept;          // [rows, columns] of `type` or null: the scores where they are kept, 0 elsewhere; may be `scores`
+  ScoreType type;
+  int64_t rows;     // a multiple of `shared`
+  int64_t columns;  // a multiple of `group`
+  int64_t stride;
+  int64_t kept_stride;
+  int keep;
+  int group;       // 2 .. 32 neighbours in a row
+  int64_t shared;  // so many neighbouring rows have one mask, chosen by the sums of their scores, row after row, in double
+  bool magnitude;  // ranks |score|
+};
+
+// The `keep` best of each group. Equal scores keep the lower index, NaN ranks below every number, -0.0 equals 0.0.
+const char* best_of_groups(const GroupArgs& args, int threads, const char* isa);
+
 int masks_isa_count();
 const char* masks_isa_name(int index);
 const char* default_masks_isa();
@@ -43,6 +61,7 @@ constexpr double kLargestPlain = 0x1p1019;
 // Pure workers, called from several threads at once; [0] takes fp32 scores, [1] fp64.
 struct MaskKernels {
   void (*transposable_2_4[2])(const MaskArgs& args, int64_t band0, int64_t band1);  // bands of four rows
+  void (*best_of_groups[2])(const GroupArgs& args, int64_t band0, int64_t band1);   // bands of `shared` rows
 };
 
 extern const MaskKernels masks_baseline;

@@ -143,3 +143,21 @@ def transposable_2_4(
     scores: int, mask: int, rows: int, columns: int, stride: int, itemsize: int, threads: int, isa: str | None = None
 ) -> None:
     """The best mask with two of four in both axes (csrc/cpu/masks.h). Scores of 4 or 8 bytes, `stride` in elements."""
+
+def best_of_groups(
+    scores: int,
+    mask: int,
+    kept: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    kept_stride: int,
+    itemsize: int,
+    keep: int,
+    group: int,
+    shared: int,
+    magnitude: bool,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """The best of each group (csrc/cpu/masks.h), as a mask and as the scores that are kept; mask or kept 0: not wanted."""

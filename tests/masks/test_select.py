@@ -53,8 +53,10 @@ def test_equals_sorting_each_group_with_ties_to_the_lower_index_and_nan_last(
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), strategies.patterns())
-def test_both_ways_of_choosing_agree(data: st.DataObject, pattern: Pattern) -> None:
-    groups = data.draw(strategies.scores(pattern)).unflatten(-1, (-1, pattern.group))
+def test_all_ways_of_choosing_agree(data: st.DataObject, pattern: Pattern) -> None:
+    scores = data.draw(strategies.scores(pattern))
+    groups = scores.unflatten(-1, (-1, pattern.group))
+    assert torch.equal(nm_mask(scores, pattern), select.best_of_groups(scores, pattern))
     assert torch.equal(select._by_comparing(groups, pattern.keep), select._by_sorting(groups, pattern.keep))
 
 
@@ -141,6 +143,7 @@ def test_shared_patterns_choose_by_the_exact_sum_of_the_rows(data: st.DataObject
     rows = st.sampled_from([0, pattern.rows, 2 * pattern.rows])
     scores = data.draw(strategies.weights(pattern, torch.float16, finite=True, rows=rows))
     mask = nm_mask(scores, text)
+    assert torch.equal(mask, select.best_of_groups(scores, pattern))
     assert counts(mask, pattern) in ([], [pattern.keep])
     for start in range(0, scores.shape[0], pattern.rows):
         block = scores[start : start + pattern.rows].tolist()

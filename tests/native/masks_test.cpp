@@ -172,6 +172,86 @@ void transposable_masks_are_the_best(const Mode& mode) {
   }
 }
 
+// ---- groups --------------------------------------------------------------------------------------------------------
+
+struct Pattern {
+  int keep, group;
+  int64_t shared;
+};
+constexpr Pattern kPatterns[] = {{2, 4, 1}, {1, 4, 1}, {3, 4, 1}, {1, 2, 1}, {3, 7, 1},  {4, 8, 1},  {2, 9, 1},
+                                 {8, 16, 1}, {16, 32, 1}, {31, 32, 1}, {2, 4, 2}, {2, 4, 4}, {3, 7, 3}, {8, 16, 2}};
+
+// The best of each group by looking for the best that is left, again and again.
+std::vector<uint8_t> best_groups(const Rows& scores, const Pattern& pattern, bool magnitude) {
+  std::vector<uint8_t> mask(static_cast<size_t>(scores.rows() * scores.columns()));
+  const auto mark = [&](int64_t row, int64_t column) -> uint8_t& {
+    return mask[static_cast<size_t>(row * scores.columns() + column)];
+  };
+  for (int64_t row = 0; row < scores.rows(); row += pattern.shared) {
+    const auto worth = [&](int64_t column) {
+      double sum = 0;
+      for (int64_t r = row; r < row + pattern.shared; ++r) {
+        const double score = magnitude ? std::fabs(scores.get(r, column)) : scores.get(r, column);
+        sum = r == row ? score : sum + score;
+      }
+      return sum;
+    };
+    for (int64_t group = 0; group < scores.columns(); group += pattern.group) {
+      for (int kept = 0; kept < pattern.keep; ++kept) {
+        int64_t best = -1;
+        for (int64_t column = group; column < group + pattern.group; ++column) {
+          if (mark(row, column) != 0) continue;
+          const bool better = best < 0 || worth(column) > worth(best) || (std::isnan(worth(best)) && !std::isnan(worth(column)));
+          if (better) best = column;
+        }
+        for (int64_t r = row; r < row + pattern.shared; ++r) mark(r, best) = 1;
+      }
+    }
+  }
+  return mask;
+}
+
+void groups_keep_their_best(const Mode& mode) {
+  Random random(3);
+  int number = 0;
+  for (const Pattern& pattern : kPatterns) {
+    for (const int64_t groups : {1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 300}) {
+      const int kind = number++ % kKinds;
+      const int64_t columns = groups * pattern.group;
+      Rows scores(mode.type, 2 * pattern.shared, columns, number % 2 * 3, number % 3,
+                  number % 2 == 0 ? Memory::Place::kEnd : Memory::Place::kBegin);
+      scores.fill([&] { return score(random, mode, kind); });
+      for (int i = 0; i < cpu::masks_isa_count(); ++i) {
+        const char* isa = cpu::masks_isa_name(i);
+        for (const bool magnitude : {false, true}) {
+          const std::vector<uint8_t> expected = best_groups(scores, pattern, magnitude);
+          Memory mask(expected.size(), number % 4 < 2 ? Memory::Place::kEnd : Memory::Place::kBegin);
+          std::memset(mask.data(), 0x55, mask.size());
+          Rows kept(mode.type, scores.rows(), columns, number % 3), around(mode.type, scores.rows(), columns, number % 3);
+          cpu::GroupArgs args = {scores.data(), reinterpret_cast<uint8_t*>(mask.data()), kept.data(), mode.code,
+                                 scores.rows(), columns, scores.stride(), kept.stride(), pattern.keep, pattern.group,
+                                 pattern.shared, magnitude};
+          const char* ran = cpu::best_of_groups(args, 1, isa);
+          check(std::string(ran) == isa, "asked for %s, ran %s", isa, ran);
+          check(std::memcmp(mask.data(), expected.data(), expected.size()) == 0,
+                "%s %s, kind %d, %d:%d, %" PRId64 " rows together, %" PRId64 " groups: not the best", isa, mode.name,
+                kind, pattern.keep, pattern.group, pattern.shared, groups);
+          bool right = kept.same_around(around);
+          for (int64_t row = 0; row < scores.rows(); ++row) {
+            for (int64_t column = 0; column < columns; ++column) {
+              const bool marked = expected[static_cast<size_t>(row * columns + column)] != 0;
+              const char zero[8] = {};
+              right &= std::memcmp(kept.at(row, column), marked ? scores.at(row, column) : zero,
+                                   static_cast<size_t>(mode.type.size)) == 0;
+            }
+          }
+          check(right, "%s %s, kind %d, %d:%d: what is kept", isa, mode.name, kind, pattern.keep, pattern.group);
+        }
+      }
+    }
+  }
+}
+
 // ---- all masks -----------------------------------------------------------------------------------------------------
 
 void bits_do_not_depend_on_threads(const Mode& mode) {
@@ -187,6 +267,15 @@ void bits_do_not_depend_on_threads(const Mode& mode) {
                              scores.columns(), scores.stride()},
                             threads, cpu::masks_isa_name(i));
       check(std::memcmp(one.data(), mask.data(), one.size()) == 0, "%s, %d threads", cpu::masks_isa_name(i), threads);
+    }
+    for (const int threads : {0, 1, 2, 3, 8}) {
+      Memory& mask = threads == 0 ? one : several;
+      std::memset(mask.data(), 0x55, mask.size());
+      cpu::best_of_groups({scores.data(), reinterpret_cast<uint8_t*>(mask.data()), nullptr, mode.code, scores.rows(),
+                           scores.columns(), scores.stride(), 0, 2, 4, 4, true},
+                          threads, cpu::masks_isa_name(i));
+      check(std::memcmp(one.data(), mask.data(), one.size()) == 0, "%s, groups, %d threads", cpu::masks_isa_name(i),
+            threads);
     }
   }
 }
@@ -207,6 +296,7 @@ void names_are_checked(const Mode& mode) {
 constexpr Test<Mode> kTests[] = {
     {"names of instruction sets are checked", names_are_checked},
     {"transposable masks are the best", transposable_masks_are_the_best},
+    {"groups keep their best", groups_keep_their_best},
     {"bits do not depend on threads", bits_do_not_depend_on_threads},
 };
 

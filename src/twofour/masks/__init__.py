@@ -3,4 +3,5 @@
 from .check import PatternCheck as PatternCheck
 from .check import check_pattern as check_pattern
 from .scores import magnitude as magnitude
+from .select import keep_best as keep_best
 from .select import nm_mask as nm_mask

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..pattern import Pattern
 
 
 def runs(scores: Tensor) -> bool:
@@ -49,11 +50,53 @@ def transposable_2_4(scores: Tensor, *, isa: str | None = None) -> Tensor:
     return mask
 
 
+def best_of_groups(scores: Tensor, pattern: Pattern, *, isa: str | None = None) -> Tensor:
+    """The mask of `nm_mask` for a pattern that is not transposable, along the last axis.
+
+    Args:
+        scores: [..., in_features] that `runs` took; a matrix for a shared pattern.
+        isa: one of `native.module().masks_isas()`; None takes the best.
+    Returns:
+        bool, the shape of `scores`.
+    """
+    rows = _dense_rows(scores.reshape(-1, scores.shape[-1]) if scores.numel() else scores.new_empty(0, pattern.group))
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    _best_of_groups(rows, mask.data_ptr(), None, pattern, False, isa)
+    return mask
+
+
+def keep_best(x: Tensor, pattern: Pattern, out: Tensor, *, isa: str | None = None) -> None:
+    """Writes `keep_best` of a matrix into `out`, of the shape and dtype of `x`; its rows are dense, and it may be `x`."""
+    _best_of_groups(_dense_rows(x), 0, out, pattern, True, isa)
+
+
+def _best_of_groups(
+    rows: Tensor, mask: int, kept: Tensor | None, pattern: Pattern, magnitude: bool, isa: str | None
+) -> None:
+    native.module().best_of_groups(
+        rows.data_ptr(),
+        mask,
+        0 if kept is None else kept.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        rows.stride(0),
+        0 if kept is None else kept.stride(0),
+        rows.dtype.itemsize,
+        pattern.keep,
+        pattern.group,
+        pattern.rows,
+        magnitude,
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def has_dense_rows(matrix: Tensor) -> bool:
+    """True where neighbours in a row are neighbours in memory, and rows do not overlap."""
+    rows, columns = matrix.shape
+    return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
+
+
 def _dense_rows(scores: Tensor) -> Tensor:
-    """`scores`, or a copy where neighbours in a row are not neighbours in memory, or rows overlap."""
     scores = scores.detach()
-    if (scores.shape[-1] > 1 and scores.stride(-1) != 1) or (
-        scores.shape[0] > 1 and scores.stride(0) < scores.shape[-1]
-    ):
-        return scores.contiguous()
-    return scores
+    return scores if has_dense_rows(scores) else scores.contiguous()
