@@ -200,6 +200,21 @@ void transposable_2_4(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t co
   last_kernel = cpu::transposable_2_4(args, threads, isa ? isa->c_str() : nullptr);
 }
 
+void transposable_blocks(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t columns, int64_t stride, int itemsize,
+                         int keep, int group, int threads) {
+  if (group < 2 || group > 32 || keep < 1 || keep >= group) {
+    throw std::invalid_argument("a group has 2 to 32 scores, of which 1 to group - 1 are kept");
+  }
+  if (rows < 0 || columns < 0 || rows % group != 0 || columns % group != 0) {
+    throw std::invalid_argument("rows and columns must be multiples of the group");
+  }
+  if (rows > 1 && stride < columns) throw std::invalid_argument("rows must not overlap");
+  const cpu::MaskArgs args = {at<const void>(scores), at<uint8_t>(mask), score_type(itemsize), rows, columns, stride};
+  const nb::gil_scoped_release nogil;
+  cpu::transposable_blocks(args, keep, group, threads);
+  last_kernel = "solver";
+}
+
 void best_of_groups(uintptr_t scores, uintptr_t mask, uintptr_t kept, int64_t rows, int64_t columns, int64_t stride,
                     int64_t kept_stride, int itemsize, int keep, int group, int64_t shared, bool magnitude, int threads,
                     const std::optional<std::string>& isa) {
@@ -254,4 +269,6 @@ NB_MODULE(_native, m) {
   m.def("best_of_groups", &best_of_groups, "scores"_a, "mask"_a, "kept"_a, "rows"_a, "columns"_a, "stride"_a,
         "kept_stride"_a, "itemsize"_a, "keep"_a, "group"_a, "shared"_a, "magnitude"_a, "threads"_a,
         "isa"_a = nb::none());
+  m.def("transposable_blocks", &transposable_blocks, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a,
+        "itemsize"_a, "keep"_a, "group"_a, "threads"_a);
 }

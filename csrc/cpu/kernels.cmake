@@ -14,6 +14,7 @@ function(twofour_add_kernels target)
     ${csrc}/cpu/linear_int8_baseline.cpp
     ${csrc}/cpu/masks.cpp
     ${csrc}/cpu/masks_baseline.cpp
+    ${csrc}/cpu/masks_solver.cpp
     ${csrc}/cpu/pack.cpp
     ${csrc}/cpu/threads.cpp)
   set(one_by_one -ffp-contract=off)  # products and sums round one by one, as in the reference

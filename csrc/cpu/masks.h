@@ -27,6 +27,11 @@ struct MaskArgs {
 // whose kept places come first in row order. Returns what ran, as "isa".
 const char* transposable_2_4(const MaskArgs& args, int threads, const char* isa);
 
+// The best mask with `keep` kept in every row and column of each block of size x size, size 2 .. 32, proven: scores are
+// rounded to 2^-54 of the largest |score| of their block, and of those no other mask has a larger sum. NaN count below
+// everything, infinities before numbers. Of equal sums any: the same one everywhere (masks_solver.cpp).
+void transposable_blocks(const MaskArgs& args, int keep, int size, int threads);
+
 struct GroupArgs {
   const void* scores;  // [rows, columns] of `type`, rows `stride` elements apart
   uint8_t* mask;       // or null

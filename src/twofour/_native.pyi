@@ -161,3 +161,16 @@ def best_of_groups(
     isa: str | None = None,
 ) -> None:
     """The best of each group (csrc/cpu/masks.h), as a mask and as the scores that are kept; mask or kept 0: not wanted."""
+
+def transposable_blocks(
+    scores: int,
+    mask: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    itemsize: int,
+    keep: int,
+    group: int,
+    threads: int,
+) -> None:
+    """The best mask with `keep` of `group` in both axes (csrc/cpu/masks.h)."""

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from twofour import UnsupportedError
 from twofour.masks import cpu, nm_mask
 from twofour.masks.transposable import best_of_90
 from twofour.pattern import Pattern
@@ -166,9 +165,3 @@ def test_sums_of_float32_scores_are_compared_in_float64() -> None:
 def test_meta_scores_give_the_shape() -> None:
     mask = nm_mask(torch.empty(8, 12, device="meta"), "2:4t")
     assert (mask.device.type, mask.shape, mask.dtype) == ("meta", (8, 12), torch.bool)
-
-
-@pytest.mark.parametrize("text", ["4:8t", "1:4t", "1:2t"])
-def test_only_2_4_is_exact(text: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"pattern {text}: transposable masks are exact for 2:4t only"):
-        nm_mask(torch.zeros(8, 8), text)

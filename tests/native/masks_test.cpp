@@ -172,6 +172,84 @@ void transposable_masks_are_the_best(const Mode& mode) {
   }
 }
 
+// ---- transposable, any group ---------------------------------------------------------------------------------------
+
+// Whole numbers and a mask: paths that add a free place, row to column, and remove a kept one, column to row. A path
+// back to its beginning that costs less than nothing would be a better mask. (Floyd, Warshall; exact for whole numbers.)
+bool has_better_mask(const Rows& scores, const uint8_t* mask, int64_t row0, int64_t column0, int size) {
+  const int nodes = 2 * size;
+  std::vector<double> cost(static_cast<size_t>(nodes * nodes), kInf);
+  const auto at = [&](int from, int to) -> double& { return cost[static_cast<size_t>(from * nodes + to)]; };
+  for (int i = 0; i < size; ++i) {
+    for (int j = 0; j < size; ++j) {
+      const double score = scores.get(row0 + i, column0 + j);
+      if (mask[(row0 + i) * scores.columns() + column0 + j] != 0) {
+        at(size + j, i) = score;
+      } else {
+        at(i, size + j) = -score;
+      }
+    }
+  }
+  for (int k = 0; k < nodes; ++k) {
+    for (int i = 0; i < nodes; ++i) {
+      for (int j = 0; j < nodes; ++j) at(i, j) = std::min(at(i, j), at(i, k) + at(k, j));
+    }
+  }
+  for (int i = 0; i < nodes; ++i) {
+    if (at(i, i) < 0) return true;
+  }
+  return false;
+}
+
+bool is_valid(const uint8_t* mask, int64_t rows, int64_t columns, int keep, int size) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; column += size) {
+      int count = 0;
+      for (int i = 0; i < size; ++i) count += mask[row * columns + column + i];
+      if (count != keep) return false;
+    }
+  }
+  for (int64_t row = 0; row < rows; row += size) {
+    for (int64_t column = 0; column < columns; ++column) {
+      int count = 0;
+      for (int i = 0; i < size; ++i) count += mask[(row + i) * columns + column];
+      if (count != keep) return false;
+    }
+  }
+  return true;
+}
+
+void masks_of_other_groups_are_the_best(const Mode& mode) {
+  Random random(4);
+  constexpr int kGroups[][2] = {{1, 2}, {1, 4}, {2, 4}, {3, 4}, {2, 5}, {3, 7}, {1, 8}, {4, 8}, {7, 8}, {8, 16}, {2, 16},
+                                {1, 32}, {16, 32}, {31, 32}};
+  int number = 0;
+  for (const auto& [keep, size] : kGroups) {
+    for (int kind = 0; kind < kKinds; ++kind) {
+      ++number;
+      Rows scores(mode.type, 2 * size, 3 * size, number % 3, number % 2,
+                  number % 4 < 2 ? Memory::Place::kEnd : Memory::Place::kBegin);
+      scores.fill([&] { return kind == 1 ? std::floor(random.real() * 1e6) : score(random, mode, kind); });
+      Memory one(static_cast<size_t>(scores.rows() * scores.columns())), several(one.size(), Memory::Place::kBegin);
+      for (const int threads : {1, 3}) {
+        Memory& mask = threads == 1 ? one : several;
+        std::memset(mask.data(), 0x55, mask.size());
+        cpu::transposable_blocks({scores.data(), reinterpret_cast<uint8_t*>(mask.data()), mode.code, scores.rows(),
+                                  scores.columns(), scores.stride()},
+                                 keep, size, threads);
+      }
+      const auto* mask = reinterpret_cast<const uint8_t*>(one.data());
+      check(is_valid(mask, scores.rows(), scores.columns(), keep, size), "%d:%d, kind %d: not a mask", keep, size, kind);
+      check(std::memcmp(one.data(), several.data(), one.size()) == 0, "%d:%d, kind %d: threads", keep, size, kind);
+      for (int64_t row = 0; kind < 2 && row < scores.rows(); row += size) {
+        for (int64_t column = 0; column < scores.columns(); column += size) {
+          check(!has_better_mask(scores, mask, row, column, size), "%d:%d, kind %d: not the best", keep, size, kind);
+        }
+      }
+    }
+  }
+}
+
 // ---- groups --------------------------------------------------------------------------------------------------------
 
 struct Pattern {
@@ -296,6 +374,7 @@ void names_are_checked(const Mode& mode) {
 constexpr Test<Mode> kTests[] = {
     {"names of instruction sets are checked", names_are_checked},
     {"transposable masks are the best", transposable_masks_are_the_best},
+    {"masks of other groups are the best", masks_of_other_groups_are_the_best},
     {"groups keep their best", groups_keep_their_best},
     {"bits do not depend on threads", bits_do_not_depend_on_threads},
 };

@@ -50,6 +50,25 @@ def transposable_2_4(scores: Tensor, *, isa: str | None = None) -> Tensor:
     return mask
 
 
+def transposable_blocks(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The mask of `transposable_mask` for any pattern but "2:4t", of [rows, columns] that `runs` took."""
+    scores = _dense_rows(scores)
+    rows, columns = scores.shape
+    mask = torch.empty(rows, columns, dtype=torch.bool)
+    native.module().transposable_blocks(
+        scores.data_ptr(),
+        mask.data_ptr(),
+        rows,
+        columns,
+        scores.stride(0),
+        scores.dtype.itemsize,
+        pattern.keep,
+        pattern.group,
+        torch.get_num_threads(),
+    )
+    return mask
+
+
 def best_of_groups(scores: Tensor, pattern: Pattern, *, isa: str | None = None) -> Tensor:
     """The mask of `nm_mask` for a pattern that is not transposable, along the last axis.
 

@@ -1,4 +1,4 @@
-"""Masks that hold their pattern along both axes, exact for 2:4."""
+"""Masks that hold their pattern along both axes: the best there are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
 from ..pattern import Pattern
 from . import cpu
+from .solver import best_of_blocks
 
 _BLOCKS_AT_ONCE = 1 << 14
 _PAIRS = tuple(itertools.combinations(range(4), 2))  # kept places of a row, those that come first first
@@ -17,30 +17,38 @@ _LARGEST_PLAIN = 2.0**1019
 
 
 def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The best mask that keeps 2 of 4 along rows and along columns: exact, the largest sum of each 4x4 block.
+    """The best mask that keeps `keep` of `group` along rows and along columns: no mask of a block has a larger sum.
 
-    A block has 90 masks. NaN counts as a score below every other, and infinities are counted before numbers are added.
-    Equal sums keep the mask whose kept places come first in row order.
+    NaN counts as a score below every other, and infinities are counted before numbers are added. C++ and torch give the
+    same bits for any scores.
 
-    Sums are in float64, each as ((a + b) + (c + d)) + ((e + f) + (g + h)): the two kept in the first row, in the second,
-    the third, the fourth. So float32 scores within a factor of 2**26 of each other are compared exactly. Where float64
-    rounds too, the upper and the lower two rows are compared by their own sums first, and only halves that are best for
-    the places they leave in each column make up a mask; C++ and torch therefore give the same bits for any scores.
+    2:4: a 4x4 block has 90 masks; equal sums keep the one whose kept places come first in row order. Sums are in float64,
+    each as ((a + b) + (c + d)) + ((e + f) + (g + h)): the two kept in the first row, in the second, the third, the fourth. So
+    float32 scores within a factor of 2**26 of each other are compared exactly. Where float64 rounds too, the upper and
+    the lower two rows are compared by their own sums first, and only halves that are best for the places they leave in
+    each column make up a mask.
+
+    Other groups: a b-matching, solved as a flow of least cost by cancelling cycles (solver.py). Scores are rounded to
+    2**-54 of the largest of their block, and of those the sum is the largest, exactly. Equal sums keep any one of them.
 
     Args:
-        scores: [out_features, in_features] floating point, both multiples of 4 (checked by `nm_mask`).
+        scores: [out_features, in_features] floating point, both multiples of the group (checked by `nm_mask`).
     Returns:
-        bool, same shape; exactly two True in each four neighbours along either axis.
-    Raises:
-        UnsupportedError: a pattern other than 2:4t.
-    Cost: 167 additions and comparisons per block; on CPUs in C++, 4096x4096 in 25 ms on a core, four times as long as a copy.
-        In torch a second.
-    Source: Hubara et al. 2021, arXiv:2102.08124 (transposable masks); Hu et al. 2024, arXiv:2404.01847 (90 patterns).
+        bool, same shape; exactly `keep` True in each group of neighbours along either axis.
+    Cost: on CPUs in C++, 2:4 of 4096x4096 in 25 ms on a core, four times as long as a copy (in torch a second); 4:8 of
+        2048x2048 in half a second, 8:16 in one. Other groups are solved on the CPU wherever the scores are, and in a
+        build without C++ in plain Python, milliseconds for each 8x8 block and 30 times that for 32x32.
+    Source: Hubara et al. 2021, arXiv:2102.08124 (transposable masks, as flows); Hu et al. 2024, arXiv:2404.01847 (90
+        patterns).
     """
-    if (pattern.keep, pattern.group) != (2, 4):
-        raise UnsupportedError(f"pattern {pattern}: transposable masks are exact for 2:4t only.")
     wide = scores if scores.dtype.itemsize > 2 else scores.float()
-    return cpu.transposable_2_4(wide) if cpu.runs(wide) else best_of_90(scores)
+    if (pattern.keep, pattern.group) == (2, 4):
+        return cpu.transposable_2_4(wide) if cpu.runs(wide) else best_of_90(scores)
+    if scores.is_meta:
+        return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    here = wide.detach().cpu()
+    mask = cpu.transposable_blocks(here, pattern) if cpu.runs(here) else best_of_blocks(here, pattern)
+    return mask.to(scores.device)
 
 
 def best_of_90(scores: Tensor) -> Tensor:
