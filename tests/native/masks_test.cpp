@@ -250,6 +250,24 @@ void masks_of_other_groups_are_the_best(const Mode& mode) {
   }
 }
 
+// The only number worth less than -inf is none.
+void nan_is_kept_last_and_infinity_first(const Mode& mode) {
+  constexpr int kSize = 8;
+  Rows scores(mode.type, kSize, kSize);
+  for (int64_t row = 0; row < kSize; ++row) {
+    for (int64_t column = 0; column < kSize; ++column) scores.set(row, column, row < 4 ? NAN : column < 4 ? 1e38 : 0);
+  }
+  scores.set(0, 0, -kInf);
+  scores.set(1, 1, kInf);
+  scores.set(4, 4, kInf);
+  scores.set(5, 0, -kInf);
+  Memory memory(kSize * kSize);
+  auto* mask = reinterpret_cast<uint8_t*>(memory.data());
+  cpu::transposable_blocks({scores.data(), mask, mode.code, kSize, kSize, scores.stride()}, 3, kSize, 1);
+  check(is_valid(mask, kSize, kSize, 3, kSize), "a mask");
+  check(mask[0] == 1 && mask[kSize + 1] == 1 && mask[4 * kSize + 4] == 1 && mask[5 * kSize] == 0, "NaN and infinities");
+}
+
 // ---- groups --------------------------------------------------------------------------------------------------------
 
 struct Pattern {
@@ -375,6 +393,7 @@ constexpr Test<Mode> kTests[] = {
     {"names of instruction sets are checked", names_are_checked},
     {"transposable masks are the best", transposable_masks_are_the_best},
     {"masks of other groups are the best", masks_of_other_groups_are_the_best},
+    {"NaN is kept last and infinity first", nan_is_kept_last_and_infinity_first},
     {"groups keep their best", groups_keep_their_best},
     {"bits do not depend on threads", bits_do_not_depend_on_threads},
 };
