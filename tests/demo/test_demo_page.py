@@ -85,7 +85,7 @@ def test_json_holds_every_number(demo: Demo) -> None:
         assert row["rounds"] >= 5
         dense = max(row["torch"], row.get("onednn", 0))
         assert row["against_best"] == pytest.approx(row["sparse"] / dense)
-    assert [row["layers"] for row in record["prune"]] == [36, 36]
+    assert [row["layers"] for row in record["prune"]] == [36]
     assert len(record["kernels"]) == 36
     for row in record["kernels"]:
         assert row["sparse"] or row["reason"]

@@ -14,7 +14,8 @@ class Findings:
 
     Args:
         timed: dtypes whose speed was measured.
-        prune: layers, share of the squared magnitude that is kept.
+        prune: layers, texts of the calibration, shares: of the squared magnitude that is kept, of the squared outputs that
+            are lost with the mask alone and after the kept weights were solved for.
         kernels: layer, shape, kernel, whether it is sparse, reason.
         speed: a row per batch size, see `speed.throughput`.
         layers: a row per layer, see `speed.layers`.

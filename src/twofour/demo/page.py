@@ -254,11 +254,13 @@ def _search(findings: Findings) -> list[Block]:
     )
     said = words.search(findings)
     facts = findings.facts
+    texts = sum(row.get("texts", 0) for row in findings.prune)
     return [
         Paragraph(
             f"{facts.get('queries', 0)} sentences look for their own paragraph among {facts.get('corpus', 0)}; each was"
             " taken out of it before. The ten nearest paragraphs count, and those of the dense float32 model are the"
-            " reference. Weights were chosen by magnitude alone, in one step, and nothing was trained afterwards."
+            f" reference. Pruned in one step on {texts} other texts of the same kind,"
+            " without labels and without training."
         ),
         Plot(svg, "Search answers: " + " ".join(said), "Higher is better; dense float32 is the reference."),
         Notes(tuple(said)),

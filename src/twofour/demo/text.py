@@ -88,6 +88,21 @@ def search_task(corpus_size: int, queries: int) -> SearchTask:
     return SearchTask(tuple(corpus), tuple(asked), tuple(home))
 
 
+def calibration(corpus_size: int, count: int) -> list[str]:
+    """`count` texts that `search_task(corpus_size, ...)` has nothing of: the paragraphs that are left, and their sentences."""
+    low, high = PARAGRAPH_LETTERS
+    every = paragraphs()
+    corpus = set(evenly([paragraph for paragraph in every if low <= len(paragraph) <= high], corpus_size))
+    left = [paragraph for paragraph in every if paragraph not in corpus]
+    found = dict.fromkeys(
+        part
+        for paragraph in left
+        for part in (paragraph, *sentences_of(paragraph))
+        if QUERY_LETTERS[0] <= len(part) <= high
+    )
+    return evenly(list(found), count)
+
+
 def evenly(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items at equal distances, in order; all of them if there are fewer."""
     if count >= len(items):
