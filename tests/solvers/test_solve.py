@@ -90,10 +90,12 @@ def test_too_few_tokens_are_damped_and_said() -> None:
 
 
 def test_inverse_factor() -> None:
-    matrix, _ = scaled(seen(inputs(40)))
-    upper = inverse_factor(matrix)
+    found = statistics(seen(inputs(40)))
+    matrix = found.matrix / torch.outer(found.scale, found.scale)
+    upper = inverse_factor(found)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper @ matrix, torch.eye(40, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(found.factor @ found.factor.T, found.matrix)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -146,8 +148,7 @@ def test_sparsegpt_is_the_algorithm_of_the_paper() -> None:
 def test_sparsegpt_does_not_touch_its_input() -> None:
     weight = weights(4, 8)
     before = weight.clone()
-    matrix, _ = scaled(seen(inputs(8)))
-    sparsegpt(weight, inverse_factor(matrix), 4, lambda scores: nm_mask(scores, "2:4"))
+    sparsegpt(weight, inverse_factor(statistics(seen(inputs(8)))), 4, lambda scores: nm_mask(scores, "2:4"))
     assert torch.equal(weight, before)
 
 

@@ -75,11 +75,13 @@ class Statistics:
 
     Args:
         matrix: float64 [features, features], mean of x xᵀ (or its covariance), damped; symmetric positive definite.
-        damping: what was added to the diagonal, as a share of its mean; above DAMPING where factors failed.
+        factor: float64, upper triangular R with R Rᵀ = matrix.
+        damping: what was added to the diagonal, as a share of its mean; above what was asked where factors failed.
         dead: bool [features], inputs that were zero at every token: their weights cannot be told apart by outputs.
     """
 
     matrix: Tensor
+    factor: Tensor
     damping: float
     dead: Tensor
 
@@ -124,21 +126,22 @@ def statistics(
         damped = matrix.clone()
         damped.diagonal().add_(damping * mean_diagonal)
         damped.diagonal()[dead] = mean_diagonal
-        _, info = torch.linalg.cholesky_ex(damped)
+        factor, info = torch.linalg.cholesky_ex(damped.flip(0, 1))  # from the last column on: upper triangular
         if int(info) == 0:
-            return Statistics(damped, damping, dead)
+            return Statistics(damped, factor.flip(0, 1), damping, dead)
         if damping >= _MOST_DAMPING:
             raise CalibrationError("the second moments of the inputs have no Cholesky factor at a damping of 1.")
         damping = max(10 * damping, 1e-4)
 
 
-def inverse_factor(matrix: Tensor) -> Tensor:
-    """Upper triangular U with Uᵀ U = matrix⁻¹: one Cholesky factor of the reversed matrix and one triangular inverse."""
-    reversed_factor = torch.linalg.cholesky(matrix.flip(0, 1))
-    upper = reversed_factor.flip(0, 1)
-    eye = torch.eye(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return inverse
+def inverse_factor(found: Statistics) -> Tensor:
+    """float64 upper triangular U with Uᵀ U the inverse of the scaled matrix (ones on its diagonal): one triangular inverse.
+
+    R Rᵀ = matrix, so U = (R / scale)⁻¹ = R⁻¹ scale.
+    """
+    eye = torch.eye(*found.factor.shape, dtype=found.factor.dtype, device=found.factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(found.factor, eye, upper=True)
+    return inverse * found.scale
 
 
 def output_error(change: Tensor, matrix: Tensor) -> float:

@@ -28,7 +28,7 @@ class Recipe:
     Args:
         method: one of METHODS.
         refit: least squares on the mask afterwards; None: as the method has it (admm has it, the others do not).
-        sweeps: passes of coordinate descent over supports before the refit; None: 3 for admm, 0 for the others.
+        sweeps: passes of coordinate descent over supports before the refit; None: 1 for admm, 0 for the others.
         damping, shrinkage: of the Hessian, see `statistics`.
         cluster: let rows that share a mask ("2:4x4") lie anywhere, not only side by side.
     """
@@ -55,7 +55,7 @@ class Recipe:
         return replace(
             self,
             refit=own if self.refit is None else self.refit,
-            sweeps=(3 if own else 0) if self.sweeps is None else self.sweeps,
+            sweeps=(1 if own else 0) if self.sweeps is None else self.sweeps,
         )
 
 
@@ -105,7 +105,7 @@ def solve(weight: Tensor, hessian: Hessian, pattern: Pattern | str, recipe: Reci
     matrix = (found.matrix / torch.outer(found.scale, found.scale)).to(dtype)
     new, mask = _prune(old, hessian, pattern, recipe, found, old * scale, matrix)
     new = (new / scale).masked_fill_(~mask, 0.0) if recipe.changes_weights else old.masked_fill(~mask, 0.0)
-    plain = hessian.second / hessian.tokens
+    plain = (hessian.second / hessian.tokens).to(dtype)
     whole = output_error(old, plain) or 1.0
     return Solution(
         weight=new,
@@ -131,8 +131,7 @@ def _prune(
     if recipe.method == "admm":
         mask, weights = admm(target, matrix, choose)
     elif recipe.method == "sparsegpt":
-        factor = inverse_factor(found.matrix / torch.outer(found.scale, found.scale))
-        weights, mask = sparsegpt(target, factor.to(old.dtype), pattern.group, choose)
+        weights, mask = sparsegpt(target, inverse_factor(found).to(old.dtype), pattern.group, choose)
     else:
         if recipe.method == "magnitude":
             scores = magnitude(old)
