@@ -257,5 +257,7 @@ def test_dead_inputs_keep_their_largest_weights() -> None:
 def test_wrong_use_is_said() -> None:
     with pytest.raises(UnsupportedError, match=r"unknown method 'obc': it is one of 'magnitude', 'wanda', 'ria'"):
         Recipe("obc")
+    with pytest.raises(UnsupportedError, match=r"damping=-1, shrinkage=0.0, sweeps=None: damping is 0 or more"):
+        Recipe(damping=-1)
     with pytest.raises(ShapeError, match=r"weight is \[8, 12\]: its Hessian has 16 in_features"):
         solve(weights(8, 12), seen(inputs(16)), "2:4")

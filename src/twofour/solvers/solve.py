@@ -43,6 +43,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UnsupportedError(f"unknown method {self.method!r}: it is one of {', '.join(map(repr, METHODS))}.")
+        if not (self.damping >= 0 and 0 <= self.shrinkage < 1 and (self.sweeps is None or self.sweeps >= 0)):
+            raise UnsupportedError(
+                f"damping={self.damping}, shrinkage={self.shrinkage}, sweeps={self.sweeps}: damping is 0 or more, shrinkage 0"
+                " up to 1, sweeps 0 or more."
+            )
 
     @property
     def changes_weights(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, ModelError
@@ -20,7 +21,7 @@ from ..solvers import Hessian, Recipe, Solution, solve
 from . import scaleout
 from .checkpoint import Checkpoint
 from .inputs import Batch
-from .layers import Layer, weight_key
+from .layers import Layer, dtype_name, weight_key
 from .replay import Group, Replay
 
 
@@ -68,7 +69,7 @@ class OneShot:
         """
         began = time.perf_counter()
         with scaleout.together():
-            replay = Replay(self.model, self.layers, self.batches, self.memory_limit)
+            replay = self._replay()
         try:
             scaleout.require_same([[layer.name for layer in group.layers] for group in replay.groups])
             self._skip_unreached(replay.unreached)
@@ -89,6 +90,21 @@ class OneShot:
             replay.close()
         self.notes += replay.notes
         self.seconds = time.perf_counter() - began
+
+    def _replay(self) -> Replay:
+        try:
+            return Replay(self.model, self.layers, self.batches, self.memory_limit)
+        except CalibrationError:
+            raise
+        except Exception as error:
+            leaves = [leaf for leaf in tree_leaves(self.batches[0]) if isinstance(leaf, Tensor)]
+            given = ", ".join(f"{list(leaf.shape)} {dtype_name(leaf.dtype)} on {leaf.device}" for leaf in leaves)
+            weight = self.layers[0].weight
+            raise CalibrationError(
+                f"the model fails on the calibration inputs: {type(error).__name__}: {error}. The first batch is {given}; the"
+                f" weights are {dtype_name(weight.dtype)} on {weight.device}. Pass what the model can be called with. Nothing"
+                " was changed."
+            ) from error
 
     def _skip_unreached(self, layers: Sequence[Layer]) -> None:
         for layer in layers:

@@ -57,8 +57,8 @@ class _Block:
     groups: list[Group] = field(default_factory=list)
 
 
-class _Reached(Exception):
-    """Ends a forward early: all that was asked for has been seen."""
+class _Reached(BaseException):
+    """Ends a forward early: all that was asked for has been seen. No Exception, so that no model catches it."""
 
 
 class Replay:
