@@ -5,7 +5,8 @@
 DATA is a folder with stsb-train.tsv, stsb-dev.tsv (STS benchmark) and wikitext2-valid.txt (WikiText-2), which are not part
 of the project. A quality is Spearman's correlation x 100 between cosine similarities and human scores; a delta is against
 the dense model in the same run. Calibration is 1,024 sentences without labels: of STS-B's training part (the domain of the
-test), of WikiText-2 (another), or of the language reference that Python carries (a third, and small). Cases that the JSON has already are not run again.
+test), of WikiText-2 (another), or of the language reference that Python carries (a third). Cases that the JSON has already
+are not run again.
 """
 
 from __future__ import annotations
