@@ -14,6 +14,7 @@
 #include "cpu/linear.h"
 #include "cpu/linear_int8.h"
 #include "cpu/pack.h"
+#include "cpu/permute.h"
 #include "cpu/threads.h"
 #include "nm/layout.h"
 
@@ -176,6 +177,22 @@ void linear_int8(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t sc
   last_kernel = cpu::linear_int8(args, threads, isa ? isa->c_str() : nullptr, static_cast<cpu::Family>(kernel));
 }
 
+int64_t permute(uintptr_t columns, uintptr_t order, int64_t channels, int64_t rows, int keep, int group, int64_t sweeps,
+                double seconds, uint64_t seed, int threads, const std::optional<std::string>& isa) {
+  if (group < 2 || group > cpu::kPermuteMostGroup || keep < 1 || keep >= group) {
+    throw std::invalid_argument("group is 2..32, keep 1..group-1");
+  }
+  if (channels < group || channels % group != 0 || channels > INT32_MAX) {
+    throw std::invalid_argument("channels must be a positive multiple of group");
+  }
+  if (rows < 0 || rows % cpu::kPermuteLanes != 0) throw std::invalid_argument("rows must be a multiple of 16");
+  if (sweeps < 1 || threads < 1) throw std::invalid_argument("sweeps and threads must be positive");
+  const cpu::PermuteArgs args = {at<const float>(columns), channels, rows, keep, group, at<int64_t>(order), sweeps,
+                                 seconds,                  seed};
+  const nb::gil_scoped_release nogil;
+  return cpu::permute(args, threads, isa ? isa->c_str() : nullptr);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -206,4 +223,6 @@ NB_MODULE(_native, m) {
   m.def("linear_int8", &linear_int8, "x"_a, "values"_a, "metadata"_a, "scales"_a, "bias"_a, "y"_a, "tokens"_a,
         "out_features"_a, "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0,
         "isa"_a = nb::none());
+  m.def("permute", &permute, "columns"_a, "order"_a, "channels"_a, "rows"_a, "keep"_a, "group"_a, "sweeps"_a,
+        "seconds"_a, "seed"_a, "threads"_a, "isa"_a = nb::none());
 }

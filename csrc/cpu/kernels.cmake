@@ -13,9 +13,14 @@ function(twofour_add_kernels target)
     ${csrc}/cpu/linear_int8.cpp
     ${csrc}/cpu/linear_int8_baseline.cpp
     ${csrc}/cpu/pack.cpp
+    ${csrc}/cpu/permute.cpp
+    ${csrc}/cpu/permute_baseline.cpp
     ${csrc}/cpu/threads.cpp)
   set(int8 -ffp-contract=off)  # products and sums round one by one, as in the reference
   set_source_files_properties(${csrc}/cpu/linear_int8_baseline.cpp PROPERTIES COMPILE_OPTIONS "${int8}")
+  set(permute -ffp-contract=off)  # every instruction set takes the same decisions
+  set_source_files_properties(${csrc}/cpu/permute.cpp ${csrc}/cpu/permute_baseline.cpp
+                              PROPERTIES COMPILE_OPTIONS "${permute}")
   target_include_directories(${target} PRIVATE ${csrc})
   if(TWOFOUR_SANITIZE)  # -O1: a third of the time to compile, and every intrinsic still runs
     set(sanitizers -fsanitize=${TWOFOUR_SANITIZE} -fno-sanitize-recover=all)
@@ -44,8 +49,8 @@ function(twofour_add_kernels target)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
     endif()
-    set(sources_avx2 linear linear_int8 grad)
-    set(sources_avx512 linear grad)
+    set(sources_avx2 linear linear_int8 grad permute)
+    set(sources_avx512 linear grad permute)
     set(sources_avx512bf16 linear grad)
     set(sources_avx512vnni linear_int8)
     target_compile_definitions(${target} PRIVATE TWOFOUR_X86)
@@ -68,6 +73,8 @@ function(twofour_add_kernels target)
       set(flags ${${isa}} ${gnu})
       if(source STREQUAL linear_int8)
         list(APPEND flags ${int8})
+      elseif(source STREQUAL permute)
+        list(APPEND flags ${permute})
       endif()
       set_source_files_properties(${csrc}/cpu/${source}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${flags}")
     endforeach()

@@ -135,3 +135,21 @@ def linear_int8(
     isa: str | None = None,
 ) -> None:
     """y = quantized(x) @ W.T * scales + bias. scales and bias fp32; the rest as in `linear`."""
+
+def permute(
+    columns: int,
+    order: int,
+    channels: int,
+    rows: int,
+    keep: int,
+    group: int,
+    sweeps: int,
+    seconds: float,
+    seed: int,
+    threads: int,
+    isa: str | None = None,
+) -> int:
+    """Improves a permutation of channels for keep:group; returns how many swaps it took (csrc/cpu/permute.h).
+
+    columns: [channels, rows] fp32, finite and not negative, rows a multiple of 16. order: [channels] int64, in and out.
+    """
