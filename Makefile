@@ -51,11 +51,12 @@ bench: $(VENV)/installed
 	$(LINEAR) --layer square --dtype "bf16 weights" --tokens 1 --tokens 16 --tokens 512
 	$(BIN)/python benchmarks/kernels/bench_int8.py --layer square --json $(RESULTS)/int8.json
 	$(BIN)/python benchmarks/kernels/bench_backward.py --json $(RESULTS)/backward.json
+	$(BIN)/python benchmarks/masks/bench_permute.py --json $(RESULTS)/permute.json
 	$(BIN)/python benchmarks/plot_linear.py $(RESULTS)/linear.json $(RESULTS)/speed.svg
 	$(BIN)/python benchmarks/bars.py $(RESULTS)/linear.json
 
 bench-smallest: $(VENV)/installed
-	for bench in benchmarks/kernels/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done
+	for bench in benchmarks/kernels/bench_*.py benchmarks/masks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done
 
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.
