@@ -118,9 +118,15 @@ def efficacy(scores: Tensor, permutation: Tensor, pattern: Pattern | str = "2:4"
             f"permutation is {permutation.dtype} {list(permutation.shape)}: pass each of 0 ... {channels - 1} once, int64."
         )
     before, after = kept_score(scores, pattern), kept_score(scores[:, permutation], pattern)
-    shared = scores.double().unflatten(0, (-1, pattern.rows)).sum(1)
-    free = float(shared.topk(channels // pattern.group * pattern.keep, dim=1).values.sum())
+    free = free_score(scores, pattern)
     return 100 * (after - before) / (free - before) if free > before else 0.0
+
+
+def free_score(scores: Tensor, pattern: Pattern | str = "2:4") -> float:
+    """The sum of the scores that are kept where each row may keep the same share anywhere: no order keeps more."""
+    pattern = Pattern.parse(pattern)
+    shared = scores.double().unflatten(0, (-1, pattern.rows)).sum(1)
+    return float(shared.topk(scores.shape[1] // pattern.group * pattern.keep, dim=1).values.sum())
 
 
 def _check(scores: Tensor, pattern: Pattern) -> None:

@@ -6,5 +6,6 @@ from .files import load as load
 from .files import save as save
 from .fuse import fuse as fuse
 from .measure import measure as measure
+from .permute import permute as permute
 from .prune import check as check
 from .prune import prune as prune
