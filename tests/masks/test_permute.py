@@ -122,8 +122,8 @@ def test_a_limit_of_time_is_held(search: Callable[..., Tensor]) -> None:
 
     scores = torch.rand(256, 256)
     start = time.perf_counter()
-    found = search(scores, sweeps=10**7, seconds=0.1)
-    assert time.perf_counter() - start < 5
+    found = search(scores, sweeps=10**7, seconds=1.0)
+    assert time.perf_counter() - start < 20
     assert kept_score(scores[:, found]) > kept_score(scores)
 
 

@@ -66,17 +66,27 @@ def search_permutation(
             raise UnsupportedError(
                 f"pattern {pattern}: the native search has no transposable ones. backend='reference'."
             )
+    return improve(scores, pattern, sweeps=sweeps, seconds=seconds, seed=seed, backend=backend)[0]
+
+
+def improve(
+    scores: Tensor, pattern: Pattern, *, sweeps: int, seconds: float | None, seed: int, backend: str | None = None
+) -> tuple[Tensor, float, float]:
+    """`search_permutation` of scores that are known to be good, with the kept score before and after."""
     identity = torch.arange(scores.shape[1], device=scores.device)
-    largest = scores.max() if scores.numel() else scores.sum()
+    numbers = scores.detach()
+    if numbers.dtype not in (torch.float32, torch.float64):
+        numbers = numbers.float()
+    before = kept_score(numbers, pattern)
+    largest = numbers.max() if numbers.numel() else numbers.sum()
     if scores.shape[1] == pattern.group or not bool(largest > 0):
-        return identity
-    # Scaled: float32 sums must neither overflow nor vanish.
-    exact = scores.detach().double() / largest.double()
+        return identity, before, before
     use_native = backend == "cpu" or (backend is None and native.LOADED is not None and not pattern.transposable)
     search = _search_native if use_native else _search_plain
-    found = search(exact, pattern, sweeps, seconds, seed)
-    gains = kept_score(exact[:, found], pattern) > kept_score(exact, pattern)
-    return found if gains else identity
+    # Scaled: float32 sums must neither overflow nor vanish.
+    found = search(numbers / largest, pattern, sweeps, seconds, seed)
+    after = kept_score(numbers[:, found], pattern)
+    return (found, before, after) if after > before else (identity, before, before)
 
 
 def kept_score(scores: Tensor, pattern: Pattern | str = "2:4") -> float:
@@ -87,7 +97,9 @@ def kept_score(scores: Tensor, pattern: Pattern | str = "2:4") -> float:
     Raises:
         ShapeError, UnsupportedError: as `nm_mask`.
     """
-    return float(scores.double()[nm_mask(scores, pattern)].sum())
+    numbers = scores if scores.dtype.itemsize > 1 else scores.float()  # float8 cannot be added up
+    zero = torch.zeros((), dtype=numbers.dtype, device=numbers.device)
+    return float(torch.where(nm_mask(numbers, pattern), numbers, zero).sum(dtype=torch.float64))
 
 
 def efficacy(scores: Tensor, permutation: Tensor, pattern: Pattern | str = "2:4") -> float:
@@ -182,6 +194,7 @@ def _search_plain(scores: Tensor, pattern: Pattern, sweeps: int, seconds: float 
     groups, group = scores.shape[1] // pattern.group, pattern.group
     order = torch.arange(scores.shape[1]).view(groups, group)
     best, best_kept = order, -1.0
+    scores = scores.double()
     kept = _kept_by_group(scores, order, pattern)
     scale = 0.0
     for step in range(sweeps):

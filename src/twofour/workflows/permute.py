@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 
 from ..errors import ModelError
 from ..masks import magnitude
-from ..masks.permute import free_score, kept_score, search_permutation
+from ..masks.permute import free_score, improve, kept_score
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from .axes import AxisAlgebra, Labels
@@ -350,35 +350,38 @@ def _search(
     """Fills in what each set keeps, before and after, and the moves of those that gain."""
     work = [(each, root) for each in sets for root in each.readers]
     start = time.monotonic()
+    scored_for, scored = None, dict[str, Tensor]()
     for done, (each, root) in enumerate(track(work, f"permute for {pattern}", progress)):
+        if each is not scored_for:  # heads are cut from the same scores
+            scored_for, scored = each, {}
         parts = []
         for layer, starts in each.readers[root]:
-            rows = score(layer)
-            parts += [rows[:, first : first + each.size] for first in starts]
-        stacked = torch.cat([part.double() for part in parts])
+            if layer.name not in scored:
+                scored[layer.name] = score(layer)
+            parts += [scored[layer.name][:, first : first + each.size] for first in starts]
+        stacked = torch.cat(parts)
         if not bool(stacked.isfinite().all()) or bool((stacked < 0).any()):
             names = ", ".join(f"'{layer.name}'" for layer, _ in each.readers[root])
             raise ModelError(
                 f"scores of {names} are NaN, infinite or negative: they cannot be added up. Nothing was changed; repair the"
                 " weights, or leave them out with exclude=."
             )
-        each.total += float(stacked.sum())
+        each.total += float(stacked.sum(dtype=torch.float64))
         if each.size % pattern.group:
             continue
-        kept = kept_score(stacked, pattern)
-        each.before += kept
-        each.after += kept
-        each.free += free_score(stacked, pattern)
-        if each.reason is not None:
-            continue
         left = None if seconds is None else (seconds - (time.monotonic() - start)) / (len(work) - done)
-        if left is not None and left <= 0:
-            each.reason = each.reason or "the time was up"
+        if each.reason is None and left is not None and left <= 0:
+            each.reason = "the time was up"
+        if each.reason is not None:
+            kept = kept_score(stacked, pattern)
+            each.before += kept
+            each.after += kept
             continue
-        order = search_permutation(stacked, pattern, sweeps=sweeps, seconds=left, seed=seed)
-        gain = kept_score(stacked[:, order], pattern) - kept
-        if gain > 0:
-            each.after += gain
+        order, before, after = improve(stacked, pattern, sweeps=sweeps, seconds=left, seed=seed)
+        each.before += before
+        each.after += after
+        each.free += free_score(stacked, pattern)
+        if after > before:
             each.moves.append(_Move(root, order))
 
 
