@@ -207,6 +207,11 @@ def _einsum(reader: Reader, node: fx.Node, args: Sequence[Any], kwargs: dict[str
     return reader.algebra.combine(list(zip(operands, own, strict=True)), list(out), _shape(node))
 
 
+@_rule("outer", "ger")
+def _outer(reader: Reader, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return reader.algebra.combine([(args[0], [0]), (args[1], [1])], [0, 1], _shape(node))
+
+
 @_rule("scaled_dot_product_attention")
 def _attention(reader: Reader, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
