@@ -64,17 +64,20 @@ native-test: $(VENV)/installed
 	$(call native_test,native-test)
 	build/native-test/linear_test
 	build/native-test/int8_test
+	build/native-test/permute_test
 
 sanitize: $(VENV)/installed
 	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=address,undefined)
 	$(SANITIZER_OPTIONS) build/native-sanitize/linear_test
 	$(SANITIZER_OPTIONS) build/native-sanitize/int8_test
+	$(SANITIZER_OPTIONS) build/native-sanitize/permute_test
 	$(SANITIZER_OPTIONS) tests/native/sanitize_module.sh
 
 sanitize-threads: $(VENV)/installed
 	$(call native_test,native-sanitize-threads,-DTWOFOUR_SANITIZE=thread)
 	build/native-sanitize-threads/linear_test
 	build/native-sanitize-threads/int8_test
+	build/native-sanitize-threads/permute_test
 
 neon: $(VENV)/installed
 	@command -v $(CROSS_CXX) > /dev/null && command -v $(firstword $(QEMU)) > /dev/null || \
@@ -83,6 +86,7 @@ neon: $(VENV)/installed
 	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
 	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
 	$(QEMU) build/native-neon/int8_test --require baseline --require neon --require neondot
+	$(QEMU) build/native-neon/permute_test --require baseline
 	$(QEMU) -cpu cortex-a57 build/native-neon/int8_test --require neon  # a machine without SDOT
 
 # The kernels for AVX-512 on a machine that may lack it: tests/native/emulated.
@@ -92,6 +96,7 @@ emulated: $(VENV)/installed
 	$(call native_test,native-emulated,-DTWOFOUR_EMULATE_AVX512=ON)
 	build/native-emulated/linear_test --require avx512 --require avx512bf16
 	build/native-emulated/int8_test --require avx512vnni
+	build/native-emulated/permute_test --require avx512
 	tests/native/module_with.sh emulated TWOFOUR_EMULATE_AVX512=ON \
 	  python -m pytest -q -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py tests/kernels/test_int8.py tests/kernels/test_backward.py tests/kernels/test_epilogue.py
 

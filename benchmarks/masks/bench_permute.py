@@ -100,6 +100,7 @@ def main(
 ) -> None:
     """Measures the search for channel permutations against stripe groups."""
     rows: list[Row] = []
+    measured = commit()  # before minutes in which files may change
 
     def run(name: str, search: Callable[[Tensor], Tensor], matrices: list[Tensor], times: int = 1) -> list[Tensor]:
         row, found = measure(name, search, matrices, threads, times)
@@ -126,7 +127,7 @@ def main(
         record = {
             **environment(),
             "isa": kernels.cpu.isa(),
-            "commit": commit(),
+            "commit": measured,
             "command": " ".join(["python", "benchmarks/masks/bench_permute.py", *sys.argv[1:]]),
             "rows": [asdict(row) for row in rows],
         }

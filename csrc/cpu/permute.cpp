@@ -251,4 +251,17 @@ int64_t permute(const PermuteArgs& args, int threads, const char* isa) {
   return taken[best];
 }
 
+int permute_isa_count() {
+  int count = 0;
+  for (const Isa& isa : kIsas) count += isa.runs_here() ? 1 : 0;
+  return count;
+}
+
+const char* permute_isa_name(int index) {
+  for (const Isa& isa : kIsas) {
+    if (isa.runs_here() && index-- == 0) return isa.name;
+  }
+  return nullptr;
+}
+
 }  // namespace twofour::cpu

@@ -55,4 +55,8 @@ struct PermuteArgs {
 // swaps taken. isa: nullptr for the best of the machine. std::invalid_argument for an unknown one.
 int64_t permute(const PermuteArgs& args, int threads, const char* isa);
 
+// Instruction sets that run here, plainest first.
+int permute_isa_count();
+const char* permute_isa_name(int index);
+
 }  // namespace twofour::cpu
