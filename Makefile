@@ -52,6 +52,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/kernels/bench_int8.py --layer square --json $(RESULTS)/int8.json
 	$(BIN)/python benchmarks/kernels/bench_backward.py --json $(RESULTS)/backward.json
 	$(BIN)/python benchmarks/masks/bench_masks.py --json $(RESULTS)/masks.json
+	$(BIN)/python benchmarks/masks/bench_permute.py --json $(RESULTS)/permute.json
 	$(BIN)/python benchmarks/plot_linear.py $(RESULTS)/linear.json $(RESULTS)/speed.svg
 	$(BIN)/python benchmarks/bars.py $(RESULTS)/linear.json
 
@@ -65,12 +66,14 @@ native-test: $(VENV)/installed
 	build/native-test/linear_test
 	build/native-test/int8_test
 	build/native-test/masks_test
+	build/native-test/permute_test
 
 sanitize: $(VENV)/installed
 	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=address,undefined)
 	$(SANITIZER_OPTIONS) build/native-sanitize/linear_test
 	$(SANITIZER_OPTIONS) build/native-sanitize/int8_test
 	$(SANITIZER_OPTIONS) build/native-sanitize/masks_test
+	$(SANITIZER_OPTIONS) build/native-sanitize/permute_test
 	$(SANITIZER_OPTIONS) tests/native/sanitize_module.sh
 
 sanitize-threads: $(VENV)/installed
@@ -78,6 +81,7 @@ sanitize-threads: $(VENV)/installed
 	build/native-sanitize-threads/linear_test
 	build/native-sanitize-threads/int8_test
 	build/native-sanitize-threads/masks_test
+	build/native-sanitize-threads/permute_test
 
 neon: $(VENV)/installed
 	@command -v $(CROSS_CXX) > /dev/null && command -v $(firstword $(QEMU)) > /dev/null || \
@@ -86,6 +90,7 @@ neon: $(VENV)/installed
 	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
 	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
 	$(QEMU) build/native-neon/int8_test --require baseline --require neon --require neondot
+	$(QEMU) build/native-neon/permute_test --require baseline
 	$(QEMU) -cpu cortex-a57 build/native-neon/int8_test --require neon  # a machine without SDOT
 	$(QEMU) build/native-neon/masks_test --require baseline
 
@@ -97,6 +102,7 @@ emulated: $(VENV)/installed
 	build/native-emulated/linear_test --require avx512 --require avx512bf16
 	build/native-emulated/int8_test --require avx512vnni
 	build/native-emulated/masks_test --require avx512
+	build/native-emulated/permute_test --require avx512
 	tests/native/module_with.sh emulated TWOFOUR_EMULATE_AVX512=ON \
 	  python -m pytest -q -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py tests/kernels/test_int8.py tests/kernels/test_backward.py tests/kernels/test_epilogue.py tests/masks/test_cpu.py
 

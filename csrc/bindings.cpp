@@ -16,6 +16,7 @@
 #include "cpu/linear_int8.h"
 #include "cpu/masks.h"
 #include "cpu/pack.h"
+#include "cpu/permute.h"
 #include "cpu/threads.h"
 #include "nm/layout.h"
 
@@ -233,6 +234,22 @@ void best_of_groups(uintptr_t scores, uintptr_t mask, uintptr_t kept, int64_t ro
   last_kernel = cpu::best_of_groups(args, threads, isa ? isa->c_str() : nullptr);
 }
 
+int64_t permute(uintptr_t columns, uintptr_t order, int64_t channels, int64_t rows, int keep, int group, int64_t sweeps,
+                double seconds, uint64_t seed, int threads, const std::optional<std::string>& isa) {
+  if (group < 2 || group > cpu::kPermuteMostGroup || keep < 1 || keep >= group) {
+    throw std::invalid_argument("group is 2..32, keep 1..group-1");
+  }
+  if (channels < group || channels % group != 0 || channels > INT32_MAX) {
+    throw std::invalid_argument("channels must be a positive multiple of group");
+  }
+  if (rows < 0 || rows % cpu::kPermuteLanes != 0) throw std::invalid_argument("rows must be a multiple of 16");
+  if (sweeps < 1 || threads < 1) throw std::invalid_argument("sweeps and threads must be positive");
+  const cpu::PermuteArgs args = {at<const float>(columns), channels, rows, keep, group, at<int64_t>(order), sweeps,
+                                 seconds,                  seed};
+  const nb::gil_scoped_release nogil;
+  return cpu::permute(args, threads, isa ? isa->c_str() : nullptr);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -271,4 +288,6 @@ NB_MODULE(_native, m) {
         "isa"_a = nb::none());
   m.def("transposable_blocks", &transposable_blocks, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a,
         "itemsize"_a, "keep"_a, "group"_a, "threads"_a);
+  m.def("permute", &permute, "columns"_a, "order"_a, "channels"_a, "rows"_a, "keep"_a, "group"_a, "sweeps"_a,
+        "seconds"_a, "seed"_a, "threads"_a, "isa"_a = nb::none());
 }

@@ -88,5 +88,5 @@ def test_public_names_say_what_they_are(name: str) -> None:
 
 
 def test_the_verbs_are_there() -> None:
-    verbs = {"prune", "check", "compress", "fuse", "unfuse", "explain", "measure", "save", "load"}
+    verbs = {"permute", "prune", "check", "compress", "fuse", "unfuse", "explain", "measure", "save", "load"}
     assert verbs <= set(PUBLIC)

@@ -16,10 +16,13 @@ function(twofour_add_kernels target)
     ${csrc}/cpu/masks_baseline.cpp
     ${csrc}/cpu/masks_solver.cpp
     ${csrc}/cpu/pack.cpp
+    ${csrc}/cpu/permute.cpp
+    ${csrc}/cpu/permute_baseline.cpp
     ${csrc}/cpu/threads.cpp)
-  set(one_by_one -ffp-contract=off)  # products and sums round one by one, as in the reference
+  set(one_by_one -ffp-contract=off)  # products and sums round one by one: as in the reference, the same on every machine
   set_source_files_properties(
     ${csrc}/cpu/linear_int8_baseline.cpp ${csrc}/cpu/masks.cpp ${csrc}/cpu/masks_baseline.cpp
+    ${csrc}/cpu/permute.cpp ${csrc}/cpu/permute_baseline.cpp
     PROPERTIES COMPILE_OPTIONS "${one_by_one}")
   target_include_directories(${target} PRIVATE ${csrc})
   if(TWOFOUR_SANITIZE)  # -O1: a third of the time to compile, and every intrinsic still runs
@@ -49,8 +52,8 @@ function(twofour_add_kernels target)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
       set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
     endif()
-    set(sources_avx2 linear linear_int8 grad masks)
-    set(sources_avx512 linear grad masks)
+    set(sources_avx2 linear linear_int8 grad masks permute)
+    set(sources_avx512 linear grad masks permute)
     set(sources_avx512bf16 linear grad)
     set(sources_avx512vnni linear_int8)
     target_compile_definitions(${target} PRIVATE TWOFOUR_X86)
@@ -71,7 +74,7 @@ function(twofour_add_kernels target)
     foreach(source ${sources_${isa}})
       target_sources(${target} PRIVATE ${csrc}/cpu/${source}_${isa}.cpp)
       set(flags ${${isa}} ${gnu})
-      if(source MATCHES "^(linear_int8|masks)$")
+      if(source MATCHES "^(linear_int8|masks|permute)$")
         list(APPEND flags ${one_by_one})
       endif()
       set_source_files_properties(${csrc}/cpu/${source}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${flags}")

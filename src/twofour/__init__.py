@@ -32,6 +32,7 @@ from .workflows import explain as explain
 from .workflows import fuse as fuse
 from .workflows import load as load
 from .workflows import measure as measure
+from .workflows import permute as permute
 from .workflows import prune as prune
 from .workflows import save as save
 from .workflows import sensitivity as sensitivity

@@ -174,3 +174,21 @@ def transposable_blocks(
     threads: int,
 ) -> None:
     """The best mask with `keep` of `group` in both axes (csrc/cpu/masks.h)."""
+
+def permute(
+    columns: int,
+    order: int,
+    channels: int,
+    rows: int,
+    keep: int,
+    group: int,
+    sweeps: int,
+    seconds: float,
+    seed: int,
+    threads: int,
+    isa: str | None = None,
+) -> int:
+    """Improves a permutation of channels for keep:group; returns how many swaps it took (csrc/cpu/permute.h).
+
+    columns: [channels, rows] fp32, finite and not negative, rows a multiple of 16. order: [channels] int64, in and out.
+    """

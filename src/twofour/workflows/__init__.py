@@ -7,5 +7,6 @@ from .files import load as load
 from .files import save as save
 from .fuse import fuse as fuse
 from .measure import measure as measure
+from .permute import permute as permute
 from .prune import prune as prune
 from .sensitivity import sensitivity as sensitivity
