@@ -144,3 +144,16 @@ def test_sensitivity(bert: Path, text: Path, tmp_path: Path, run: Callable[..., 
     assert page.is_file()
     done = run("sensitivity", tmp_path / "missing.safetensors")
     assert (done.code, "is not a model folder" in done.err) == (2, True)
+
+
+def test_permute(bert: Path, text: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    done = run("permute", bert, tmp_path / "out", "--calibration", text, "--samples", "20", "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert record["summary"]["kept after"] > record["summary"]["kept before"]
+    before, after = (transformers.BertModel.from_pretrained(path).eval() for path in (bert, tmp_path / "out"))
+    ids = torch.randint(0, 42, (3, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(before(ids)[0], after(ids)[0], atol=1e-5, rtol=1e-4)
+    names = [name for name, weight in before.state_dict().items() if not torch.equal(weight, after.state_dict()[name])]
+    assert names

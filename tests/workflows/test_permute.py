@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import twofour
 from twofour import ModelError, Report
 from twofour.masks import magnitude, nm_mask
 from twofour.workflows import permute as permute_verb
+from twofour.workflows.layers import survey
+from twofour.workflows.norms import input_norms
 
 QUICK = 100
 
@@ -549,3 +552,23 @@ def test_the_report_prints(mlp: Callable[[], nn.Sequential]) -> None:
     assert "permuted" in str(report)
     assert "input of the model" in str(report)
     assert permute_verb.__doc__
+
+
+def test_scores_measured_on_the_inputs() -> None:
+    """Channels that are nearly always zero count for nothing; the norms are those of the real inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    x = [torch.randn(5, 8), torch.randn(7, 8)]
+    layers = [layer for layer in survey(model, twofour.Pattern()) if layer.skip is None]
+    norms = input_norms(model, layers, x)
+    hidden = torch.relu(model[0](torch.cat(x)))
+    torch.testing.assert_close(
+        norms["2"], hidden.double().square().mean(0).sqrt(), check_dtype=False, rtol=1e-5, atol=0
+    )
+    wanted = copy.deepcopy(model)
+    twofour.permute(wanted, x, scores=lambda name, w: w.abs().square() * norms[name].square().float())
+    twofour.permute(model, x, scores="inputs")
+    for found, expected in zip(model.parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(twofour.UnsupportedError, match="scores='output': it is None, 'inputs', a mapping"):
+        twofour.permute(model, x, scores="output")  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedError
 from ..masks import magnitude
 from ..masks.permute import free_score, improve, kept_score
 from ..pattern import Pattern
@@ -22,10 +22,12 @@ from .axes import AxisAlgebra, Labels
 from .axis_rules import Reader
 from .inputs import Batch, batches, call, evaluating, output_tensors
 from .layers import Layer, survey, weight_key
+from .norms import input_norms
 from .progress import track
 
-Scores = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
-"""From a layer's name and weight its scores, of the weight's shape; or by name the norms of its inputs, [in_features]."""
+Scores = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor] | Literal["inputs"]
+"""From a layer's name and weight its scores, of the weight's shape; or by name the norms of its inputs, [in_features]; or
+"inputs": what each weight adds to the squared outputs."""
 
 BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The most that outputs may differ afterwards, as |difference| / |output|: sums in another order, layer after layer. Models
@@ -72,7 +74,8 @@ def permute(
         inputs: a batch, or several: each is run before and after. Tensors, tuples or mappings.
         pattern: what will be pruned to.
         include, exclude: shell wildcards over the layers that are to gain; others may have channels permuted too.
-        scores: None is |w|; or from name and weight the scores; or norms of the inputs by name, which multiply |w|.
+        scores: None is |w|; or from name and weight the scores; or norms of the inputs by name, which multiply |w|; or
+            "inputs": w² times the mean square of its input, measured on `inputs`, for pruning with calibration.
         sweeps, seed: as in `masks.search_permutation`.
         seconds: about how long all searches may take; None: as long as the sweeps take.
         dry_run: search and report; change nothing.
@@ -99,6 +102,11 @@ def permute(
         raise ModelError(
             "there is nothing to permute for: no layer can be pruned (twofour.prune(dry_run=True) says why)."
         )
+    if scores == "inputs":
+        axes = {layer.name: layer.input_axis for layer in layers}
+        scores = _squared_outputs(input_norms(model, layers, given), axes)
+    elif isinstance(scores, str):
+        raise UnsupportedError(f"scores={scores!r}: it is None, 'inputs', a mapping, or a function of name and weight.")
     with evaluating(model):
         graph = _read(model, given[0])
         sets = _channel_sets(graph, layers, pattern)
@@ -306,7 +314,21 @@ def _channel_sets(graph: _Graph, layers: Sequence[Layer], pattern: Pattern) -> l
     return list(sets.values())
 
 
-def _scorer(scores: Scores | None) -> Callable[[Layer], Tensor]:
+def _squared_outputs(norms: Mapping[str, Tensor], axes: Mapping[str, int]) -> Callable[[str, Tensor], Tensor]:
+    """w² E[x²]; zeros for a layer that no input reaches."""
+
+    def score(name: str, weight: Tensor) -> Tensor:
+        found = magnitude(weight).square()
+        if name not in norms:
+            return torch.zeros_like(found)
+        sizes = [1] * weight.ndim
+        sizes[axes[name]] = -1
+        return found * norms[name].square().to(found).view(sizes)
+
+    return score
+
+
+def _scorer(scores: Callable[[str, Tensor], Tensor] | Mapping[str, Tensor] | None) -> Callable[[Layer], Tensor]:
     """Scores of a layer's weight as [rows, input channels]."""
 
     def score(layer: Layer) -> Tensor:
