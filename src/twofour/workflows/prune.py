@@ -66,7 +66,7 @@ def prune(
         pattern: "2:4", "1:4", "4:8", "2:4x4", "2:4t", ...
         calibration: what the model is called with: a tensor, a tuple of arguments, a dict of named ones, or an iterable
             of these. Tokens that an `attention_mask` marks as padding do not count. Under torchrun every process
-            passes its own part, and all get the same masks.
+            passes its own part, and all get the same masks (those of one process with all inputs and as many threads).
         method: "admm" (default with calibration: ADMM mask, coordinate descent over supports, least squares on the
             mask), "sparsegpt", "wanda", "ria", or "magnitude" (default without): the largest |w| of each group. A
             `twofour.solvers.Recipe` names all that can be chosen.
