@@ -371,7 +371,7 @@ def test_several_batches_and_half_precision() -> None:
 
 
 @pytest.mark.slow
-def test_minilm(minilm_folder: Any) -> None:
+def test_minilm(minilm_folder: Any, native: None) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModel.from_pretrained(minilm_folder).eval()
     inputs = {"input_ids": torch.randint(1000, 2000, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
