@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twofour.errors import CalibrationError, ShapeError, UnsupportedError
 from twofour.masks import check_pattern, nm_mask
-from twofour.masks.rows import clustered_mask
+from twofour.masks.rows import WINDOW_ROWS, clustered_mask
 from twofour.pattern import Pattern
 from twofour.solvers import METHODS, Hessian, Recipe, solve
 from twofour.solvers.choose import Chooser
@@ -216,7 +216,7 @@ def test_patterns_without_free_groups_are_left_to_the_refit() -> None:
     assert not descends(Pattern.parse("16:32"))
 
 
-def test_rows_that_share_a_mask_are_found_anywhere() -> None:
+def test_rows_that_share_a_mask_are_found_anywhere_in_their_window() -> None:
     """Rows made in fours and shuffled are found again: then sharing costs nothing."""
     generator = torch.Generator().manual_seed(5)
     mask = nm_mask(torch.rand(8, 64, generator=generator), "2:4").repeat_interleave(4, dim=0)
@@ -242,6 +242,16 @@ def test_clustering_costs_less_than_neighbours() -> None:
         assert found.error < near.error
         masks = {tuple(row.tolist()) for row in found.mask}
         assert len(masks) <= 16
+
+
+def test_clusters_stay_inside_the_windows_of_the_kernels() -> None:
+    weight = weights(136, 16)
+    choose = Chooser(Pattern.parse("2:4x4"), weight.square(), cluster=True)
+    choose.recluster(weight.square(), seed=3)
+    assert choose.order is not None
+    clusters = choose.order.view(-1, 4)
+    assert torch.equal(clusters // WINDOW_ROWS, clusters[:, :1].expand(-1, 4) // WINDOW_ROWS)
+    assert Chooser(Pattern.parse("2:4x3"), weight[:99].square(), cluster=True).window is None
 
 
 def test_dead_inputs_keep_their_largest_weights() -> None:

@@ -12,18 +12,31 @@ from ..errors import ShapeError
 from ..pattern import Pattern
 from .select import nm_mask
 
+WINDOW_ROWS = 64
+"""Rows of the windows 0 ... 63, 64 ... 127, .. inside which rows that share a mask may lie anywhere at no cost: the CPU
+kernels (`kWindowRows` in csrc/nm/layout.h) run them as fast as neighbours."""
+
 _MOST_SUPPORTS = 70
 _MOST_SPLITS = 500
 _NUMBERS_AT_ONCE = 1 << 25
 
 
 def cluster_rows(
-    scores: Tensor, pattern: Pattern | str, *, start: Tensor | None = None, rounds: int = 60, seed: int = 0
+    scores: Tensor,
+    pattern: Pattern | str,
+    *,
+    start: Tensor | None = None,
+    rounds: int = 60,
+    seed: int = 0,
+    window: int | None = WINDOW_ROWS,
 ) -> Tensor:
     """An order of the rows in which each `pattern.rows` neighbours lose least by sharing one mask.
 
     Local search: clusters are paired at random, and each pair is split anew in the best of all ways (35 for clusters of
     four); what is kept never falls. Begins with rows in the order of their likeness.
+
+    On a sentence encoder "2:4x4" keeps 0.746 of the scores with neighbours, 0.761 in windows of 16 rows, 0.768 of 64,
+    0.770 of 128, 0.772 anywhere.
 
     Args:
         scores: [out_features, in_features] floating point, not negative, for instance squares of weights.
@@ -31,8 +44,12 @@ def cluster_rows(
         start: an order to begin with, for instance the last answer.
         rounds: pairings that are tried.
         seed: of the pairings. The same seed gives the same order.
+        window: clusters stay inside the rows 0 ... window - 1, the next `window`, ..; a multiple of `rows`. Inside
+            windows of 64 kernels run them as fast as neighbours. None: anywhere.
     Returns:
-        int64 [out_features]: members of the first cluster, of the second, ...
+        int64 [out_features]: members of the first cluster, of the second, ...; window after window.
+    Raises:
+        ShapeError: no whole groups, a window that is not a multiple of `rows`, a start that crosses windows.
     Cost: a round makes out_features * in_features * 105 products for "2:4x4".
     """
     pattern = Pattern.parse(pattern)
@@ -40,7 +57,16 @@ def cluster_rows(
     if scores.ndim != 2 or scores.shape[0] % rows or scores.shape[1] % pattern.group:
         raise ShapeError(f"scores are {list(scores.shape)}: they have no whole {pattern} groups.")
     out_features = scores.shape[0]
-    order = (_by_likeness(scores, pattern) if start is None else start.clone()).to(scores.device)
+    window = max(out_features, 1) if window is None else window
+    if window < 1 or (window % rows and window < out_features):
+        raise ShapeError(
+            f"window={window} for {pattern}: windows must hold whole clusters of {rows} rows. Pass a multiple of {rows}, or"
+            " window=None."
+        )
+    if start is None:
+        order = torch.cat([_by_likeness(part, pattern) + window * i for i, part in enumerate(scores.split(window))])
+    else:
+        order = _by_windows(start, rows, window, out_features).to(scores.device)
     clusters = out_features // rows
     if rows == 1 or clusters < 2:
         return order
@@ -54,7 +80,7 @@ def cluster_rows(
     at_once = max(1, _NUMBERS_AT_ONCE // (len(halves) * groups * supports))
     order = order.view(clusters, rows)
     for _ in range(rounds):
-        pairs = torch.randperm(clusters, generator=generator)[: clusters // 2 * 2].view(-1, 2).to(scores.device)
+        pairs = _pairs(torch.randperm(clusters, generator=generator), max(window // rows, 1)).to(scores.device)
         for part in pairs.split(at_once):
             members = order[part].flatten(1)  # [pairs, 2 * rows]
             sums = halves @ values[members].flatten(2)
@@ -73,6 +99,23 @@ def clustered_mask(scores: Tensor, pattern: Pattern, order: Tensor) -> Tensor:
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     mask[order] = nm_mask(scores[order], pattern)
     return mask
+
+
+def _pairs(clusters: Tensor, per_window: int) -> Tensor:
+    """int64 [pairs, 2]: the shuffled `clusters` two by two, partners from one window of `per_window`."""
+    ordered = clusters[(clusters // per_window).argsort(stable=True)]
+    return torch.cat([part[: len(part) // 2 * 2].view(-1, 2) for part in ordered.split(per_window)])
+
+
+def _by_windows(order: Tensor, rows: int, window: int, out_features: int) -> Tensor:
+    """The same clusters, those of the first window first."""
+    if len(order) != out_features:
+        raise ShapeError(f"start has {len(order)} rows, scores {out_features}: pass what cluster_rows gave for them.")
+    clusters = order.view(-1, rows)
+    clusters = clusters[(clusters[:, 0] // window).argsort(stable=True)]
+    if not torch.equal(clusters.flatten() // window, torch.arange(out_features, device=order.device) // window):
+        raise ShapeError(f"start has clusters of rows from several windows of {window}: pass window=None, or no start.")
+    return clusters.flatten()
 
 
 def _support_scores(scores: Tensor, pattern: Pattern) -> Tensor:
