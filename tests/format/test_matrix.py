@@ -215,9 +215,10 @@ TWO_MASKS = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool).repeat(
 def test_shared_rows_are_checked() -> None:
     weight = TWO_MASKS.float()
     with pytest.raises(
-        PatternError, match=r"fc is not 2:4x4: rows 0:4 together have more than 2 non-zeros in columns 0:4.*\n.*'2:4'"
+        PatternError,
+        match=r"fc is not 2:4x4: rows 0:4 together have more than 2 non-zeros in columns 0:4, and no other.*\n.*'2:4'",
     ):
-        SparseMatrix.from_dense(weight, "2:4x4", name="fc")
+        SparseMatrix.from_dense(weight[1:7].repeat(2, 1), "2:4x4", name="fc")
     with pytest.raises(ShapeError, match=r"\[6, 4\]: 2:4x4 needs out_features to be a multiple of 4"):
         SparseMatrix.from_dense(torch.zeros(6, 4), "2:4x4")
     lonely = TWO_MASKS.clone()
@@ -233,6 +234,17 @@ def test_rows_that_share_a_mask_need_not_be_neighbours() -> None:
     matrix = SparseMatrix.from_dense(TWO_MASKS.float(), "2:4x4", mask=TWO_MASKS)
     assert torch.equal(matrix.to_dense(), TWO_MASKS.float())
     SparseMatrix(matrix.values, matrix.metadata, matrix.pattern, matrix.shape)
+    found = SparseMatrix.from_dense(TWO_MASKS.float(), "2:4x4")
+    assert torch.equal(found.metadata, matrix.metadata)
+    assert torch.equal(found.values, matrix.values)
+
+
+def test_scattered_rows_with_fewer_non_zeros_get_equal_metadata() -> None:
+    weight = TWO_MASKS.float()
+    weight[2, 0] = weight[7, 3] = weight[0, 1] = 0
+    matrix = SparseMatrix.from_dense(weight, "2:4x4")
+    assert torch.equal(matrix.mask(), TWO_MASKS)
+    assert torch.equal(matrix.to_dense(), weight)
 
 
 def test_neighbours_with_fewer_non_zeros_get_equal_metadata() -> None:

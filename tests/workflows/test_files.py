@@ -14,6 +14,7 @@ import twofour
 from twofour import ModelError, SparseLinear, SparseMatrix, UnsupportedError
 from twofour.format import file
 from twofour.kernels import KERNELS
+from twofour.solvers import Recipe
 
 Build = Callable[[], nn.Sequential]
 
@@ -21,6 +22,23 @@ Build = Callable[[], nn.Sequential]
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
+
+
+def test_rows_that_share_a_mask_need_not_be_neighbours(mlp: Build, path: Path) -> None:
+    """prune with clusters -> check -> compress -> save -> load keeps the pattern and the bits."""
+    model = mlp()
+    twofour.prune(model, "2:4x4", calibration=torch.randn(200, 64), method=Recipe("wanda", cluster=True))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert any((linear.weight != 0).unflatten(0, (-1, 4)).any(1).sum(1).max() > 32 for linear in linears)
+    assert twofour.check(model, "2:4x4").summary["holds"]
+    twofour.compress(model, pattern="2:4x4", force=True)
+    twofour.save(model, path)
+    fresh = mlp()
+    twofour.load(fresh, path)
+    x = torch.randn(9, 64)
+    assert torch.equal(fresh(x), model(x))
+    layers = [module for module in fresh.modules() if isinstance(module, SparseLinear)]
+    assert [str(layer.pattern) for layer in layers] == ["2:4x4"] * len(linears)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -80,7 +80,8 @@ class SparseMatrix:
             weight: [out_features, in_features]; in_features a multiple of the group; any strides.
             pattern: a Pattern or its text.
             mask: bool, shape of `weight`, True = keep; at most `keep` True in each group. For "2:4x4" each row must
-                occur a multiple of 4 times, anywhere; without `mask` each 4 neighbouring rows share their places.
+                occur a multiple of 4 times, anywhere; without `mask` who shares is found from the zeros, neighbours
+                first.
             prune: keep the largest magnitudes (`nm_mask`: ties keep the lower index, NaN ranks lowest).
             name: what to call the weight in errors.
         Returns:

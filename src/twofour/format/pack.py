@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, PatternError, ShapeError, UnsupportedError
+from ..masks import partition
 from ..pattern import Pattern
 
 VALUE_DTYPES = (
@@ -163,25 +164,29 @@ def require_both_axes(wanted: Tensor, pattern: Pattern, what: str = "weight") ->
 
 
 def shared_places(wanted: Tensor, pattern: Pattern, what: str = "weight") -> Tensor:
-    """bool, shape of `wanted`: the places of each `pattern.rows` neighbouring rows together, the same for all of them.
+    """bool, shape of `wanted`: the places of all rows that share a mask together, the same for each of them.
+
+    Each `pattern.rows` neighbours share where they can, otherwise rows anywhere (`masks.partition.shared_places`).
 
     Raises:
         ShapeError: out_features is not a multiple of `rows`.
-        PatternError: neighbours together have more than `keep` in a group; names the first.
+        PatternError: no rows fit together; names the first neighbours that have more than `keep` in a group.
     """
     _require_whole_blocks(tuple(wanted.shape), pattern, what)
-    blocks = wanted.unflatten(0, (wanted.shape[0] // pattern.rows, pattern.rows))
-    together: Tensor = blocks.any(1)
+    places = partition.shared_places(wanted, pattern)
+    if places is not None:
+        return places
+    together = wanted.unflatten(0, (wanted.shape[0] // pattern.rows, pattern.rows)).any(1)
     bad = first_crowded_group(together, pattern)
-    if bad is not None:
-        block, group = bad
-        row, start = block * pattern.rows, group * pattern.group
-        raise PatternError(
-            f"{what} is not {pattern}: rows {row}:{row + pattern.rows} together have more than {pattern.keep} non-zeros"
-            f" in columns {start}:{start + pattern.group}.\n  Store it as '{pattern.keep}:{pattern.group}', choose again"
-            f" with nm_mask(scores, '{pattern}'), or pass mask= if other rows share a mask."
-        )
-    return together.repeat_interleave(pattern.rows, dim=0)
+    assert bad is not None
+    block, group = bad
+    row, start = block * pattern.rows, group * pattern.group
+    raise PatternError(
+        f"{what} is not {pattern}: rows {row}:{row + pattern.rows} together have more than {pattern.keep} non-zeros"
+        f" in columns {start}:{start + pattern.group}, and no other rows share a mask.\n  Store it as"
+        f" '{pattern.keep}:{pattern.group}', choose again with nm_mask(scores, '{pattern}'), or pass mask= to say which"
+        " rows do."
+    )
 
 
 def require_equal_rows(mask: Tensor, pattern: Pattern) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
+from .partition import shared_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class PatternCheck:
 def check_pattern(weight: Tensor, pattern: Pattern | str, *, dim: int = -1) -> PatternCheck:
     """Counts the groups of `weight` along `dim` that have more than `keep` non-zeros. -0.0 is zero, NaN is not.
 
-    "2:4x4" asks the same of the union of each 4 neighbouring rows, "2:4t" of both axes of a matrix.
+    "2:4x4" asks the same of the union of each 4 rows that share a mask: neighbours, or rows anywhere that fit together
+    (`masks.partition.shared_places`); where there are none such, what is counted is that of neighbours. "2:4t" asks it of
+    both axes of a matrix.
 
     Args:
         weight: any shape and dtype; `weight.shape[dim]` a multiple of the group.
@@ -47,7 +50,7 @@ def check_pattern(weight: Tensor, pattern: Pattern | str, *, dim: int = -1) -> P
     Raises:
         ShapeError: no whole groups, no such axis; "2:4x4" and "2:4t" of anything but a matrix along its last axis.
         UnsupportedError: a weight on the meta device.
-    Cost: two passes.
+    Cost: two passes; for "2:4x4" whose neighbours do not share that of `shared_places`.
     """
     pattern = Pattern.parse(pattern)
     weight = weight.detach()
@@ -66,6 +69,8 @@ def check_pattern(weight: Tensor, pattern: Pattern | str, *, dim: int = -1) -> P
     numbers = weight if weight.dtype.itemsize > 2 else weight.float()
     nonzero = numbers != 0
     found = _count(numbers, nonzero, pattern, dim)
+    if pattern.rows > 1 and not found.holds and shared_places(nonzero, pattern) is not None:
+        return PatternCheck(pattern, found.groups, 0, None, None, found.nonzero)
     if pattern.transposable and found.holds:
         found = _count(numbers, nonzero, pattern, 1 - dim)
     return found
