@@ -55,30 +55,37 @@ void check_shared(int shared) {
   if (shared != 1 && shared != 2 && shared != 4) throw std::invalid_argument("shared must be 1, 2 or 4");
 }
 
+bool order_rows(uintptr_t metadata, int64_t out_features, int64_t in_features, int shared, uintptr_t order) {
+  check_shared(shared);
+  check_weight(out_features, in_features);
+  const nb::gil_scoped_release nogil;
+  return cpu::order_rows(at<const uint8_t>(metadata), out_features, in_features, shared, at<uint8_t>(order));
+}
+
 void pack_linear(uintptr_t values, uintptr_t metadata, uintptr_t packed_values, uintptr_t packed_metadata,
-                 int64_t out_features, int64_t in_features, int itemsize, int shared) {
+                 int64_t out_features, int64_t in_features, int itemsize, int shared, uintptr_t order) {
   check_shared(shared);
   check_weight(out_features, in_features);
   check_itemsize(itemsize);
   const nb::gil_scoped_release nogil;
   cpu::pack_linear(at<const void>(values), at<const uint8_t>(metadata), at<void>(packed_values),
-                   at<uint8_t>(packed_metadata), out_features, in_features, itemsize, shared);
+                   at<uint8_t>(packed_metadata), out_features, in_features, itemsize, shared, at<const uint8_t>(order));
 }
 
 void unpack_linear(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t values, uintptr_t metadata,
-                   int64_t out_features, int64_t in_features, int itemsize, int shared) {
+                   int64_t out_features, int64_t in_features, int itemsize, int shared, uintptr_t order) {
   check_weight(out_features, in_features);
   check_itemsize(itemsize);
   check_shared(shared);
   const nb::gil_scoped_release nogil;
   cpu::unpack_linear(at<const void>(packed_values), at<const uint8_t>(packed_metadata), at<void>(values),
-                     at<uint8_t>(metadata), out_features, in_features, itemsize, shared);
+                     at<uint8_t>(metadata), out_features, in_features, itemsize, shared, at<const uint8_t>(order));
 }
 
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
             int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
             int kernel, const std::optional<std::string>& isa, int bias_dtype, int shared, int activation,
-            uintptr_t residual, int64_t residual_stride) {
+            uintptr_t residual, int64_t residual_stride, uintptr_t order) {
   check_weight(out_features, in_features);
   check_shared(shared);
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
@@ -95,6 +102,7 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
   args.activation = static_cast<cpu::Activation>(activation);
   args.residual = at<const void>(residual);
   args.residual_stride = residual_stride;
+  args.order = at<const uint8_t>(order);
   const nb::gil_scoped_release nogil;
   last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), at<const void>(bias),
                             static_cast<cpu::DType>(bias_dtype), threads, isa ? isa->c_str() : nullptr,
@@ -258,15 +266,18 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets that are compiled in and run here, plainest first.");
   m.def("threads_source", [] { return std::string(cpu::threads_source()); }, "\"libgomp\" or \"pool\".");
   m.def("last_kernel", [] { return std::string(last_kernel); }, "What the calling thread ran last, as \"isa/family\".");
+  m.def("window_rows", [] { return nm::kWindowRows; }, "Rows inside which an order moves them.");
+  m.def("order_rows", &order_rows, "metadata"_a, "out_features"_a, "in_features"_a, "shared"_a, "order"_a);
   m.def("pack_linear", &pack_linear, "values"_a, "metadata"_a, "packed_values"_a, "packed_metadata"_a,
-        "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1);
+        "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1, "order"_a = 0);
   m.def("unpack_linear", &unpack_linear, "packed_values"_a, "packed_metadata"_a, "values"_a, "metadata"_a,
-        "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1);
+        "out_features"_a, "in_features"_a, "itemsize"_a, "shared"_a = 1, "order"_a = 0);
   m.def("ask_for_huge_pages", [](uintptr_t buffer, size_t bytes) { cpu::ask_for_huge_pages(at<void>(buffer), bytes); },
         "buffer"_a, "bytes"_a);
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
-        "bias_dtype"_a = 0, "shared"_a = 1, "activation"_a = 0, "residual"_a = 0, "residual_stride"_a = 0);
+        "bias_dtype"_a = 0, "shared"_a = 1, "activation"_a = 0, "residual"_a = 0, "residual_stride"_a = 0,
+        "order"_a = 0);
   m.def("grad_input", &grad_input, "grad"_a, "values"_a, "metadata"_a, "grad_x"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
   m.def("grad_values", &grad_values, "grad"_a, "x"_a, "metadata"_a, "grad_values"_a, "tokens"_a, "out_features"_a,

@@ -96,17 +96,24 @@ Scratch& own_scratch() {
   return scratch;
 }
 
-// A bf16 bias as fp32; null stays null.
-const float* widened_bias(const void* bias, int64_t out_features) {
+// The bias as fp32, in this order of rows (null: its own); null stays null.
+const float* arranged_bias(const void* bias, DType dtype, int64_t out_features, const uint8_t* order) {
   if (bias == nullptr) return nullptr;
-  auto* wide = static_cast<float*>(bias_scratch().get(static_cast<size_t>(out_features) * sizeof(float)));
+  if (dtype != DType::kBf16 && order == nullptr) return static_cast<const float*>(bias);
+  auto* arranged = static_cast<float*>(bias_scratch().get(static_cast<size_t>(out_features) * sizeof(float)));
   for (int64_t i = 0; i < out_features; ++i) {
-    uint16_t item;
-    std::memcpy(&item, static_cast<const char*>(bias) + i * static_cast<int64_t>(sizeof item), sizeof item);
-    const uint32_t bits = static_cast<uint32_t>(item) << 16;
-    std::memcpy(wide + i, &bits, sizeof bits);
+    const int64_t row = nm::row_of(order, i);
+    uint32_t bits;
+    if (dtype == DType::kBf16) {
+      uint16_t item;
+      std::memcpy(&item, static_cast<const char*>(bias) + row * static_cast<int64_t>(sizeof item), sizeof item);
+      bits = static_cast<uint32_t>(item) << 16;
+    } else {
+      std::memcpy(&bits, static_cast<const char*>(bias) + row * static_cast<int64_t>(sizeof bits), sizeof bits);
+    }
+    std::memcpy(arranged + i, &bits, sizeof bits);
   }
-  return wide;
+  return arranged;
 }
 
 // ---- cutting the work ----------------------------------------------------------------------------------------------
@@ -130,15 +137,18 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
   // Every block packs its panel again, so no more blocks than the cache asks for, unless threads would stand idle.
   const int64_t tile_bytes = static_cast<int64_t>(sizeof(float)) * nm::kTileRows * kernel.panel_tokens;
+  const int64_t unit = args.order == nullptr ? 1 : nm::kWindowTiles;  // what only one thread may hold
+  const int64_t units = (tiles + unit - 1) / unit;
   int64_t blocks = (tiles * tile_bytes + kBlockBytes - 1) / kBlockBytes;
-  while (blocks < tiles && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
+  while (blocks < units && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
   for_each_unit(threads, panels * blocks, [&](int64_t i) {
     const int64_t panel = i / blocks, block = i % blocks;
     const int64_t token0 = part(vectors, panels, panel) * kernel.lanes;
     const int64_t end = part(vectors, panels, panel + 1) * kernel.lanes;
     const int64_t token1 = end < args.tokens ? end : args.tokens;
-    const int64_t tile0 = part(tiles, blocks, block), tile1 = part(tiles, blocks, block + 1);
+    const int64_t tile0 = part(units, blocks, block) * unit, last = part(units, blocks, block + 1) * unit;
+    const int64_t tile1 = last < tiles ? last : tiles;
     void* scratch = own_scratch().get(kernel.many_scratch_bytes(panel_bytes, tile1 - tile0));
     kernel.many(args, scratch, panel_bytes, token0, static_cast<int>(token1 - token0), tile0, tile1);
   });
@@ -171,7 +181,8 @@ const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dt
   const bool many = family == Family::kAuto ? args.tokens >= chosen.many_from[static_cast<int>(dtype)]
                                             : family == Family::kMany;
   if (args.tokens > 0) {
-    args.bias = bias_dtype == DType::kBf16 ? widened_bias(bias, args.out_features) : static_cast<const float*>(bias);
+    // Kernels of many tokens write rows in their own order, those of few add the bias where the sums lie.
+    args.bias = arranged_bias(bias, bias_dtype, args.out_features, many ? nullptr : args.order);
     const bool small = args.tokens * args.out_features * args.in_features / 2 < kAlone;
     const int used = threads < 1 || small ? 1 : threads;
     (many ? run_many : run_few)(kernel, args, used);

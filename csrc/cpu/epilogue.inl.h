@@ -98,3 +98,42 @@ TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, F bias,
     case Activation::kSilu: return each([](F v) TWOFOUR_INLINE { return silu(v); });
   }
 }
+
+// The same for places [place, place + rows) of the tiles, whose rows args.order names: what finish would write side by side
+// goes to its rows one by one.
+template <class Output, int T>
+TWOFOUR_OWN_REGISTERS void finish_scattered(const LinearArgs& args, const F* sums, F bias, int64_t token0, int64_t place,
+                                            int rows) {
+  const uint8_t* order = args.order + place;
+  const int64_t window = place / nm::kWindowRows * nm::kWindowRows;
+  const auto each_row = [&](auto body) TWOFOUR_INLINE {
+    unroll<kLanes>([&](auto i) TWOFOUR_INLINE {
+      if (i < rows) body(i, order[i]);
+    });
+  };
+  Output finished[T * kLanes];
+  if (has_epilogue(args)) {
+    Output residual[T * kLanes] = {};
+    LinearArgs aside = args;
+    aside.y = finished;
+    aside.y_stride = aside.residual_stride = kLanes;
+    if (args.residual != nullptr) {
+      const Output* from = static_cast<const Output*>(args.residual) + token0 * args.residual_stride + window;
+      for (int t = 0; t < T; ++t, from += args.residual_stride) {
+        each_row([&](int i, int64_t row) TWOFOUR_INLINE {
+          __builtin_memcpy(residual + t * kLanes + i, from + row, sizeof(Output));
+        });
+      }
+      aside.residual = residual;
+    }
+    finish<Output>(aside, sums, bias, 0, T, 0, kLanes);
+  } else {
+    for (int t = 0; t < T; ++t) store_first(finished + t * kLanes, add(sums[t], bias), kLanes);
+  }
+  Output* y = static_cast<Output*>(args.y) + token0 * args.y_stride + window;
+  for (int t = 0; t < T; ++t, y += args.y_stride) {
+    each_row([&](int i, int64_t row) TWOFOUR_INLINE {
+      __builtin_memcpy(y + row, finished + t * kLanes + i, sizeof(Output));
+    });
+  }
+}

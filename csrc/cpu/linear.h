@@ -29,24 +29,27 @@ struct LinearArgs {
   int64_t in_features;  // a multiple of 4
   int64_t x_stride;
   int64_t y_stride;
-  int shared = 1;  // 1, 2 or 4 neighbouring rows have one mask: what the metadata was packed with
+  int shared = 1;  // 1, 2 or 4 neighbouring rows of the tiles have one mask: what the metadata was packed with
   // y = activation(x @ W.T + bias) + residual, in fp32, rounded once (epilogue.inl.h).
   Activation activation = Activation::kNone;
   const void* residual = nullptr;  // [tokens, out_features] of y's type, or null; shares no memory with y
   int64_t residual_stride = 0;     // elements between its rows
+  // Which row of W lies where in the tiles (nm/layout.h); null where every row lies at its own place.
+  const uint8_t* order = nullptr;
 };
 
 // One dtype on one instruction set. The functions are pure workers: dispatch.cpp cuts the work, owns the scratch
 // memory (64-byte aligned) and calls them from several threads at once.
 struct LinearKernel {
   // Few tokens: 16 output rows in the lanes of a vector; streams the weights once.
-  // `prepare` arranges all of x for every thread to read; `few` then computes the rows of tiles [tile0, tile1).
+  // `prepare` arranges all of x for every thread to read; `few` then computes the rows of tiles [tile0, tile1), with a bias
+  // in the order of the tiles.
   size_t (*few_scratch_bytes)(const LinearArgs& args);
   void (*few_prepare)(const LinearArgs& args, void* scratch);
   void (*few)(const LinearArgs& args, const void* scratch, int64_t tile0, int64_t tile1);
 
-  // Many tokens: tokens in the lanes. Computes tokens [token0, token0 + tokens) of the rows of tiles [tile0, tile1),
-  // tokens <= panel_tokens; the packed activations of a K-chunk take at most panel_bytes.
+  // Many tokens: tokens in the lanes. Computes tokens [token0, token0 + tokens) of the rows of tiles [tile0, tile1), whole
+  // windows where there is an order, tokens <= panel_tokens; the packed activations of a K-chunk take at most panel_bytes.
   int lanes;          // tokens of a vector
   int panel_tokens;   // tokens of the largest panel
   int panel_percent;  // share of the L1 cache that panel_bytes should be

@@ -116,10 +116,14 @@ void few_tile(const LinearArgs& args, const void* prepared, int64_t tile, int64_
         unroll<kUnrolled - 1>([&](auto u) TWOFOUR_INLINE { sum = add(sum, sums[u + 1][half][t]); });
         return sum;
       };
-      if (has_epilogue(args)) {
+      if (args.order != nullptr || has_epilogue(args)) {
         F ends[T];
         unroll<T>([&](auto t) TWOFOUR_INLINE { ends[t] = sum_of(t); });
-        finish<typename Core::Output>(args, ends, bias, token0, T, row, rows);
+        if (args.order != nullptr) {
+          finish_scattered<typename Core::Output, T>(args, ends, bias, token0, row, rows);
+        } else {
+          finish<typename Core::Output>(args, ends, bias, token0, T, row, rows);
+        }
       } else {
         unroll<T>([&](auto t) TWOFOUR_INLINE {
           store_first(y + (token0 + t) * args.y_stride + row, add(sum_of(t), bias), rows);

@@ -161,11 +161,13 @@ TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Off
   });
 }
 
-// The sums of all tiles, [tile][row][NV * lanes] -> y, + bias and epilogue. Along the rows of y, one vector of tokens at a time: tile by
-// tile, between the chunks, every store would open another page.
+// The sums of all tiles, [tile][place][NV * lanes] -> y, + bias and epilogue. Along the rows of y, one vector of tokens at a
+// time: tile by tile, between the chunks, every store would open another page. `places` has the place of each row in its
+// window; null: its own. Blocks begin where windows do, so that the sums of all rows of a window are here.
 template <class Output, int NV>
-void many_epilogue(const LinearArgs& args, const float* sums, int64_t token0, int tokens, int64_t tile0,
-                   int64_t tile1) {
+void many_epilogue(const LinearArgs& args, const float* sums, const uint8_t* places, int64_t token0, int tokens,
+                   int64_t tile0, int64_t tile1) {
+  constexpr int64_t kRow = NV * kLanes;
   for (int v = 0; v < NV; ++v) {
     Output* y = static_cast<Output*>(args.y) + (token0 + v * kLanes) * args.y_stride;
     const int count = static_cast<int>(smaller(kLanes, tokens - v * kLanes));
@@ -175,8 +177,13 @@ void many_epilogue(const LinearArgs& args, const float* sums, int64_t token0, in
       if (rows <= 0) break;
       const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
       F block[kLanes];
-      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(from + i * NV * kLanes); });
-      from += kLanes * NV * kLanes;
+      const int64_t of_block = row - tile0 * nm::kTileRows;
+      if (places == nullptr) {
+        unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(from + (of_block + i) * kRow); });
+      } else {
+        const float* window = from + of_block / nm::kWindowRows * nm::kWindowRows * kRow;
+        unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(window + places[of_block + i] * kRow); });
+      }
       transpose(block);
       if (has_epilogue(args)) {
         finish<Output>(args, block, bias, token0 + v * kLanes, count, row, rows);
@@ -196,7 +203,16 @@ struct Many {
 
   static size_t scratch_bytes(int panel_bytes, int64_t tiles) {
     const size_t sums = static_cast<size_t>(tiles) * nm::kTileRows * kPanelVectors * sizeof(F);
-    return static_cast<size_t>(panel_bytes) + kOffsetBytes + kWeightBytes + sums;
+    const size_t places = static_cast<size_t>(tiles) * nm::kTileRows;
+    return static_cast<size_t>(panel_bytes) + kOffsetBytes + kWeightBytes + sums + places;
+  }
+
+  // The order the other way round: of each row of tiles [tile0, tile1) its place in its window.
+  static void invert(const uint8_t* order, int64_t tile0, int64_t tile1, uint8_t* places) {
+    const int64_t place0 = tile0 * nm::kTileRows;
+    for (int64_t place = place0; place < tile1 * nm::kTileRows; ++place) {
+      places[nm::row_of(order, place) - place0] = static_cast<uint8_t>(place % nm::kWindowRows);
+    }
   }
 
   // The next chunk's part of a row of x into the L2 cache: rows are far apart, and packing would wait for each of them.
@@ -245,7 +261,12 @@ struct Many {
         }
       }
     }
-    many_epilogue<typename Core::Output, NV>(args, sums, token0, tokens, tile0, tile1);
+    uint8_t* places = nullptr;
+    if (args.order != nullptr) {
+      places = reinterpret_cast<uint8_t*>(sums + (tile1 - tile0) * nm::kTileRows * NV * kLanes);
+      invert(args.order, tile0, tile1, places);
+    }
+    many_epilogue<typename Core::Output, NV>(args, sums, places, token0, tokens, tile0, tile1);
   }
 
   static void run(const LinearArgs& args, void* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,

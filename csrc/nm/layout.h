@@ -23,6 +23,15 @@
 //
 //   metadata      [tiles, groups, 8 / S] uint8, little-endian: the nibble of rows r .. r + S - 1 from bit 4 * r / S on
 //
+// Rows that share a mask need not be neighbours: an order says which row lies where, and then S neighbours in the tiles have
+// one mask. Rows stay inside their window, the rows 0 .. 63, 64 .. 127, ..:
+//
+//   order         [tiles, 16] uint8: row 64 * (place / 64) + order[place] lies at `place`; behind the metadata
+//
+// Kernels that hold the sums of a whole window write its outputs in their natural order from wherever the sums lie, which
+// costs nothing; wider windows would keep little more of a weight (of a score 0.768 with 64 rows, 0.770 with 128), and leave
+// fewer pieces for threads. Places beyond out_features hold themselves. Without an order every place does.
+//
 // With S = 1, one 64-bit broadcast puts word 0 into the even and word 1 into the odd 32-bit lanes; one shift by the constants
 // {0, 0, 4, 4, .., 28, 28} then leaves the nibble of row r in the low bits of lane r. The bits above are those of
 // other rows: select instructions ignore them.
@@ -37,6 +46,8 @@ namespace twofour::nm {
 constexpr int kGroup = 4;
 constexpr int kKeep = 2;
 constexpr int kTileRows = 16;
+constexpr int kWindowRows = 64;
+constexpr int kWindowTiles = kWindowRows / kTileRows;
 constexpr int kTileMetadataBytes = 8;  // of one (tile, group) where every row has its own nibble
 
 // Internal linkage on purpose: files compiled for different instruction sets must not share these functions.
@@ -53,6 +64,11 @@ static constexpr int shift_of_row(int row) { return 4 * (row / 2); }
 static constexpr int metadata_bytes(int shared) { return kTileMetadataBytes / shared; }
 static constexpr int bit_of_row(int row, int shared) {
   return shared == 1 ? 32 * word_of_row(row) + shift_of_row(row) : 4 * (row / shared);
+}
+
+// The row at `place` of the tiles; `order` may be null.
+static constexpr int64_t row_of(const uint8_t* order, int64_t place) {
+  return order == nullptr ? place : place / kWindowRows * kWindowRows + order[place];
 }
 
 static constexpr int64_t tiles_of(int64_t out_features) { return (out_features + kTileRows - 1) / kTileRows; }

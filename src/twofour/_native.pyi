@@ -12,6 +12,12 @@ def threads_source() -> str:
 def last_kernel() -> str:
     """What the calling thread ran last: "isa/few", "isa/many", "isa/grad_input" or "isa/grad_values", or "" at first."""
 
+def window_rows() -> int:
+    """Rows inside which an order moves them: masks.rows.WINDOW_ROWS."""
+
+def order_rows(metadata: int, out_features: int, in_features: int, shared: int, order: int) -> bool:
+    """Writes an order in which `shared` neighbours have one mask, a byte for each row of the tiles; False without one."""
+
 def pack_linear(
     values: int,
     metadata: int,
@@ -21,8 +27,9 @@ def pack_linear(
     in_features: int,
     itemsize: int,
     shared: int = 1,
+    order: int = 0,
 ) -> None:
-    """Canonical format -> CPU layout (csrc/nm/layout.h)."""
+    """Canonical format -> CPU layout (csrc/nm/layout.h). order 0: none."""
 
 def unpack_linear(
     packed_values: int,
@@ -33,6 +40,7 @@ def unpack_linear(
     in_features: int,
     itemsize: int,
     shared: int = 1,
+    order: int = 0,
 ) -> None:
     """CPU layout -> canonical format."""
 
@@ -59,13 +67,14 @@ def linear(
     activation: int = 0,
     residual: int = 0,
     residual_stride: int = 0,
+    order: int = 0,
 ) -> None:
     """y = activation(x @ W.T + bias) + residual. Dtypes: 0 fp32, 1 bf16, 2 bf16 weights and fp32 tokens. bias 0: none.
 
     Strides in elements.
 
     kernel: 0 automatic, 1 few, 2 many.
-    shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear.
+    shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear; order as there.
     activation: 0 none, 1 relu, 2 gelu by erf, 3 gelu by tanh, 4 silu. residual 0: none; of y's dtype, not y itself.
     """
 

@@ -15,6 +15,7 @@ from twofour import SparseMatrix, UnsupportedError, kernels
 from twofour.errors import ShapeError
 from twofour.kernels import KERNELS, cpu, cpu_grad, ops_grad, reference
 from twofour.masks import nm_mask
+from twofour.masks.rows import clustered_mask
 from twofour.pattern import Pattern
 from twofour.testing import assert_within_bound
 
@@ -89,10 +90,36 @@ def run_values(grad: Tensor, x: Tensor, packed: tuple[Tensor, Tensor], matrix: S
     found = cpu_grad.grad_values(grad, x, packed[1], *matrix.shape, isa=isa)
     assert _native.last_kernel() == f"{isa}/grad_values"
     canonical = cpu.unpack(found, packed[1], *matrix.shape)[0]
-    again = cpu.pack(canonical, matrix.metadata, *matrix.shape)[0]
+    sharing = cpu.row_order(matrix.metadata) if packed[1].ndim == 1 else (1, None)
+    again = cpu.pack(canonical, matrix.metadata, *matrix.shape, *sharing)[0]
     carrier = torch.int32 if found.dtype == torch.float32 else torch.int16
     assert torch.equal(found.view(carrier), again.view(carrier))
     return canonical
+
+
+@every_kernel
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("out_features", [60, 68, 132])
+def test_rows_that_share_a_mask_anywhere_in_their_window(
+    isa: str, dtype: torch.dtype, rows: int, out_features: int
+) -> None:
+    pattern = Pattern.parse(f"2:4x{rows}")
+    generator = torch.Generator().manual_seed(6)
+    windows = torch.arange(out_features).split(64)
+    order = torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+    mask = clustered_mask(torch.rand(out_features, 68, generator=generator), pattern, order)
+    weight = integers(out_features, 68, dtype=dtype, seed=7)
+    matrix = SparseMatrix.from_dense(weight, mask=mask)
+    shared, found = cpu.row_order(matrix.metadata)
+    assert shared == rows
+    packed = cpu.pack(matrix.values, matrix.metadata, *matrix.shape, shared, found)
+    assert packed[1].ndim == 1
+    grad, x = integers(33, out_features, dtype=dtype, seed=1), integers(33, 68, dtype=dtype, seed=2)
+    dense = matrix.to_dense().double()
+    assert torch.equal(run_input(grad, packed, matrix, isa), (grad.double() @ dense).to(dtype))
+    strided = grad.T.contiguous().T
+    assert torch.equal(run_input(strided, packed, matrix, isa), (grad.double() @ dense).to(dtype))
+    assert torch.equal(run_values(grad, x, packed, matrix, isa), expected_values(grad, x, matrix).to(dtype))
 
 
 @every_kernel

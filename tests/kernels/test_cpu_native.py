@@ -22,6 +22,7 @@ from torch import Tensor
 
 from twofour.errors import ShapeError, UnsupportedError
 from twofour.kernels import cpu
+from twofour.masks.rows import WINDOW_ROWS
 
 if os.environ.get("TWOFOUR_NO_NATIVE"):
     pytest.skip("TWOFOUR_NO_NATIVE leaves the native kernels out", allow_module_level=True)
@@ -140,6 +141,116 @@ def test_shared_masks_agree_exactly(isa: str, family: cpu.Family, dtype: torch.d
         back = cpu.unpack(*weight.packed, out_features, in_features)
         assert torch.equal(back[0], weight.values)
         assert torch.equal(back[1], weight.metadata)
+
+
+def scatter(weight: Weight, shared: int, seed: int = 0) -> tuple[Weight, Tensor]:
+    """The same rows, each moved inside its window, packed in the order that is found; and where each row came from."""
+    out_features, in_features = weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.arange(out_features).split(WINDOW_ROWS)
+    rows = torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+    metadata = weight.metadata[rows]
+    found, order = cpu.row_order(metadata)
+    assert found % shared == 0
+    values = weight.values[rows]
+    packed = cpu.pack(values, metadata, out_features, in_features, found, order)
+    if order is not None:
+        assert packed[1].ndim == 1
+    return Weight(weight.dense[rows], weight.kept[rows], values, metadata, packed), rows
+
+
+@every_kernel
+@pytest.mark.parametrize("shared", [2, 4])
+def test_scattered_masks_agree_exactly(isa: str, family: cpu.Family, dtype: torch.dtype, shared: int) -> None:
+    """Rows that share a mask anywhere in their window: the outputs in their own order, with what follows the sums."""
+    ordered = 0
+    for number, (out_features, in_features) in enumerate(
+        ((12, 8), (36, 60), (60, 68), (64, 100), (68, 12), (132, 260), (196, 64), (516, 388))
+    ):
+        weight, _ = scatter(make_weight(out_features, in_features, dtype, integers=True, shared=shared), shared)
+        ordered += weight.packed[1].ndim == 1
+        bias = integers(out_features, dtype=dtype, seed=2) if number % 2 else None
+        for tokens in (1, 3, 8, 9, 16, 33, 49, 97, 193)[number % 2 :: 2]:
+            x = integers(tokens, in_features, dtype=dtype)
+            sums = x.double() @ weight.dense.T + (0 if bias is None else bias.double())
+            assert torch.equal(run(x, weight, bias, isa, family), sums.to(dtype)), (tokens, out_features, in_features)
+            residual = integers(tokens, out_features + 3, dtype=dtype, seed=3)[:, :out_features]
+            y = cpu.linear(
+                x, *weight.packed, bias, *weight.shape, isa=isa, kernel=family, activation="relu", residual=residual
+            )
+            assert torch.equal(y, (sums.relu() + residual.double()).to(dtype)), (tokens, out_features, in_features)
+            x[:, in_features // 2] = float("nan")  # dropped by some rows and kept by others
+            y = run(x, weight, bias, isa, family)
+            assert torch.equal(y.isnan().all(0), weight.kept[:, in_features // 2])
+            assert torch.equal(y.isnan().any(0), weight.kept[:, in_features // 2])
+        back = cpu.unpack(*weight.packed, out_features, in_features)
+        assert torch.equal(back[0], weight.values)
+        assert torch.equal(back[1], weight.metadata)
+    assert ordered >= 6
+
+
+@every_kernel
+def test_scattered_rows_have_the_bits_of_neighbours(isa: str, family: cpu.Family, dtype: torch.dtype) -> None:
+    near = make_weight(396, 388, dtype, integers=False, shared=4)
+    far, rows = scatter(near, 4)
+    x = torch.randn(70, 388, generator=torch.Generator().manual_seed(4)).to(dtype)
+    bias = torch.randn(396, generator=torch.Generator().manual_seed(5))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(x, far, bias[rows], isa, family), run(x, near, bias, isa, family)[:, rows])
+            finished = [
+                cpu.linear(x, *w.packed, b, 396, 388, isa=isa, kernel=family, activation="gelu")
+                for w, b in ((far, bias[rows]), (near, bias))
+            ]
+            assert torch.equal(finished[0], finished[1][:, rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scattered_bfloat16_weights_among_float32(isa: str, family: cpu.Family) -> None:
+    weight, _ = scatter(make_weight(132, 100, torch.bfloat16, integers=True, shared=4), 4)
+    x = integers(50, 100, dtype=torch.float32)
+    assert torch.equal(run(x, weight, None, isa, family), (x.double() @ weight.dense.T).float())
+
+
+def test_orders_are_those_of_the_masks() -> None:
+    assert _native.window_rows() == WINDOW_ROWS
+    near = make_weight(128, 64, torch.float32, integers=True, shared=4)
+    assert cpu.row_order(near.metadata) == (4, None)
+    far, _ = scatter(near, 4)
+    shared, order = cpu.row_order(far.metadata)
+    assert shared == 4
+    assert order is not None
+    windows = torch.arange(128) // WINDOW_ROWS * WINDOW_ROWS
+    arranged = far.metadata[windows + order]
+    assert torch.equal(arranged.view(32, 4, -1), arranged[::4, None].expand(32, 4, -1))
+    pairs = near.metadata[
+        torch.arange(128).view(32, 2, 2).transpose(0, 1).flatten()
+    ]  # two in one window, two in the next
+    assert cpu.row_order(pairs) == (2, None)
+    crossing, order_of_pairs = cpu.row_order(near.metadata[torch.arange(128).view(32, 4).T.flatten()])  # 0, 4, 8, ..
+    assert crossing == 2
+    assert order_of_pairs is not None
+    wide = make_weight(256, 64, torch.float32, integers=True, shared=4).metadata
+    assert cpu.row_order(wide[torch.arange(256).view(64, 4).T.flatten()]) == (1, None)  # one in each window
+    assert cpu.row_order(make_weight(64, 64, torch.float32, integers=True).metadata) == (1, None)
+    with pytest.raises(
+        ShapeError, match=r"shared=4: it must be 1, 2 or 4, and .* equal; here 1 are. Pass shared, order"
+    ):
+        cpu.pack(far.values, far.metadata, 128, 64, 4, order.flip(0))
+    for wrong in (order[:64], order.int(), order.view(2, 64)):
+        with pytest.raises(ShapeError, match=r"order is .* it must be torch.uint8 \[128\] on the CPU"):
+            cpu.pack(far.values, far.metadata, 128, 64, 4, wrong)
+    twice, outside = order.clone(), order.clone()
+    twice[0] = twice[1]
+    outside[0] = 64
+    for wrong in (twice, outside):
+        with pytest.raises(ShapeError, match="order does not name each row once, inside its window of 64"):
+            cpu.pack(far.values, far.metadata, 128, 64, 4, wrong)
 
 
 def test_masks_that_are_not_shared_are_not_packed_as_shared() -> None:

@@ -174,3 +174,5 @@ def test_operations_hold_torchs_own_checks(backend: str, dtype: torch.dtype) -> 
     if backend == "cpu":
         arguments = (matrix.values, matrix.metadata, 20, 16)
         torch.library.opcheck(torch.ops.twofour.pack_linear_cpu.default, arguments, test_utils=tests)
+        scattered = (matrix.values, matrix.metadata[:1].expand(20, -1), 20, 16, 4, torch.arange(32, dtype=torch.uint8))
+        torch.library.opcheck(torch.ops.twofour.pack_linear_cpu.default, scattered, test_utils=tests)

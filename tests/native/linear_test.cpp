@@ -29,6 +29,7 @@ struct Mode {
   const Type& weight;
   const Type& tokens;  // x and y
   int shared = 1;      // neighbouring rows that have one mask
+  bool ordered = false;  // neighbours in an order, not in W
 };
 constexpr Mode kModes[] = {
     {"fp32", cpu::DType::kFp32, kFp32, kFp32},
@@ -39,6 +40,10 @@ constexpr Mode kModes[] = {
     {"fp32 x4", cpu::DType::kFp32, kFp32, kFp32, 4},
     {"bf16 x2", cpu::DType::kBf16, kBf16, kBf16, 2},
     {"bf16 x4", cpu::DType::kBf16, kBf16, kBf16, 4},
+    {"fp32 x4 in order", cpu::DType::kFp32, kFp32, kFp32, 4, true},
+    {"fp32 x2 in order", cpu::DType::kFp32, kFp32, kFp32, 2, true},
+    {"bf16 x4 in order", cpu::DType::kBf16, kBf16, kBf16, 4, true},
+    {"bf16 fp32 x4 in order", cpu::DType::kBf16Fp32, kBf16, kFp32, 4, true},
 };
 
 struct Kernel {
@@ -66,7 +71,12 @@ struct Weight {
   std::vector<uint8_t> metadata;    // canonical
   int shared;                       // as in Mode
   Memory packed_values, packed_metadata;
+  std::vector<uint8_t> rows_in_order;  // as in nm/layout.h; empty for none
+  Memory order;                        // the same between guard pages
 
+  const uint8_t* order_data() const {
+    return rows_in_order.empty() ? nullptr : reinterpret_cast<const uint8_t*>(order.data());
+  }
   bool keeps(int64_t row, int64_t column) const { return value_at(row, column) >= 0; }
   // Index among the kept values of the row, or -1.
   int64_t value_at(int64_t row, int64_t column) const {
@@ -83,9 +93,34 @@ struct Weight {
     packed_metadata = Memory(cells * static_cast<size_t>(nm::metadata_bytes(shared)));
     cpu::pack_linear(values.data(), metadata.data(), packed_values.data(),
                      reinterpret_cast<uint8_t*>(packed_metadata.data()), out_features, in_features,
-                     values.type().size, shared);
+                     values.type().size, shared, order_data());
   }
 };
+
+// Rows shuffled inside their windows; what fills the last tile stays.
+std::vector<uint8_t> random_order(Random& random, int64_t out_features) {
+  std::vector<uint8_t> order(static_cast<size_t>(nm::tiles_of(out_features) * nm::kTileRows));
+  for (size_t place = 0; place < order.size(); ++place) order[place] = static_cast<uint8_t>(place % nm::kWindowRows);
+  for (int64_t window = 0; window < out_features; window += nm::kWindowRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(nm::kWindowRows, out_features - window));
+    for (int i = rows - 1; i > 0; --i) {
+      std::swap(order[static_cast<size_t>(window + i)], order[static_cast<size_t>(window + random.below(i + 1))]);
+    }
+  }
+  return order;
+}
+
+// The mask whose rows lie in `order` in the given one.
+Mask scattered(const Mask& mask, const std::vector<uint8_t>& order, int64_t out_features, int64_t in_features) {
+  Mask moved = mask;
+  const int64_t kept = in_features / 2, bytes = nm::metadata_row_bytes(in_features);
+  for (int64_t place = 0; place < out_features; ++place) {
+    const int64_t row = nm::row_of(order.data(), place);
+    std::copy_n(mask.columns.begin() + place * kept, kept, moved.columns.begin() + row * kept);
+    std::copy_n(mask.metadata.begin() + place * bytes, bytes, moved.metadata.begin() + row * bytes);
+  }
+  return moved;
+}
 
 enum class Numbers { kIntegers, kReals };
 
@@ -96,9 +131,15 @@ double draw(Random& random, Numbers numbers) {
 Weight make_weight(const Mode& mode, int64_t out_features, int64_t in_features, Numbers numbers, uint64_t seed = 0) {
   Random random(seed * 1000003 + static_cast<uint64_t>(out_features * 4099 + in_features));
   Rows values(mode.weight, out_features, in_features / 2);
-  Weight weight{out_features, in_features, std::move(values), {}, {}, mode.shared, {}, {}};
+  Weight weight{out_features, in_features, std::move(values), {}, {}, mode.shared, {}, {}, {}, {}};
   weight.values.fill([&] { return draw(random, numbers); });
   Mask mask = random_mask(random, out_features, in_features, mode.shared);
+  if (mode.ordered) {
+    weight.rows_in_order = random_order(random, out_features);
+    weight.order = Memory(weight.rows_in_order.size());
+    std::memcpy(weight.order.data(), weight.rows_in_order.data(), weight.rows_in_order.size());
+    mask = scattered(mask, weight.rows_in_order, out_features, in_features);
+  }
   weight.columns = std::move(mask.columns);
   weight.metadata = std::move(mask.metadata);
   weight.pack();
@@ -195,6 +236,7 @@ std::string call(const char* isa, cpu::Family family, const Mode& mode, const We
   args.activation = epilogue.activation;
   args.residual = epilogue.residual != nullptr ? epilogue.residual->data() : nullptr;
   args.residual_stride = epilogue.residual != nullptr ? epilogue.residual->stride() : 0;
+  args.order = weight.order_data();
   const cpu::DType bias_code = bias != nullptr && &bias->type() == &kBf16 ? cpu::DType::kBf16 : cpu::DType::kFp32;
   return cpu::linear(args, mode.code, bias != nullptr ? bias->data() : nullptr, bias_code, threads, isa, family);
 }
@@ -230,9 +272,10 @@ struct Shape {
 };
 
 // Around the edges of a tile (16 rows), of a step of packing (4 groups), of a chunk (64 groups at most, fewer where the
-// panel has more tokens), and of the metadata's bytes (2 groups).
+// panel has more tokens), and of the metadata's bytes (2 groups), of a window (64 rows).
 constexpr Shape kShapes[] = {{1, 4},    {1, 1028}, {15, 8},   {15, 64},   {16, 12},  {16, 256}, {17, 60}, {17, 260},
-                             {31, 68},  {33, 100}, {33, 388}, {50, 516},  {64, 4},   {65, 36},  {130, 96}};
+                             {31, 68},  {33, 100}, {33, 388}, {50, 516},  {64, 4},   {65, 36},  {130, 96},
+                             {60, 20},  {68, 28},  {132, 12}};
 // Around the edges of a vector (4, 8, 16 tokens), of a pass of the few-token kernel and of a panel (6 vectors).
 constexpr int64_t kTokens[] = {1,  2,  3,  4,  5,  7,  8,  9,  15, 16, 17, 23, 24, 25,
                                31, 33, 47, 48, 49, 64, 80, 95, 96, 97, 193};
@@ -499,7 +542,7 @@ void nothing_outside_is_touched(const Mode& mode) {
     int64_t tokens;
     Shape shape;
   } const sizes[] = {{1, {1, 4}},    {3, {17, 12}},  {5, {17, 12}},  {8, {16, 64}},   {17, {15, 36}},
-                     {25, {16, 60}}, {33, {31, 68}}, {97, {33, 100}}, {49, {50, 264}}};
+                     {25, {16, 60}}, {33, {31, 68}}, {97, {33, 100}}, {49, {50, 264}}, {9, {68, 12}},  {50, {132, 20}}};
   for (const auto& size : sizes) {
     const auto [out_features, in_features] = size.shape;
     Weight weight = make_weight(mode, out_features, in_features, Numbers::kIntegers, 6);
@@ -521,6 +564,11 @@ void nothing_outside_is_touched(const Mode& mode) {
       std::memset(placed.packed_values.data(), 0xff, placed.packed_values.size());
       std::memcpy(placed.packed_values.data() + shift, values.data(), values.size());
       std::memcpy(placed.packed_metadata.data() + skipped, metadata.data(), metadata.size());
+      if (mode.ordered) {
+        placed.order = Memory(weight.rows_in_order.size() + static_cast<size_t>(2 * skipped), place);
+        std::memset(placed.order.data(), 0xff, placed.order.size());
+        std::memcpy(placed.order.data() + skipped, weight.rows_in_order.data(), weight.rows_in_order.size());
+      }
       const Reference exact = reference(weight, x, &bias, size.tokens);
       for (const Kernel& kernel : kernels()) {
         const Rows untouched(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
@@ -536,6 +584,7 @@ void nothing_outside_is_touched(const Mode& mode) {
                                 x.stride(),
                                 y.stride(),
                                 mode.shared};
+        args.order = mode.ordered ? placed.order_data() + skipped : nullptr;
         const std::string ran = cpu::linear(args, mode.code, bias.data(), cpu::DType::kFp32, 2, kernel.isa.c_str(),
                                             kernel.family);
         check(ran == kernel.name(), "asked for %s, ran %s", kernel.name().c_str(), ran.c_str());
@@ -635,7 +684,7 @@ void family_follows_the_number_of_tokens(const Mode& mode) {
 // The CPU layout, written down a second time from the drawing in nm/layout.h; and back, bit for bit.
 void packing_is_the_layout(const Mode& mode) {
   const int size = mode.weight.size;
-  for (const Shape& shape : {Shape{1, 4}, Shape{16, 8}, Shape{17, 12}, Shape{31, 100}, Shape{48, 36}}) {
+  for (const Shape& shape : {Shape{1, 4}, Shape{16, 8}, Shape{17, 12}, Shape{31, 100}, Shape{48, 36}, Shape{70, 20}, Shape{132, 8}}) {
     Weight weight = make_weight(mode, shape.out_features, shape.in_features, Numbers::kReals);
     // A signalling NaN and a negative zero must keep their bits.
     const uint32_t special[] = {0x7f800001u, 0x80000000u};
@@ -645,10 +694,14 @@ void packing_is_the_layout(const Mode& mode) {
     weight.pack();
     const int64_t groups = shape.in_features / 4, metadata_row = nm::metadata_row_bytes(shape.in_features);
     bool right = true;
-    for (int64_t row = 0; row < nm::tiles_of(shape.out_features) * 16; ++row) {
+    const auto row_at = [&](int64_t place) {
+      return mode.ordered ? place / 64 * 64 + weight.rows_in_order[static_cast<size_t>(place)] : place;
+    };
+    for (int64_t place = 0; place < nm::tiles_of(shape.out_features) * 16; ++place) {
+      const int64_t row = row_at(place);
       for (int64_t group = 0; group < groups; ++group) {
-        const int64_t cell = row / 16 * groups + group, r = row % 16;
-        const bool padding = row >= shape.out_features;
+        const int64_t cell = place / 16 * groups + group, r = place % 16;
+        const bool padding = place >= shape.out_features;
         for (int64_t kept = 0; kept < 2; ++kept) {
           const int64_t slot = cell * 32 + (size == 4 ? kept * 16 + r : r * 2 + kept);
           const char zero[4] = {};
@@ -656,8 +709,9 @@ void packing_is_the_layout(const Mode& mode) {
           right &= std::memcmp(weight.packed_values.data() + slot * size, from, static_cast<size_t>(size)) == 0;
         }
         const auto* bytes = reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()) + cell * 8 / mode.shared;
-        const int64_t first = row / mode.shared * mode.shared;  // whose nibble is stored
-        const unsigned nibble = first >= shape.out_features
+        const int64_t first_place = place / mode.shared * mode.shared;  // whose nibble is stored
+        const int64_t first = row_at(first_place);
+        const unsigned nibble = first_place >= shape.out_features
                                     ? 4u
                                     : weight.metadata[static_cast<size_t>(first * metadata_row + group / 2)] >>
                                               (group % 2 * 4) & 15u;
@@ -673,10 +727,37 @@ void packing_is_the_layout(const Mode& mode) {
     Memory metadata(weight.metadata.size());
     cpu::unpack_linear(weight.packed_values.data(), reinterpret_cast<const uint8_t*>(weight.packed_metadata.data()),
                        values.data(), reinterpret_cast<uint8_t*>(metadata.data()), shape.out_features,
-                       shape.in_features, size, mode.shared);
+                       shape.in_features, size, mode.shared, weight.order_data());
     check(values.same_bytes(weight.values) &&
               std::memcmp(metadata.data(), weight.metadata.data(), weight.metadata.size()) == 0,
           "unpacking, %s, %" PRId64 " x %" PRId64, mode.name, shape.out_features, shape.in_features);
+  }
+}
+
+// Rows with equal masks become neighbours, each in its window; where a window does not allow it, no order is found.
+void orders_are_found(const Mode& mode) {
+  for (const int64_t out_features : {4, 60, 64, 68, 132, 256}) {
+    constexpr int64_t kInFeatures = 92;
+    Weight weight = make_weight(mode, out_features, kInFeatures, Numbers::kIntegers, 11);
+    const size_t row_bytes = static_cast<size_t>(nm::metadata_row_bytes(kInFeatures));
+    const auto mask_of = [&](int64_t row) { return weight.metadata.data() + static_cast<size_t>(row) * row_bytes; };
+    Memory memory(static_cast<size_t>(nm::tiles_of(out_features) * 16));
+    auto* const order = reinterpret_cast<uint8_t*>(memory.data());
+    bool right = cpu::order_rows(weight.metadata.data(), out_features, kInFeatures, mode.shared, order);
+    check(right, "orders, %s, %" PRId64 " rows: none was found", mode.name, out_features);
+    std::vector<int> seen(memory.size());
+    for (int64_t place = 0; place < static_cast<int64_t>(memory.size()); ++place) {
+      const int64_t row = place / 64 * 64 + order[place];
+      right &= order[place] < 64 && row < static_cast<int64_t>(memory.size()) && ++seen[static_cast<size_t>(row)] == 1;
+      if (place >= out_features || !mode.ordered) right &= row == place;
+      if (!right || place >= out_features) continue;
+      const int64_t first = place / mode.shared * mode.shared, first_row = first / 64 * 64 + order[first];
+      right &= std::memcmp(mask_of(row), mask_of(first_row), row_bytes) == 0;
+    }
+    check(right, "orders, %s, %" PRId64 " rows: a wrong one was found", mode.name, out_features);
+    std::memset(weight.metadata.data() + static_cast<size_t>(out_features - 1) * row_bytes, 0xe4, row_bytes);
+    check(cpu::order_rows(weight.metadata.data(), out_features, kInFeatures, mode.shared, order) == (mode.shared == 1),
+          "orders, %s, %" PRId64 " rows: one was found where a row is alone", mode.name, out_features);
   }
 }
 
@@ -703,6 +784,7 @@ void names_are_checked(const Mode& mode) {
 
 constexpr Test<Mode> kTests[] = {
     {"packing is the layout", packing_is_the_layout},
+    {"orders are found", orders_are_found},
     {"names of instruction sets are checked", names_are_checked},
     {"integers agree exactly", integers_agree_exactly},
     {"large integers agree exactly", large_integers_agree_exactly},

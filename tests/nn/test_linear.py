@@ -13,7 +13,10 @@ from torch.nn import functional
 
 import twofour
 from twofour import SparseLinear, SparseMatrix, UnsupportedError
+from twofour.kernels import cpu
+from twofour.masks.rows import clustered_mask
 from twofour.nn.swap import replace_module, to_dense_modules
+from twofour.pattern import Pattern
 
 
 def sparse_and_dense(
@@ -45,6 +48,59 @@ def test_half_precision_runs_on_the_reference_and_says_why() -> None:
     assert "float16 has no native kernel" in sparse.choice.reason
     x = torch.randn(3, 64, dtype=torch.float16)
     torch.testing.assert_close(sparse(x), dense(x))
+
+
+def scattered(out_features: int, window: int) -> SparseMatrix:
+    """2:4x4 of integers whose rows share a mask anywhere in aligned windows."""
+    generator = torch.Generator().manual_seed(3)
+    windows = torch.arange(out_features).split(window)
+    order = torch.cat([rows[torch.randperm(len(rows), generator=generator)] for rows in windows])
+    mask = clustered_mask(torch.rand(out_features, 64, generator=generator), Pattern.parse("2:4x4"), order)
+    weight = torch.randint(1, 5, (out_features, 64), generator=generator).float()
+    return SparseMatrix.from_dense(weight, "2:4x4", mask=mask)
+
+
+def test_rows_that_share_a_mask_anywhere_in_a_window(native: None) -> None:
+    """The layout moves them together, and nobody sees it: outputs, gradients, copies, pickles, state, dtypes."""
+    matrix = scattered(132, 64)
+    layer = SparseLinear(matrix, torch.randint(-4, 5, (132,)).float())
+    assert cpu.packed_sharing(layer.metadata, 132, 64) == 4
+    assert layer.choice.reason == ""
+    assert torch.equal(layer.matrix.values, matrix.values)
+    assert torch.equal(layer.matrix.metadata, matrix.metadata)
+    x = torch.randint(-4, 5, (37, 64)).float()
+    expected = functional.linear(x, matrix.to_dense(), layer.bias)
+    fresh = SparseLinear(scattered(132, 64), torch.zeros(132))
+    fresh.load_state_dict(layer.state_dict())
+    pickled = io.BytesIO()
+    torch.save(layer, pickled)
+    pickled.seek(0)
+    others = [copy.deepcopy(layer), copy.copy(layer), torch.load(pickled, weights_only=False), fresh]
+    others += [copy.deepcopy(layer).bfloat16().float(), layer.twin(layer.bias)]
+    for other in (layer, *others):
+        assert cpu.packed_sharing(other.metadata, 132, 64) == 4
+        assert torch.equal(other(x), expected)
+    program = torch.export.export(layer.eval(), (x,))
+    assert torch.equal(program.module()(x), expected)
+    layer.requires_grad_values()
+    grad = torch.randint(-4, 5, (37, 132)).float()
+    given = x.clone().requires_grad_()
+    layer(given).backward(grad)
+    assert torch.equal(given.grad, grad @ matrix.to_dense())
+    found, _ = cpu.unpack(layer.values.grad, layer.metadata, 132, 64)
+    assert torch.equal(found, (grad.T @ x)[matrix.mask()].view(found.shape))
+
+
+def test_rows_that_share_across_windows_say_why_they_are_slower(native: None) -> None:
+    layer = SparseLinear(scattered(256, 256))
+    assert layer.choice.kernel.backend == "cpu"
+    message = (
+        "cpu as 2:4x4: not all rows that share a mask lie inside windows of 64 rows: a load of an activation serves 1"
+    )
+    assert message in layer.choice.reason
+    assert message in str(twofour.explain(nn.Sequential(layer)).rows[0]["reason"])
+    x = torch.randint(-4, 5, (37, 64)).float()
+    assert torch.equal(layer(x), functional.linear(x, layer.matrix.to_dense()))
 
 
 def test_gradients_reach_input_and_bias(native: None) -> None:

@@ -1,12 +1,15 @@
 """The CPU kernels: 2:4 linear layers on the native module, torch tensors in and out.
 
 The kernels read a layout of their own (`pack`, drawn in csrc/nm/layout.h), which holds the same bits as the canonical
-format with the rows rounded up to whole tiles of 16. The instruction set is chosen at run time; `TWOFOUR_ISA` (baseline;
+format with the rows rounded up to whole tiles of 16. Masks that 2 or 4 rows share are stored once. Where such rows are
+not neighbours but lie inside windows of WINDOW_ROWS rows, the layout moves them together and remembers the order: outputs
+and speed are those of neighbours. The instruction set is chosen at run time; `TWOFOUR_ISA` (baseline;
 avx2, avx512, avx512bf16; neon, neonbf16) overrides the choice.
 """
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from .. import native
 from ..errors import ShapeError, UnsupportedError
+from ..masks.rows import WINDOW_ROWS
 
 TILE_ROWS = 16
 """Output rows of a tile of the CPU layout."""
@@ -92,10 +96,44 @@ def shared_rows(metadata: Tensor) -> int:
     return 1
 
 
+def row_order(metadata: Tensor) -> tuple[int, Tensor | None]:
+    """How many rows share a mask, 4, 2 or 1, and the order in which they are neighbours; None where they are already.
+
+    Rows with equal masks may lie anywhere inside a window of WINDOW_ROWS rows (0 ... 63, 64 ... 127, ..): the kernels run
+    them as fast as neighbours. Further apart, every row loads its own activations.
+
+    Args:
+        metadata: [out_features, bytes] uint8, canonical.
+    Returns:
+        (shared, order); order uint8, one for each row of the tiles: which row of its window lies there.
+    Cost: reads the metadata once or twice.
+
+    >>> masks = torch.tensor([[0x44], [0xEE]], dtype=torch.uint8)
+    >>> shared, order = row_order(masks.repeat(4, 1))
+    >>> shared, order.tolist()[:8]
+    (4, [0, 2, 4, 6, 1, 3, 5, 7])
+    >>> row_order(masks.repeat_interleave(4, 0))
+    (4, None)
+    """
+    out_features, row_bytes = metadata.shape
+    neighbours = shared_rows(metadata)
+    metadata = metadata.contiguous()
+    for rows in (4, 2):
+        if neighbours % rows == 0:
+            return rows, None
+        if out_features % rows == 0 and metadata.numel():
+            order = torch.empty(-(-out_features // TILE_ROWS) * TILE_ROWS, dtype=torch.uint8)
+            if _module().order_rows(metadata.data_ptr(), out_features, 8 * row_bytes, rows, order.data_ptr()):
+                return rows, order
+    return 1, None
+
+
 def packed_shapes(
-    out_features: int, in_features: int, dtype: torch.dtype, shared: int = 1
+    out_features: int, in_features: int, dtype: torch.dtype, shared: int = 1, ordered: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the values and of the metadata (uint8) in the CPU layout; `shared` neighbouring rows have one mask.
+
+    With an order both lie in one row of bytes, the metadata first.
 
     >>> packed_shapes(100, 64, torch.float32)
     ((7, 16, 2, 16), (7, 16, 8))
@@ -103,25 +141,49 @@ def packed_shapes(
     ((7, 16, 16, 2), (7, 16, 8))
     >>> packed_shapes(100, 64, torch.float32, shared=4)
     ((7, 16, 2, 16), (7, 16, 2))
+    >>> packed_shapes(100, 64, torch.float32, shared=4, ordered=True)
+    ((7, 16, 2, 16), (336,))
     """
     tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
     tile = (TILE_ROWS, 2) if dtype == torch.bfloat16 else (2, TILE_ROWS)
-    return (tiles, groups, *tile), (tiles, groups, TILE_ROWS // 2 // shared)
+    of_masks = (tiles, groups, TILE_ROWS // 2 // shared)
+    return (tiles, groups, *tile), (math.prod(of_masks) + tiles * TILE_ROWS,) if ordered else of_masks
+
+
+def packed_sharing(metadata: Tensor, out_features: int, in_features: int) -> int:
+    """How many rows share a mask in the packed metadata: 4, 2 or 1."""
+    tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
+    order = tiles * TILE_ROWS if metadata.ndim == 1 else 0
+    return _SHARED.get((metadata.numel() - order) // (tiles * groups or 1), 1)
+
+
+def held_order(metadata: Tensor, out_features: int) -> tuple[Tensor, Tensor | None]:
+    """The packed metadata without the order, and int64 [out_features], the row that lies at each place; None without."""
+    if metadata.ndim != 1:
+        return metadata, None
+    places = -(-out_features // TILE_ROWS) * TILE_ROWS
+    return metadata[:-places], _rows_at(metadata[-places:])[:out_features]
 
 
 def pack(
-    values: Tensor, metadata: Tensor, out_features: int, in_features: int, shared: int = 1
+    values: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    in_features: int,
+    shared: int = 1,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The canonical values and metadata of a 2:4 matrix in the CPU layout.
 
     Args:
         values: [out_features, in_features / 2] float32 or bfloat16.
         metadata: [out_features, ceil(in_features / 8)] uint8, as in SparseMatrix.
-        shared: 1, 2 or 4, at most `shared_rows(metadata)`: the mask of so many neighbouring rows is stored once.
+        shared: 1, 2 or 4: the mask of so many neighbouring rows is stored once.
+        order: with `shared` what `row_order(metadata)` gave. None: the rows as they are.
     Returns:
         values and metadata of `packed_shapes`; the bits of every kept value as they were.
     Raises:
-        ShapeError: tensors of other shapes, in_features not a multiple of 4.
+        ShapeError: tensors of other shapes, in_features not a multiple of 4; masks that are not shared so, or no order.
         UnsupportedError: another dtype, a tensor that is not on the CPU.
     Cost: reads and writes the matrix once, on one thread.
     """
@@ -129,13 +191,18 @@ def pack(
     _require_weight(values, metadata, out_features, in_features)
     _require_shape("values", values, (out_features, in_features // 2))
     _require_shape("metadata", metadata, (out_features, -(-in_features // 8)))
-    if shared not in (1, 2, 4) or (shared > 1 and shared_rows(metadata) % shared):
+    arranged = metadata
+    if order is not None:
+        _require_order(order, out_features)
+        order = order.contiguous()
+        arranged = metadata[_rows_at(order)[:out_features]]
+    if shared not in (1, 2, 4) or (shared > 1 and shared_rows(arranged) % shared):
         raise ShapeError(
             f"shared={shared}: it must be 1, 2 or 4, and the masks of as many neighbouring rows equal; here"
-            f" {shared_rows(metadata)} are. Pass shared=shared_rows(metadata)."
+            f" {shared_rows(arranged)} are. Pass shared, order = row_order(metadata)."
         )
     values, metadata = values.detach().contiguous(), metadata.contiguous()
-    values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype, shared)
+    values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype, shared, order is not None)
     packed = empty(values_shape, values.dtype), empty(metadata_shape, torch.uint8)
     native.pack_linear(
         values.data_ptr(),
@@ -146,7 +213,10 @@ def pack(
         in_features,
         values.itemsize,
         shared,
+        0 if order is None else order.data_ptr(),
     )
+    if order is not None:
+        packed[1][-len(order) :] = order
     return packed
 
 
@@ -183,6 +253,7 @@ def unpack(values: Tensor, metadata: Tensor, out_features: int, in_features: int
         in_features,
         values.itemsize,
         shared,
+        _order_address(metadata, out_features),
     )
     return canonical
 
@@ -223,7 +294,9 @@ def linear(
     # One condition, so that a call that is right costs 3 us less than with the checks one by one.
     tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
     types = _TYPES.get((values.dtype, x.dtype))
-    shared = _SHARED.get(metadata.numel() // (tiles * groups or 1))
+    order = tiles * TILE_ROWS if metadata.ndim == 1 else 0  # bytes, behind those of the masks
+    masks = metadata.numel() - order
+    shared = _SHARED.get(masks // (tiles * groups or 1))
     if not (
         _native is not None
         and x.ndim == 2
@@ -231,7 +304,7 @@ def linear(
         and types is not None
         and values.numel() == tiles * groups * 2 * TILE_ROWS
         and shared is not None
-        and metadata.numel() * shared == tiles * groups * TILE_ROWS // 2
+        and masks * shared == tiles * groups * TILE_ROWS // 2
         and metadata.dtype == torch.uint8
         and values.is_contiguous()
         and metadata.is_contiguous()
@@ -274,6 +347,7 @@ def linear(
             _ACTIVATIONS[activation],
             0 if residual is None else residual.data_ptr(),
             0 if residual is None else residual.stride(0),
+            metadata.data_ptr() + masks if order else 0,
         )
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
@@ -315,12 +389,43 @@ def _module() -> ModuleType:
     return native.module()
 
 
+def _rows_at(order: Tensor) -> Tensor:
+    """int64: the row that lies at each place."""
+    windows = torch.arange(len(order), device=order.device) // WINDOW_ROWS
+    return windows * WINDOW_ROWS + order
+
+
+def _order_address(metadata: Tensor, out_features: int) -> int:
+    """Of the order in packed metadata; 0 without one."""
+    if metadata.ndim != 1:
+        return 0
+    return metadata.data_ptr() + metadata.numel() + out_features // -TILE_ROWS * TILE_ROWS
+
+
+def _require_order(order: Tensor, out_features: int) -> None:
+    places = -(-out_features // TILE_ROWS) * TILE_ROWS
+    if order.dtype != torch.uint8 or tuple(order.shape) != (places,) or not order.is_cpu:
+        raise ShapeError(
+            f"order is {order.dtype} {list(order.shape)} on {order.device}: it must be torch.uint8 [{places}] on the CPU."
+            " Pass shared, order = row_order(metadata)."
+        )
+    rows, own = _rows_at(order), torch.arange(places)
+    if not (
+        int(order.max()) < WINDOW_ROWS
+        and torch.equal(rows.sort().values, own)
+        and torch.equal(rows[out_features:], own[out_features:])
+    ):
+        raise ShapeError(
+            f"order does not name each row once, inside its window of {WINDOW_ROWS}, with rows that fill the last tile in"
+            " their places. Pass shared, order = row_order(metadata)."
+        )
+
+
 def _require_packed(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> int:
     """How many rows share a mask."""
     _require_weight(values, metadata, out_features, in_features)
-    last = metadata.shape[-1] if metadata.ndim else 0
-    shared = next((rows for rows in (4, 2) if last == TILE_ROWS // 2 // rows), 1)
-    values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype, shared)
+    shared = packed_sharing(metadata, out_features, in_features)
+    values_shape, metadata_shape = packed_shapes(out_features, in_features, values.dtype, shared, metadata.ndim == 1)
     _require_shape("packed values", values, values_shape)
     _require_shape("packed metadata", metadata, metadata_shape)
     if not (values.is_contiguous() and metadata.is_contiguous()):

@@ -31,8 +31,8 @@ def grad_input(
     """
     native = cpu._module()
     cpu._require_packed(values, metadata, out_features, in_features)
-    metadata = _of_each_row(metadata)
     grad, stride = _rows("grad", grad, out_features, values.dtype)
+    metadata, grad, stride = _arranged(metadata, grad, stride, out_features, in_features)
     grad_x = torch.empty((grad.shape[0], in_features), dtype=grad.dtype)
     try:
         native.grad_input(
@@ -76,14 +76,14 @@ def grad_values(
     native = cpu._module()
     if metadata.dtype != torch.uint8 or not metadata.is_cpu:
         raise UnsupportedError(f"metadata are {metadata.dtype} on {metadata.device}: pass what cpu.pack() returned.")
-    metadata = _of_each_row(metadata)
-    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, grad.dtype)
+    shared = cpu.packed_sharing(metadata, out_features, in_features)
+    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, grad.dtype, shared, metadata.ndim == 1)
     cpu._require_shape("packed metadata", metadata, metadata_shape)
     if x.shape[:-1] != grad.shape[:-1]:
         raise ShapeError(f"x is {list(x.shape)} and grad {list(grad.shape)}: both must have the same tokens.")
     grad, grad_stride = _rows("grad", grad, out_features, grad.dtype)
     x, x_stride = _rows("x", x, in_features, grad.dtype)
-    metadata = metadata.contiguous()
+    metadata, grad, grad_stride = _arranged(metadata, grad, grad_stride, out_features, in_features)
     found = torch.empty(values_shape, dtype=grad.dtype)
     try:
         native.grad_values(
@@ -105,8 +105,22 @@ def grad_values(
     return found
 
 
+def _arranged(
+    metadata: Tensor, grad: Tensor, stride: int, out_features: int, in_features: int
+) -> tuple[Tensor, Tensor, int]:
+    """Packed metadata with a nibble for every row, and the gradient with its columns as the rows lie in the layout.
+
+    These kernels gain nothing from masks that rows share, and know nothing of an order.
+    """
+    shared = cpu.packed_sharing(metadata, out_features, in_features)
+    metadata, rows = cpu.held_order(metadata, out_features)
+    if rows is not None:
+        grad, stride = grad.index_select(1, rows), out_features
+        metadata = metadata.view(-(-out_features // cpu.TILE_ROWS), in_features // 4, cpu.TILE_ROWS // 2 // shared)
+    return _of_each_row(metadata).contiguous(), grad, stride
+
+
 def _of_each_row(metadata: Tensor) -> Tensor:
-    """The packed metadata with a nibble for every row: these kernels gain nothing from masks that rows share."""
     if metadata.shape[-1] == cpu.TILE_ROWS // 8:  # four rows share a nibble: double it
         metadata = torch.stack([(metadata & 15) * 17, (metadata >> 4) * 17], -1).flatten(-2)
     if metadata.shape[-1] == cpu.TILE_ROWS // 4:  # two rows: the words of the even and of the odd rows are the same

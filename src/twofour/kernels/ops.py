@@ -43,7 +43,7 @@ _LIBRARY.define(
     "to_dense_onednn(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
 )
 _LIBRARY.define(
-    "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features, int shared=1)"
+    "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features, int shared=1, Tensor? order=None)"
     " -> (Tensor, Tensor)"
 )
 
@@ -127,9 +127,14 @@ def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features:
 
 
 def _pack_fake(
-    values: Tensor, metadata: Tensor, out_features: int, in_features: int, shared: int = 1
+    values: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    in_features: int,
+    shared: int = 1,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, values.dtype, shared)
+    values_shape, metadata_shape = cpu.packed_shapes(out_features, in_features, values.dtype, shared, order is not None)
     return values.new_empty(values_shape), metadata.new_empty(metadata_shape)
 
 

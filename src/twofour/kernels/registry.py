@@ -5,6 +5,7 @@ Decided once per layer, stored in the layer, printable (`twofour.explain`). A sl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch._subclasses import FakeTensor
 
 from ..errors import UnsupportedError
 from ..format import SparseMatrix
+from ..masks.rows import WINDOW_ROWS
 from ..pattern import Pattern
 from . import cpu, onednn
 
@@ -42,7 +44,8 @@ class Kernel:
 
     `why_not(spec)` is None where the kernel applies. `pack` makes the kernel's own layout from the canonical matrix and
     `unpack` gives the matrix back, bit for bit, so that a layer needs to hold only one of them; `copy` gives the same
-    layout on memory of its own. A `dense` kernel holds and multiplies the zeros: `choose` never picks it by itself, but
+    layout on memory of its own. `why_slower` tells what keeps a packed matrix from the speed that its pattern allows, None if
+    nothing does. A `dense` kernel holds and multiplies the zeros: `choose` never picks it by itself, but
     `twofour.compress` does where it measures it faster.
     """
 
@@ -53,6 +56,7 @@ class Kernel:
     label: Callable[[], str]
     copy: Callable[[Operands, LinearSpec], Operands] = lambda operands, _: (operands[0].clone(), operands[1].clone())
     dense: bool = False
+    why_slower: Callable[[Operands, LinearSpec], str | None] = lambda operands, spec: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,22 @@ def _cpu_why_not(spec: LinearSpec) -> str | None:
 def _cpu_pack(matrix: SparseMatrix) -> Operands:
     # Who shares a mask shows in the numbers, and a tracer has none.
     traced = torch.compiler.is_compiling() or isinstance(matrix.metadata, FakeTensor)
-    shared = 1 if traced else cpu.shared_rows(matrix.metadata)
+    shared, order = (1, None) if traced else cpu.row_order(matrix.metadata)
     values, metadata = torch.ops.twofour.pack_linear_cpu(
-        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, shared
+        matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, shared, order
     )
     return values, metadata
+
+
+def _cpu_why_slower(operands: Operands, spec: LinearSpec) -> str | None:
+    together = math.gcd(spec.pattern.rows, 4)
+    shared = cpu.packed_sharing(operands[1], spec.out_features, spec.in_features)
+    if shared >= together:
+        return None
+    return (
+        f"not all rows that share a mask lie inside windows of {WINDOW_ROWS} rows: a load of an activation serves {shared}"
+        f" of them, not {together}"
+    )
 
 
 def _cpu_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
@@ -131,7 +146,9 @@ def _reference_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy),
+    "cpu": Kernel(
+        "cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy, False, _cpu_why_slower
+    ),
     "reference": Kernel("reference", _reference_why_not, _reference_pack, _reference_unpack, lambda: "reference"),
     "onednn": Kernel(
         "onednn", _onednn_why_not, onednn.pack, _onednn_unpack, lambda: "onednn (dense)", _onednn_copy, dense=True

@@ -186,7 +186,10 @@ class SparseLinear(nn.Module):
         """The kernel that runs, and why no faster one does."""
         best = choose(self.spec)
         if best.kernel.backend == self.backend:
-            return best
+            slower = best.kernel.why_slower((self.values.detach(), self.metadata), self.spec)
+            if slower is None:
+                return best
+            return Choice(best.kernel, (*best.rejected, (f"{self.backend} as {self.pattern}", slower)))
         return Choice(KERNELS[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
 
     @property

@@ -145,7 +145,7 @@ def form(sparse: SparseLinear, dense: nn.Linear | None = None) -> str:
     dtype = sparse.weight.dtype if dense is None else dense.weight.dtype
     inputs = f" of {dtype_name(dtype)}" if dtype != sparse.spec.dtype else ""
     shared = (
-        cpu.TILE_ROWS // 2 // sparse.metadata.shape[-1]
+        cpu.packed_sharing(sparse.metadata, sparse.out_features, sparse.in_features)
         if sparse.spec.dtype != torch.int8 and sparse.backend == "cpu"
         else 1
     )
