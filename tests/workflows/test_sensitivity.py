@@ -91,8 +91,7 @@ def test_a_failure_leaves_the_weights_as_they_were() -> None:
 
 def test_the_page_draws_the_losses(mlp: Build) -> None:
     pytest.importorskip("altair")
-    if not plots.available():
-        pytest.skip("no plots here")
+    plots.require()  # where altair is, a plot that cannot be drawn is a fault
     page = twofour.sensitivity(mlp(), torch.randn(30, 64), ["2:4", "2:4x4"]).to_html()
     assert "<svg" in page
     assert "loss +, 2:4x4" in page

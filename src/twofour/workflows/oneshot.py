@@ -139,30 +139,13 @@ class OneShot:
                 write_weight(layer, kept.weight)
                 self.rows[layer.name] = {**kept.row, "reason": "from the checkpoint"}
         if waiting:
-            hessian = self._observe(replay, group)
+            hessian = hessian_of(replay, group)
             for layer, row, weight in scaleout.share(waiting, lambda layer: self._solve(layer, hessian)):
                 write_weight(layer, weight)
                 self.rows[layer.name] = row
                 if self.checkpoint is not None:
                     self.checkpoint.save(layer, layer.weight.detach(), row)
         replay.finish(group)
-
-    def _observe(self, replay: Replay, group: Group) -> Hessian:
-        first = group.layers[0]
-        matrix = observe.as_matrix(first.module, first.weight)
-        hessian = Hessian(matrix.shape[1], matrix.device)
-
-        def take(x: Tensor, real: Tensor | None) -> None:
-            for tokens in observe.tokens(first.module, x, real):
-                hessian.add(tokens)
-
-        with scaleout.together():
-            try:
-                replay.run(group, take)
-            except CalibrationError as error:
-                raise CalibrationError(f"the inputs of '{first.name}': {error}") from None
-        scaleout.add_up(hessian)
-        return hessian
 
     def _solve(self, layer: Layer, hessian: Hessian) -> tuple[dict[str, Any], Tensor]:
         """(row of the report, new weight in the layer's own shape and dtype)."""
@@ -186,6 +169,29 @@ class OneShot:
             row["reason"] = f"damping {found.damping:g}: {hessian.tokens} tokens for {hessian.features} inputs"
         matrix = rounded(found.weight, weight.dtype)
         return row, observe.from_matrix(layer.module, matrix, weight.shape).contiguous()
+
+
+def hessian_of(replay: Replay, group: Group) -> Hessian:
+    """The Hessian of the input that the layers of `group` share, over all batches of all processes.
+
+    Raises:
+        CalibrationError: NaN or infinities, told with the layer's name; in every process where one meets them.
+    """
+    first = group.layers[0]
+    matrix = observe.as_matrix(first.module, first.weight)
+    hessian = Hessian(matrix.shape[1], matrix.device)
+
+    def take(x: Tensor, real: Tensor | None) -> None:
+        for tokens in observe.tokens(first.module, x, real):
+            hessian.add(tokens)
+
+    with scaleout.together():
+        try:
+            replay.run(group, take)
+        except CalibrationError as error:
+            raise CalibrationError(f"the inputs of '{first.name}': {error}") from None
+    scaleout.add_up(hessian)
+    return hessian
 
 
 def _share(old: Tensor, found: Solution) -> float:

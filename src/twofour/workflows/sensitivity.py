@@ -18,7 +18,7 @@ from ..solvers import Hessian, Recipe, solve
 from .check import survey_for, why_nothing
 from .inputs import Batch, batches, call, evaluating, output_tensors
 from .layers import Layer, weight_key
-from .oneshot import rounded, write_weight
+from .oneshot import hessian_of, rounded, write_weight
 from .replay import Replay
 
 Evaluate = Callable[[nn.Module], float]
@@ -80,7 +80,7 @@ def sensitivity(
                    disable=None if progress is None else not progress)  # fmt: skip
         with bar:
             for group in replay.groups:
-                hessian = _observe(replay, group.layers[0], group)
+                hessian = hessian_of(replay, group)
                 for layer in group.layers:
                     bar.set_postfix_str(layer.name)
                     key = weight_key(layer.weight)
@@ -99,17 +99,6 @@ def sensitivity(
             reason = layer.skip or "no input reaches it"
             rows[layer.name] = {"action": "skipped", "reason": reason}
     return _report(layers, rows, patterns, recipe, dense, evaluate is not None)
-
-
-def _observe(replay: Replay, layer: Layer, group: Any) -> Hessian:
-    hessian = Hessian(observe.as_matrix(layer.module, layer.weight).shape[1], layer.weight.device)
-
-    def take(x: Tensor, real: Tensor | None) -> None:
-        for tokens in observe.tokens(layer.module, x, real):
-            hessian.add(tokens)
-
-    replay.run(group, take)
-    return hessian
 
 
 def _try(
