@@ -14,6 +14,7 @@ from ..errors import TwofourError, UnsupportedError
 from ..report import Report
 
 Model = Annotated[Path, typer.Argument(help="A folder with a transformers config.json, or a .safetensors file.")]
+Folder = Annotated[Path, typer.Argument(help="A folder with a transformers config.json.")]
 Output = Annotated[Path, typer.Argument(help="Where the result goes: a folder for a folder, a file for a file.")]
 PatternText = Annotated[
     str, typer.Option("--pattern", "-p", help="KEEP:GROUP, as in 2:4 (keep 2 of 4), 1:4, 4:8, 2:4x4, 2:4t.")
@@ -26,6 +27,12 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", help="Not the layers whose name matches this wildcard; may be repeated."),
 ]
+Calibration = Annotated[
+    str, typer.Option(help="Inputs: a text file, 'python' for Python's documentation, or a .safetensors file.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Lines (or pieces of running text) taken of --calibration.")]
+Length = Annotated[int, typer.Option(min=1, help="Most tokens of each.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples that run at once.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result if it is there already.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]

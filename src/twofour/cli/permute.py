@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,15 +11,20 @@ from ..workflows import permute
 from . import models
 from .inputs import PYTHON, calibration_batches
 from .options import (
+    BatchSize,
+    Calibration,
     DryRun,
     Dtype,
     Exclude,
+    Folder,
     Html,
     Include,
     Json,
+    Length,
     Output,
     Overwrite,
     PatternText,
+    Samples,
     Threads,
     parse_dtype,
     require_page,
@@ -32,18 +36,16 @@ NAME = "permute"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="A folder with a transformers config.json.")],
+    model: Folder,
     output: Output,
     pattern: PatternText = "2:4",
-    calibration: Annotated[
-        str, typer.Option(help="Inputs: a text file, 'python' for Python's documentation, or a .safetensors file.")
-    ] = PYTHON,
+    calibration: Calibration = PYTHON,
     magnitude: Annotated[
         bool, typer.Option("--magnitude", help="Rank weights by |w| alone, not by what they add to the outputs.")
     ] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Lines (or pieces of running text) taken of --calibration.")] = 64,
-    length: Annotated[int, typer.Option(min=1, help="Most tokens of each.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 32,
+    samples: Samples = 64,
+    length: Length = 128,
+    batch: BatchSize = 32,
     include: Include = None,
     exclude: Exclude = None,
     dtype: Dtype = None,

@@ -12,16 +12,19 @@ from ..workflows import prune
 from . import models
 from .inputs import calibration_batches
 from .options import (
+    BatchSize,
     DryRun,
     Dtype,
     Exclude,
     Html,
     Include,
     Json,
+    Length,
     Model,
     Output,
     Overwrite,
     PatternText,
+    Samples,
     Threads,
     parse_dtype,
     require_page,
@@ -47,11 +50,9 @@ def run(
         str | None,
         typer.Option(help="admm (default with --calibration), sparsegpt, wanda, ria, or magnitude (default without)."),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Lines (or pieces of running text) taken of --calibration.")
-    ] = 512,
-    length: Annotated[int, typer.Option(min=1, help="Most tokens of each.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 32,
+    samples: Samples = 512,
+    length: Length = 256,
+    batch: BatchSize = 32,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="A folder that keeps finished layers: a run that was killed goes on where it was."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,23 +10,37 @@ from ..errors import TwofourError
 from ..workflows import sensitivity
 from . import models
 from .inputs import PYTHON, calibration_batches
-from .options import Dtype, Exclude, Html, Include, Json, Threads, parse_dtype, require_page, set_threads, show
+from .options import (
+    BatchSize,
+    Calibration,
+    Dtype,
+    Exclude,
+    Folder,
+    Html,
+    Include,
+    Json,
+    Length,
+    Samples,
+    Threads,
+    parse_dtype,
+    require_page,
+    set_threads,
+    show,
+)
 
 NAME = "sensitivity"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="A folder with a transformers config.json.")],
+    model: Folder,
     pattern: Annotated[
         list[str] | None, typer.Option("--pattern", "-p", help="A pattern to try; may be repeated. Default: 2:4.")
     ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Inputs: a text file, 'python' for Python's documentation, or a .safetensors file.")
-    ] = PYTHON,
+    calibration: Calibration = PYTHON,
     method: Annotated[str, typer.Option(help="sparsegpt, admm, wanda, ria or magnitude.")] = "sparsegpt",
-    samples: Annotated[int, typer.Option(min=1, help="Lines (or pieces of running text) taken of --calibration.")] = 64,
-    length: Annotated[int, typer.Option(min=1, help="Most tokens of each.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = 32,
+    samples: Samples = 64,
+    length: Length = 128,
+    batch: BatchSize = 32,
     include: Include = None,
     exclude: Exclude = None,
     dtype: Dtype = None,
