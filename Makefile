@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
-# $(call native_test,NAME,CMAKE ARGUMENTS) builds the tests of tests/native in build/NAME.
+# $(call native_test,NAME,CMAKE ARGUMENTS) builds the tests of tests/native in build/NAME, without the module.
 native_test = export PATH="$(CURDIR)/$(BIN):$$PATH" && \
   cmake -G Ninja -S tests/native -B build/$(1) $(2) > /dev/null && cmake --build build/$(1)
 # Fresh memory holds NaN, so that whatever is read before it is written shows in the result.
@@ -62,18 +62,18 @@ bench-smallest: $(VENV)/installed
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.
 native-test: $(VENV)/installed
-	$(call native_test,native-test)
-	build/native-test/linear_test
-	build/native-test/int8_test
-	build/native-test/masks_test
-	build/native-test/permute_test
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/module --target native_tests
+	build/module/tests/native/linear_test
+	build/module/tests/native/int8_test
+	build/module/tests/native/masks_test
+	build/module/tests/native/permute_test
 
 sanitize: $(VENV)/installed
-	$(call native_test,native-sanitize,-DTWOFOUR_SANITIZE=address,undefined)
-	$(SANITIZER_OPTIONS) build/native-sanitize/linear_test
-	$(SANITIZER_OPTIONS) build/native-sanitize/int8_test
-	$(SANITIZER_OPTIONS) build/native-sanitize/masks_test
-	$(SANITIZER_OPTIONS) build/native-sanitize/permute_test
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/build_module.sh sanitize TWOFOUR_SANITIZE=address,undefined
+	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/linear_test
+	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/int8_test
+	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/masks_test
+	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/permute_test
 	$(SANITIZER_OPTIONS) tests/native/sanitize_module.sh
 
 sanitize-threads: $(VENV)/installed
@@ -88,23 +88,23 @@ neon: $(VENV)/installed
 	  { echo "error: make neon needs $(CROSS_CXX) and $(firstword $(QEMU)). On Debian: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
 	$(call native_test,native-neon,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS_CXX))
 	$(QEMU) build/native-neon/linear_test --require baseline --require neon --require neonbf16
-	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon  # a machine without BFDOT
+	$(QEMU) -cpu cortex-a57 build/native-neon/linear_test --require neon --only stay  # a machine without BFDOT
 	$(QEMU) build/native-neon/int8_test --require baseline --require neon --require neondot
 	$(QEMU) build/native-neon/permute_test --require baseline
-	$(QEMU) -cpu cortex-a57 build/native-neon/int8_test --require neon  # a machine without SDOT
+	$(QEMU) -cpu cortex-a57 build/native-neon/int8_test --require neon --only agree  # a machine without SDOT
 	$(QEMU) build/native-neon/masks_test --require baseline
 
 # The kernels for AVX-512 on a machine that may lack it: tests/native/emulated.
 emulated: $(VENV)/installed
 	@echo '#include <simde/x86/avx512.h>' | $${CXX:-c++} -E -x c++ - > /dev/null 2>&1 || \
 	  { echo "error: make emulated needs SIMDe, headers only. On Debian: apt-get install libsimde-dev"; exit 1; }
-	$(call native_test,native-emulated,-DTWOFOUR_EMULATE_AVX512=ON)
-	build/native-emulated/linear_test --require avx512 --require avx512bf16
-	build/native-emulated/int8_test --require avx512vnni
-	build/native-emulated/masks_test --require avx512
-	build/native-emulated/permute_test --require avx512
-	tests/native/module_with.sh emulated TWOFOUR_EMULATE_AVX512=ON \
-	  python -m pytest -q -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py tests/kernels/test_int8.py tests/kernels/test_backward.py tests/kernels/test_epilogue.py tests/masks/test_cpu.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/build_module.sh emulated TWOFOUR_EMULATE_AVX512=ON
+	build/emulated-module/tests/native/linear_test --require avx512 --require avx512bf16
+	build/emulated-module/tests/native/int8_test --require avx512vnni
+	build/emulated-module/tests/native/masks_test --require avx512
+	build/emulated-module/tests/native/permute_test --require avx512
+	build/emulated-venv/bin/python -m pytest -q -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py \
+	  tests/kernels/test_int8.py tests/kernels/test_backward.py tests/kernels/test_epilogue.py tests/masks/test_cpu.py
 
 check: lint types test native-test examples bench-smallest
 
@@ -120,5 +120,6 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(VENV)/bin/python
 	@echo "installing twofour and what its demo and tests need into $(VENV) (minutes the first time)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip scikit-build-core nanobind cmake ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	  --config-settings build-dir=build/module --config-settings cmake.define.TWOFOUR_TESTS=ON --editable ".[dev]"
 	touch $@

@@ -1,7 +1,7 @@
 // The int8 linear kernels without Python: every instruction set of this build that runs here, both families, fp32 and
 // bf16, against a plain loop over the canonical format.
 //
-//   int8_test [--require NAME]...     as linear_test
+//   int8_test [--require NAME]... [--only TEXT]     as linear_test
 //
 // The loop follows the formula in cpu/linear_int8.h, where each operation is one rounding in a stated order: bits are
 // equal, for real numbers too. This file is compiled with -ffp-contract=off.

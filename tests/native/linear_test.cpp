@@ -1,7 +1,7 @@
 // The linear kernels without Python: every instruction set of this build that runs here, both families, every mode,
 // against a double loop over the canonical format.
 //
-//   linear_test [--require NAME]...     exit status 1 for a wrong result, or for a required instruction set that is
+//   linear_test [--require NAME]... [--only TEXT]     exit status 1 for a wrong result, or for a required instruction set that is
 //                                       not there
 //
 // Rules for numbers, as in tests/kernels: integers agree exactly; real inputs stay inside a component-wise bound; bits

@@ -1,6 +1,6 @@
 // Masks without Python: every instruction set of this build that runs here, fp32 and fp64 scores, against plain loops.
 //
-//   masks_test [--require NAME]...     as linear_test
+//   masks_test [--require NAME]... [--only TEXT]     as linear_test
 //
 // This file is compiled with -ffp-contract=off: sums round as the masks' do.
 #include <array>
