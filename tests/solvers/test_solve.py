@@ -98,6 +98,14 @@ def test_inverse_factor() -> None:
     torch.testing.assert_close(found.factor @ found.factor.T, found.matrix)
 
 
+@pytest.mark.parametrize("features", [1, 256, 300, 2200])  # one block, whole blocks, a rest, more than eight
+def test_output_error_is_the_plain_product(features: int) -> None:
+    found = statistics(seen(inputs(features, tokens=100)))
+    change = torch.randn(3, features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = float(((change @ found.matrix) * change).sum())
+    assert output_error(change, found.matrix) == pytest.approx(plain, rel=1e-12)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:4x2", "2:4x4", "2:4t", "3:8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

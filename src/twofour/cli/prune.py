@@ -53,6 +53,15 @@ def run(
     samples: Samples = 512,
     length: Length = 256,
     batch: BatchSize = 32,
+    random_tokens: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The calibration comes a second time with this share of its tokens drawn at random, so that words it"
+            " lacks are not paid for; 0: once. Default: 0.5 for admm, 0 for the others.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="A folder that keeps finished layers: a run that was killed goes on where it was."),
@@ -91,6 +100,7 @@ def run(
         include=include,
         exclude=exclude,
         checkpoint=checkpoint,
+        random_tokens=random_tokens,
         dry_run=dry_run,
     )
     if not dry_run:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .choose import Chooser
 
-ITERATIONS = 60
+ITERATIONS = 24
 RHO = 0.1
 RHO_GROWTH = 1.15
 RHO_MOST = 10.0

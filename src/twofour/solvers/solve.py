@@ -96,7 +96,7 @@ def solve(weight: Tensor, hessian: Hessian, pattern: Pattern | str, recipe: Reci
     Raises:
         CalibrationError: the Hessian cannot be used (`statistics`).
         ShapeError: it is another layer's.
-    Cost: for admm about 80 products of out_features x in_features x in_features.
+    Cost: for admm about 40 products of out_features x in_features x in_features.
     """
     began = time.perf_counter()
     pattern = Pattern.parse(pattern)
@@ -136,7 +136,7 @@ def _prune(
     if recipe.method == "admm":
         mask, weights = admm(target, matrix, choose)
     elif recipe.method == "sparsegpt":
-        weights, mask = sparsegpt(target, inverse_factor(found).to(old.dtype), pattern.group, choose)
+        weights, mask = sparsegpt(target, inverse_factor(found, old.dtype), pattern.group, choose)
     else:
         if recipe.method == "magnitude":
             scores = magnitude(old)

@@ -47,6 +47,25 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def real_tokens(batch: Batch) -> dict[str, Tensor]:
+    """Attention masks [batch, tokens] inside a batch's mappings, by name, as bool."""
+    found: dict[str, Tensor] = {}
+
+    def search(part: Any) -> None:
+        if isinstance(part, Mapping):
+            for name, value in part.items():
+                if isinstance(value, Tensor) and str(name).endswith("attention_mask") and value.ndim == 2:
+                    found[str(name)] = value != 0
+                else:
+                    search(value)
+        elif isinstance(part, (tuple, list)):
+            for value in part:
+                search(value)
+
+    search(batch)
+    return found
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """The floating point tensors of a model's output, in order; transformers' outputs and dicts are looked into."""
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import CalibrationError
-from .inputs import Batch, call, evaluating
+from .inputs import Batch, call, evaluating, real_tokens
 from .layers import Layer
 from .spool import Spool
 
@@ -280,25 +280,6 @@ class Replay:
                         return f"'{block.name}' depends on more than the block before it"
                 latest[block.chain] = block.name
         return None
-
-
-def real_tokens(batch: Batch) -> dict[str, Tensor]:
-    """Attention masks [batch, tokens] inside a batch's mappings, by name, as bool."""
-    found: dict[str, Tensor] = {}
-
-    def search(part: Any) -> None:
-        if isinstance(part, Mapping):
-            for name, value in part.items():
-                if isinstance(value, Tensor) and str(name).endswith("attention_mask") and value.ndim == 2:
-                    found[str(name)] = value != 0
-                else:
-                    search(value)
-        elif isinstance(part, (tuple, list)):
-            for value in part:
-                search(value)
-
-    search(batch)
-    return found
 
 
 def _matching(real: Mapping[str, Tensor], layer: Layer, x: Tensor) -> Tensor | None:
