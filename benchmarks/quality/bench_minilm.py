@@ -160,10 +160,8 @@ def line(row: dict[str, Any]) -> str:
     )
     alone = " alone" if row.get("random_tokens") == 0 else ""
     error = "" if row["error"] is None else f"  error {100 * row['error']:.2f} %"
-    return (
-        f"{row['pattern']:6} {row['method']:10} {row['calibration'] + alone:16} {row['delta']:+6.2f} ({row['spearman']:.2f}){error}"
-        f"  {row['seconds']:.0f} s{bar}"
-    )
+    name = f"{row['pattern']:6} {row['method']:10} {row['calibration'] + alone:16}"
+    return f"{name} {row['delta']:+6.2f} ({row['spearman']:.2f}){error}  {row['seconds']:.0f} s{bar}"
 
 
 def main(
