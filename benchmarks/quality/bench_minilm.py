@@ -55,6 +55,8 @@ class Case:
         return f"{self.pattern} {self.method} {self.calibration}" + (" alone" if self.random_tokens == 0 else "")
 
 
+COMMAND = "benchmarks/quality/bench_minilm.py --data DATA"
+
 CASES = (
     Case("2:4", "magnitude", "none"),
     Case("2:4", "wanda", "STS-B"),
@@ -183,7 +185,7 @@ def main(
             continue
         rows[case.key] = run(case, data, dev, dense, count)
         print(line(rows[case.key]), flush=True)
-        record |= {"environment": environment(), "commit": commit(), "command": " ".join(sys.argv), "sentences": count}
+        record |= {"environment": environment(), "commit": commit(), "command": COMMAND, "sentences": count}
         if json_path is not None:
             json_path.parent.mkdir(parents=True, exist_ok=True)
             json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
