@@ -144,6 +144,14 @@ def test_inputs_the_model_fails_on_are_told_by_prune() -> None:
         twofour.prune(Reader(), calibration=[ids() + VOCABULARY])
 
 
+def test_without_calibration_there_is_nothing_to_draw_from() -> None:
+    model = Reader()
+    before = model.up.weight.detach().clone()
+    with pytest.raises(UnsupportedError, match=r"random_tokens=0\.3 .* there is no calibration: pass it too"):
+        twofour.prune(model, random_tokens=0.3)
+    assert torch.equal(model.up.weight, before)
+
+
 def test_prune_draws_for_its_default_method_and_says_so() -> None:
     def report(**how: Any) -> dict[str, Any]:
         summary = twofour.prune(Reader(), calibration=[ids()], progress=False, **how).summary

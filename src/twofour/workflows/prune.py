@@ -98,6 +98,11 @@ def prune(
     pattern = Pattern.parse(pattern)
     recipe = _recipe(method, calibration is not None)
     inputs = None if calibration is None else _calibration(calibration)
+    if inputs is None and random_tokens:
+        raise UnsupportedError(
+            f"random_tokens={random_tokens} draws some of the calibration's token ids, and there is no calibration: pass it"
+            " too, or leave random_tokens out."
+        )
     layers = survey_for(model, pattern, include, exclude)
     work = [layer for layer in layers if layer.skip is None and not layer.is_compressed]
     if not work and not any(layer.is_compressed for layer in layers):
