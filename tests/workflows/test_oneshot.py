@@ -124,6 +124,96 @@ def test_blocks_that_are_done_do_not_run_again() -> None:
     assert runs[0] > 2 * runs[3] > 0
 
 
+class Counted(nn.Linear):
+    """A Linear that counts how often it really runs."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(x)
+
+
+def test_parts_that_are_done_do_not_run_again() -> None:
+    torch.manual_seed(0)
+    model, batches = Stack(depth=2), data(6)
+    expected = copy.deepcopy(model)
+    for block in model.blocks:
+        block.gate, block.up = copy.deepcopy(block.gate), copy.deepcopy(block.up)
+        block.gate.__class__ = block.up.__class__ = Counted
+    twofour.prune(model, calibration=batches, method="sparsegpt")
+    trials = 1 + 1 + 1  # of one batch: what is called when, whether blocks may answer from memory, whether parts may
+    for block in model.blocks:
+        # The pass for both ends when `up` is called, so that gate runs in it; then each runs once with its new weight.
+        assert (block.gate.runs, block.up.runs) == (trials + 6 + 6, trials + 6)
+    layers = [[f"blocks.{i}.{name}" for name in names] for i in range(2) for names in (("gate", "up"), ("down",))]
+    by_hand(expected, batches, Recipe("sparsegpt"), [["inlet"], *layers, ["outlet"]])
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0, msg=name)
+
+
+class Halving(nn.Module):
+    """Holds a Linear, and halves its input in place: what comes later depends on more than its output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        x.mul_(0.5)
+        return y
+
+
+class WithHalving(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = Halving(width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        return self.first(x) + self.second(torch.relu(x))
+
+
+def test_a_part_with_side_effects_runs_every_time() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[WithHalving(16) for _ in range(3)]).double()
+    expected, batches = copy.deepcopy(model), [batch.double() for batch in data(5)]
+    twofour.prune(model, calibration=batches, method="sparsegpt")
+    order = [[f"{i}.{name}"] for i in range(3) for name in ("first.inner", "second")]
+    by_hand(expected, batches, Recipe("sparsegpt"), order)
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0, msg=name)
+
+
+class OftenCalled(nn.Module):
+    """Calls `inner` a second time where the inputs are large."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if bool(x.abs().max() > 50):
+            y = y - self.inner(x + 1)
+        return x + self.outer(y)
+
+
+def test_a_part_that_some_batches_call_twice_runs_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(*[OftenCalled(16) for _ in range(3)]), data(5)
+    batches[3] *= 100
+    whole = copy.deepcopy(model)
+    twofour.prune(model, calibration=batches, method="sparsegpt")
+    monkeypatch.setattr("twofour.workflows.replay._FEWEST_FOR_PARTS", 100)
+    twofour.prune(whole, calibration=batches, method="sparsegpt")
+    for found, wanted in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("limit", [None, 0, 3000])
 def test_memory_limit_moves_activations_to_a_file(limit: int | None) -> None:
     torch.manual_seed(0)

@@ -115,8 +115,10 @@ def plainly(model: nn.Module, batches: list[dict[str, Tensor]], recipe: Recipe, 
             weight.copy_(observe.from_matrix(module, found.weight, weight.shape))
 
 
+@pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole blocks"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_pruned_as_a_plain_loop_would(family: str) -> None:
+def test_families_are_pruned_as_a_plain_loop_would(family: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twofour.workflows.replay._FEWEST_FOR_PARTS", 1 if parts else 100)
     torch.manual_seed(0)
     model, batches = FAMILIES[family]()
     model = model.double().eval()

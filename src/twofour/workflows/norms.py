@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import observe
+from .blocks import Group
 from .inputs import Batch
 from .layers import Layer
-from .replay import Group, Replay
+from .replay import Replay
 
 
 def input_norms(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]) -> dict[str, Tensor]:

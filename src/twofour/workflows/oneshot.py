@@ -19,10 +19,11 @@ from ..pattern import Pattern
 from ..report import Report
 from ..solvers import Hessian, Recipe, Solution, solve
 from . import scaleout
+from .blocks import Group
 from .checkpoint import Checkpoint
 from .inputs import Batch
 from .layers import Layer, dtype_name, weight_key
-from .replay import Group, Replay
+from .replay import Replay
 
 
 class PruneInterrupted(ModelError):

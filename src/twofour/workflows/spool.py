@@ -37,6 +37,18 @@ class Spool:
         leaves, spec = tree_flatten(output)
         self._kept[key] = ([self._store(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
+    def offer(self, key: Hashable, output: Any, most: int) -> bool:
+        """Keeps a copy of `output` if all tensors together, this one's too, take at most `most` bytes. True if so."""
+        self.drop(key)
+        size = sum(leaf.numel() * leaf.itemsize for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+        if self._bytes + size > most:
+            return False
+        self.put(key, output)
+        return True
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def get(self, key: Hashable) -> Any:
         """A copy of what is kept under `key`."""
         leaves, spec = self._kept[key]
