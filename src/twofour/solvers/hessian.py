@@ -12,6 +12,9 @@ from ..errors import CalibrationError, ShapeError
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal before a solver sees it."""
 
+DRIFT_DAMPING = 0.1
+"""The same, where a solver makes up for what its inputs have lost."""
+
 _MOST_DAMPING = 1.0
 _TOKENS_AT_ONCE = 1 << 14
 _BLOCK = 256
@@ -26,34 +29,40 @@ class Hessian:
     Args:
         features: in_features of the matrix.
         device: where the sums are kept and made.
+        paired: each token comes with the one that was wanted in its place: `drift` sums their difference times x.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu", *, paired: bool = False) -> None:
         self.second = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.first = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
+        self.drift: Tensor | None = torch.zeros_like(self.second) if paired else None
 
     @property
     def features(self) -> int:
         """in_features."""
         return self.first.numel()
 
-    def add(self, x: Tensor) -> None:
-        """Takes the tokens x [..., features] in.
+    def add(self, x: Tensor, wanted: Tensor | None = None) -> None:
+        """Takes the tokens x [..., features] in; `wanted`: of the same shape, where the Hessian is paired.
 
         Raises:
-            ShapeError: another number of features.
+            ShapeError: another number of features, or `wanted` where it is not expected, or none where it is.
             CalibrationError: NaN or infinities in x. Nothing of it is taken in then.
-        Cost: little more than tokens * features² / 2 products.
+        Cost: little more than tokens * features² / 2 products; paired, three times that.
         """
         if x.shape[-1] != self.features:
             raise ShapeError(f"x is {list(x.shape)}: its last axis must be the layer's {self.features} in_features.")
-        rows = x.detach().reshape(-1, self.features).to(self.second.device)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        sums = rows.sum(0, dtype=torch.float64)
-        if not bool(torch.isfinite(sums).all()):  # float64 sums of finite numbers stay finite
-            bad = int((~torch.isfinite(rows)).any(1).sum())
-            raise CalibrationError(f"{bad} of {rows.shape[0]} tokens hold NaN or infinities.")
+        if (wanted is None) != (self.drift is None) or (wanted is not None and wanted.shape != x.shape):
+            raise ShapeError(
+                f"x is {list(x.shape)}, wanted {None if wanted is None else list(wanted.shape)}: the same shape where the"
+                f" Hessian is paired, else None; this one is {'not ' if self.drift is None else ''}paired."
+            )
+        rows, sums = self._rows(x)
+        if wanted is not None and self.drift is not None:
+            difference = self._rows(wanted)[0] - rows
+            for part, moved in zip(rows.split(_TOKENS_AT_ONCE), difference.split(_TOKENS_AT_ONCE), strict=True):
+                self.drift += moved.T @ part
         step = max(_BLOCK, -(-self.features // 8))
         for part in rows.split(_TOKENS_AT_ONCE):
             for first in range(
@@ -66,8 +75,25 @@ class Hessian:
         self.first += sums
         self.tokens += rows.shape[0]
 
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.detach().reshape(-1, self.features).to(self.second.device)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        sums = rows.sum(0, dtype=torch.float64)
+        if not bool(torch.isfinite(sums).all()):  # float64 sums of finite numbers stay finite
+            bad = int((~torch.isfinite(rows)).any(1).sum())
+            raise CalibrationError(f"{bad} of {rows.shape[0]} tokens hold NaN or infinities.")
+        return rows, sums
+
+    def forget_drift(self) -> None:
+        """From now on it is not paired."""
+        self.drift = None
+
     def merge(self, other: Hessian) -> None:
-        """Takes in what another one has seen."""
+        """Takes in what another one has seen. Stays paired if both are."""
+        if self.drift is not None and other.drift is not None:
+            self.drift += other.drift
+        else:
+            self.drift = None
         self.second += other.second
         self.first += other.first
         self.tokens += other.tokens
@@ -140,6 +166,30 @@ def statistics(
         if damping >= _MOST_DAMPING:
             raise CalibrationError("the second moments of the inputs have no Cholesky factor at a damping of 1.")
         damping = max(10 * damping, 1e-4)
+
+
+def corrected(weight: Tensor, hessian: Hessian, found: Statistics) -> Tensor:
+    """The weight whose outputs on the inputs there are come nearest to those of `weight` on the inputs wanted.
+
+    W + W D (H + λ)⁻¹ with D the mean of (x' - x) xᵀ, x' the token wanted in the place of x; λ is DRIFT_DAMPING of the mean
+    diagonal: less follows the noise of few tokens.
+
+    Args:
+        weight: [out_features, in_features].
+        hessian: paired, or the weight comes back as it is.
+        found: its statistics.
+    Cost: features³ / 3 products, and 2 * out_features * features².
+    Source: Li et al. 2025, arXiv:2504.02692 (GPTAQ); Arai & Ichikawa 2025, arXiv:2504.09629 (QEP).
+    """
+    if hessian.drift is None:
+        return weight
+    damped = hessian.second / hessian.tokens
+    live = damped.diagonal()[~found.dead]
+    damped.diagonal().add_(DRIFT_DAMPING * live.mean())
+    factor = torch.linalg.cholesky(damped)
+    moved = weight.to(damped.dtype) @ (hessian.drift / hessian.tokens)
+    change: Tensor = torch.cholesky_solve(moved.T, factor).T
+    return weight + change.to(weight.dtype)
 
 
 def inverse_factor(found: Statistics, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -13,11 +13,12 @@ from ..masks.scores import magnitude, ria, wanda
 from ..pattern import Pattern
 from .admm import admm
 from .choose import Chooser
-from .hessian import DAMPING, Hessian, Statistics, inverse_factor, output_error, statistics
+from .hessian import DAMPING, Hessian, Statistics, corrected, inverse_factor, output_error, statistics
 from .refit import refit
 from .sparsegpt import sparsegpt
 from .supports import descend, descends
 
+TARGETS = ("dense", "pruned")
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "admm")
 
 
@@ -31,6 +32,9 @@ class Recipe:
         sweeps: passes of coordinate descent over supports before the refit; None: 1 for admm, 0 for the others.
         damping, shrinkage: of the Hessian, see `statistics`.
         cluster: let rows that share a mask ("2:4x4") lie anywhere, not only side by side.
+        targets: the outputs that new weights come near to: those of the "dense" model, so that each layer makes up for
+            what the ones before it have lost, or those that the old weights give on the "pruned" model's inputs. None:
+            "dense" for admm, "pruned" for the others. "dense" needs the inputs of both, a paired Hessian.
     """
 
     method: str = "admm"
@@ -39,6 +43,7 @@ class Recipe:
     damping: float = DAMPING
     shrinkage: float = 0.0
     cluster: bool = False
+    targets: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -47,6 +52,14 @@ class Recipe:
             raise UnsupportedError(
                 f"damping={self.damping}, shrinkage={self.shrinkage}, sweeps={self.sweeps}: damping is 0 or more, shrinkage 0"
                 " up to 1, sweeps 0 or more."
+            )
+
+        if self.targets is not None and self.targets not in TARGETS:
+            raise UnsupportedError(f"unknown targets {self.targets!r}: 'dense' or 'pruned'.")
+        if self.targets == "dense" and not self.changes_weights:
+            raise UnsupportedError(
+                f"method {self.method!r} keeps weights as they are and cannot make up for what layers before it have lost:"
+                " targets='dense' needs one that changes them (refit=True does)."
             )
 
     @property
@@ -61,6 +74,7 @@ class Recipe:
             self,
             refit=own if self.refit is None else self.refit,
             sweeps=(1 if own else 0) if self.sweeps is None else self.sweeps,
+            targets=("dense" if own else "pruned") if self.targets is None else self.targets,
         )
 
 
@@ -71,7 +85,8 @@ class Solution:
     Args:
         weight: [out_features, in_features] float32 or float64, zero off the mask.
         mask: bool, same shape, holds the pattern (rows that share it anywhere, if they were clustered).
-        error_masked: squared output error of the old weights on the mask, as a share of the squared outputs.
+        error_masked: squared output error of the old weights on the mask, as a share of the squared outputs. With a
+            paired Hessian the outputs are those nearest to the dense model's that a dense weight gives on these inputs.
         error: the same of the new weights.
         damping: what the Hessian needed.
         seconds: time taken.
@@ -90,7 +105,7 @@ def solve(weight: Tensor, hessian: Hessian, pattern: Pattern | str, recipe: Reci
 
     Args:
         weight: [out_features, in_features], any floating dtype, finite; computed with in float32 (float64 stays).
-        hessian: of the layer's inputs, on the device to compute on.
+        hessian: of the layer's inputs, on the device to compute on; paired for targets="dense", else those are "pruned".
         pattern: any.
         recipe: default Recipe(): ADMM mask, coordinate descent, refit.
     Raises:
@@ -108,15 +123,16 @@ def solve(weight: Tensor, hessian: Hessian, pattern: Pattern | str, recipe: Reci
     found = statistics(hessian, shrinkage=recipe.shrinkage, damping=recipe.damping)
     scale = found.scale.to(dtype)
     matrix = (found.matrix / torch.outer(found.scale, found.scale)).to(dtype)
-    new, mask = _prune(old, hessian, pattern, recipe, found, old * scale, matrix)
+    target = corrected(old, hessian, found) if recipe.targets == "dense" else old
+    new, mask = _prune(old, hessian, pattern, recipe, found, target * scale, matrix)
     new = (new / scale).masked_fill_(~mask, 0.0) if recipe.changes_weights else old.masked_fill(~mask, 0.0)
     plain = (hessian.second / hessian.tokens).to(dtype)
-    whole = output_error(old, plain) or 1.0
+    whole = output_error(target, plain) or 1.0
     return Solution(
         weight=new,
         mask=mask,
-        error_masked=output_error(old.masked_fill(~mask, 0.0) - old, plain) / whole,
-        error=output_error(new - old, plain) / whole,
+        error_masked=output_error(old.masked_fill(~mask, 0.0) - target, plain) / whole,
+        error=output_error(new - target, plain) / whole,
         damping=found.damping,
         seconds=time.perf_counter() - began,
     )

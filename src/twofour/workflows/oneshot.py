@@ -21,6 +21,7 @@ from ..solvers import Hessian, Recipe, Solution, solve
 from . import scaleout
 from .blocks import Group
 from .checkpoint import Checkpoint
+from .dense import DenseInputs, Seen, Steps
 from .inputs import Batch
 from .layers import Layer, dtype_name, weight_key
 from .replay import Replay
@@ -59,7 +60,7 @@ class OneShot:
     def __post_init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
-        self.tokens = 0
+        self._dense: DenseInputs | None = None
 
     def run(self) -> None:
         """Prunes the layers in place and fills `rows` (by layer name) and `notes`.
@@ -71,6 +72,8 @@ class OneShot:
         began = time.perf_counter()
         with scaleout.together():
             replay = self._replay()
+            if self.recipe.targets == "dense":
+                self._dense = DenseInputs(self._replay())
         try:
             scaleout.require_same([[layer.name for layer in group.layers] for group in replay.groups])
             self._skip_unreached(replay.unreached)
@@ -83,18 +86,26 @@ class OneShot:
             )
             with bar:
                 done: dict[Hashable, str] = {}
-                for group in replay.groups:
+                for place, group in enumerate(replay.groups):
                     bar.set_postfix_str(group.layers[0].name)
-                    self._prune_group(replay, group, done)
+                    self._prune_group(replay, place, done)
+                    replay.finish(group)
+                    if self._dense is not None:
+                        self._dense.finish(place)
                     bar.update(len(group.layers))
         finally:
             replay.close()
+            if self._dense is not None:
+                self._dense.close()
         self.notes += replay.notes
         self.seconds = time.perf_counter() - began
 
     def _replay(self) -> Replay:
         try:
-            return Replay(self.model, self.layers, self.batches, self.memory_limit)
+            limit = self.memory_limit
+            if limit is not None and self.recipe.targets == "dense":
+                limit //= 2  # two of them
+            return Replay(self.model, self.layers, self.batches, limit)
         except CalibrationError:
             raise
         except Exception as error:
@@ -121,8 +132,9 @@ class OneShot:
         if layers:
             self.notes.append(f"{len(layers)} layers were left alone: no calibration input reaches them")
 
-    def _prune_group(self, replay: Replay, group: Group, done: dict[Hashable, str]) -> None:
+    def _prune_group(self, replay: Replay, place: int, done: dict[Hashable, str]) -> None:
         waiting = []
+        group = replay.groups[place]
         for layer in group.layers:
             key = weight_key(layer.weight)
             if key in done:
@@ -137,16 +149,20 @@ class OneShot:
             if kept is None:
                 waiting.append(layer)
             else:
-                write_weight(layer, kept.weight)
+                self._write(layer, kept.weight)
                 self.rows[layer.name] = {**kept.row, "reason": "from the checkpoint"}
         if waiting:
-            hessian = hessian_of(replay, group)
+            hessian = hessian_of(replay, group, None if self._dense is None else self._dense.of(place))
             for layer, row, weight in scaleout.share(waiting, lambda layer: self._solve(layer, hessian)):
-                write_weight(layer, weight)
+                self._write(layer, weight)
                 self.rows[layer.name] = row
                 if self.checkpoint is not None:
                     self.checkpoint.save(layer, layer.weight.detach(), row)
-        replay.finish(group)
+
+    def _write(self, layer: Layer, weight: Tensor) -> None:
+        if self._dense is not None:
+            self._dense.remember(layer)
+        write_weight(layer, weight)
 
     def _solve(self, layer: Layer, hessian: Hessian) -> tuple[dict[str, Any], Tensor]:
         """(row of the report, new weight in the layer's own shape and dtype)."""
@@ -166,21 +182,28 @@ class OneShot:
             "damping": found.damping,
             "seconds": found.seconds,
         }
+        reasons = []
         if found.damping > self.recipe.damping:
-            row["reason"] = f"damping {found.damping:g}: {hessian.tokens} tokens for {hessian.features} inputs"
+            reasons.append(f"damping {found.damping:g}: {hessian.tokens} tokens for {hessian.features} inputs")
+        if self.recipe.targets == "dense" and hessian.drift is None:
+            reasons.append("targets from the pruned model's inputs: the dense model sends it other tokens")
+        if reasons:
+            row["reason"] = "; ".join(reasons)
         matrix = rounded(found.weight, weight.dtype)
         return row, observe.from_matrix(layer.module, matrix, weight.shape).contiguous()
 
 
-def hessian_of(replay: Replay, group: Group) -> Hessian:
+def hessian_of(replay: Replay, group: Group, dense: Steps | None = None) -> Hessian:
     """The Hessian of the input that the layers of `group` share, over all batches of all processes.
 
+    Args:
+        dense: the same inputs in the dense model; the Hessian then knows how far those of `replay` have drifted.
     Raises:
         CalibrationError: NaN or infinities, told with the layer's name; in every process where one meets them.
     """
     first = group.layers[0]
     matrix = observe.as_matrix(first.module, first.weight)
-    hessian = Hessian(matrix.shape[1], matrix.device)
+    hessian = Hessian(matrix.shape[1], matrix.device, paired=dense is not None)
 
     def take(x: Tensor, real: Tensor | None) -> None:
         for tokens in observe.tokens(first.module, x, real):
@@ -188,11 +211,38 @@ def hessian_of(replay: Replay, group: Group) -> Hessian:
 
     with scaleout.together():
         try:
-            replay.run(group, take)
+            if dense is None:
+                replay.run(group, take)
+            else:
+                _take_pairs(replay, group, dense, hessian)
         except CalibrationError as error:
             raise CalibrationError(f"the inputs of '{first.name}': {error}") from None
     scaleout.add_up(hessian)
     return hessian
+
+
+def _take_pairs(replay: Replay, group: Group, dense: Steps, hessian: Hessian) -> None:
+    module = group.layers[0].module
+    now: list[Seen] = []
+    before: list[Seen] = []
+
+    def take(x: Tensor, real: Tensor | None) -> None:
+        now.append((x.detach().clone(), real))
+
+    for _ in zip(replay.steps(group, take), dense(before), strict=True):
+        if [x.shape for x, _ in now] != [x.shape for x, _ in before]:
+            hessian.forget_drift()  # such as an expert that other tokens are sent to
+        if hessian.drift is None:
+            for x, real in now:
+                for tokens in observe.tokens(module, x, real):
+                    hessian.add(tokens)
+        else:
+            for (x, real), (wanted, _) in zip(now, before, strict=True):
+                pairs = zip(observe.tokens(module, x, real), observe.tokens(module, wanted, real), strict=True)
+                for tokens, wanted_tokens in pairs:
+                    hessian.add(tokens, wanted_tokens)
+        now.clear()
+        before.clear()
 
 
 def _share(old: Tensor, found: Solution) -> float:

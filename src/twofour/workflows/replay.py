@@ -71,13 +71,17 @@ class Replay:
         self._spool.close()
         self._parts.close()
 
-    def run(self, group: Group, take: Take) -> int:
-        """Calls `take` with every input of `group`, batch by batch. Returns how many tensors were taken."""
-        taken = 0
+    def run(self, group: Group, take: Take) -> None:
+        """Calls `take` with every input of `group`, batch by batch."""
+        for _ in self.steps(group, take):
+            pass
+
+    def steps(self, group: Group, take: Take) -> Iterator[None]:
+        """`run`, one step for each batch. Between steps the model is as it was, and others may use it."""
         passed = self._passed()
         ahead = self._ahead(passed)
-        with plainly(self.model):
-            for index, batch in enumerate(self.batches):
+        for index, batch in enumerate(self.batches):
+            with plainly(self.model):
                 real = real_tokens(batch)
                 seen: dict[Key, Tensor] = {}
                 calls = 0
@@ -85,11 +89,10 @@ class Replay:
                 def look(
                     layer: Layer, x: Tensor, real: Any = real, seen: dict[Key, Tensor] = seen, index: int = index
                 ) -> None:
-                    nonlocal calls, taken
+                    nonlocal calls
                     calls += 1
                     if (key := identity(x)) not in seen:
                         seen[key] = x
-                        taken += 1
                         take(x, _matching(real, layer, x))
                     if group.calls == 1 and calls == len(group.layers):
                         raise Reached
@@ -107,17 +110,21 @@ class Replay:
                         stack.enter_context(watching(layer, self._owners.get(layer.module), look))
                     with suppress(Reached):
                         call(self.model, batch)
+            yield
         for part in self._unsteady:
             self._forget(part)
         for block in ahead:
             self._settle(block)
-        return taken
 
     def finish(self, group: Group) -> None:
         """Says that the layers of `group` will not change any more."""
         self._waiting.difference_update(self._order[layer.name] for layer in group.layers)
         if group.block is not None:
             group.block.waiting.remove(group)
+
+    def needs(self, group: Group) -> bool:
+        """True until the block of `group` answers from memory: its layers may still be called."""
+        return group.block is None or group.block not in self._passed()
 
     def _passed(self) -> list[Block]:
         """Blocks that answer from memory: up to the last kept one of each chain."""

@@ -35,9 +35,14 @@ def add_up(hessian: Hessian) -> None:
         return
     distributed.all_reduce(hessian.second)
     distributed.all_reduce(hessian.first)
-    tokens = torch.tensor([hessian.tokens], dtype=torch.int64, device=hessian.second.device)
-    distributed.all_reduce(tokens)
-    hessian.tokens = int(tokens)
+    unpaired = hessian.drift is None
+    counts = torch.tensor([hessian.tokens, unpaired], dtype=torch.int64, device=hessian.second.device)
+    distributed.all_reduce(counts)
+    hessian.tokens = int(counts[0])
+    if counts[1]:
+        hessian.forget_drift()
+    else:
+        distributed.all_reduce(hessian.drift)
 
 
 @contextmanager
