@@ -82,6 +82,23 @@ def test_lines_are_padded_and_the_padding_is_masked(bert: Path, text: Path) -> N
         assert batch["input_ids"].shape[1] <= 8
 
 
+def test_targets(bert: Path, text: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    weights = {}
+    for targets in ("dense", "pruned"):
+        done = run("prune", bert, tmp_path / targets, "--calibration", text, "--targets", targets, "--threads", "1")
+        assert done.code == 0, done.err
+        weights[targets] = load_file(tmp_path / targets / "model.safetensors")
+    last = "encoder.layer.1.output.dense.weight"
+    assert not torch.equal(weights["dense"][last], weights["pruned"][last])
+    done = run("prune", bert, tmp_path / "bad", "--targets", "dense")
+    assert done.code == 2
+    assert "--targets dense is about the outputs on --calibration: name that too" in done.err
+    done = run("prune", bert, tmp_path / "bad", "--calibration", text, "--targets", "dense", "--method", "wanda")
+    assert done.code == 2
+    assert "method 'wanda' keeps weights as they are" in done.err
+    assert not (tmp_path / "bad").exists()
+
+
 def test_decoders_get_running_text(text: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=42, n_embd=32, n_layer=2, n_head=4, n_positions=16)

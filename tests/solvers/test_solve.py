@@ -14,7 +14,7 @@ from twofour.masks.rows import WINDOW_ROWS, clustered_mask
 from twofour.pattern import Pattern
 from twofour.solvers import METHODS, Hessian, Recipe, solve
 from twofour.solvers.choose import Chooser
-from twofour.solvers.hessian import inverse_factor, output_error, statistics
+from twofour.solvers.hessian import DRIFT_DAMPING, corrected, inverse_factor, output_error, statistics
 from twofour.solvers.refit import refit
 from twofour.solvers.sparsegpt import sparsegpt
 from twofour.solvers.supports import descend, descends
@@ -69,6 +69,79 @@ def test_hessian_refuses_what_is_no_number_and_keeps_what_it_had(bad: float) -> 
     assert hessian.tokens == 2000
     with pytest.raises(ShapeError, match=r"x is \[4, 7\]: its last axis must be the layer's 8 in_features"):
         hessian.add(torch.ones(4, 7))
+
+
+def paired(x: Tensor, wanted: Tensor) -> Hessian:
+    hessian = Hessian(x.shape[1], paired=True)
+    for part, wanted_part in zip(x.split(700), wanted.split(700), strict=True):
+        hessian.add(part, wanted_part)
+    return hessian
+
+
+def test_paired_hessian_sums_how_far_inputs_have_drifted() -> None:
+    wanted = inputs(24)
+    x = wanted + 0.1 * inputs(24, seed=5)
+    hessian = paired(x, wanted)
+    assert hessian.drift is not None
+    torch.testing.assert_close(hessian.drift, (wanted - x).T @ x)
+    torch.testing.assert_close(hessian.second, x.T @ x)
+    merged = paired(x[:700], wanted[:700])
+    merged.merge(paired(x[700:], wanted[700:]))
+    torch.testing.assert_close(merged.drift, hessian.drift)
+    merged.merge(seen(x))
+    assert merged.drift is None
+
+
+def test_paired_hessian_refuses_what_is_no_pair_and_keeps_what_it_had() -> None:
+    hessian = paired(inputs(8), inputs(8))
+    assert hessian.drift is not None
+    before = hessian.drift.clone(), hessian.second.clone()
+    with pytest.raises(
+        ShapeError, match=r"wanted None: the same shape where the Hessian is paired, .* this one is paired"
+    ):
+        hessian.add(torch.ones(4, 8))
+    with pytest.raises(ShapeError, match=r"x is \[4, 8\], wanted \[3, 8\]"):
+        hessian.add(torch.ones(4, 8), torch.ones(3, 8))
+    with pytest.raises(ShapeError, match="this one is not paired"):
+        seen(inputs(8)).add(torch.ones(4, 8), torch.ones(4, 8))
+    for bad in (0, 1):
+        pair = [torch.ones(4, 8), torch.ones(4, 8)]
+        pair[bad][1, 2] = float("nan")
+        with pytest.raises(CalibrationError, match="1 of 4 tokens hold NaN"):
+            hessian.add(*pair)
+    assert torch.equal(hessian.drift, before[0])
+    assert torch.equal(hessian.second, before[1])
+    assert hessian.tokens == 2000
+
+
+def test_corrected_weight_is_the_ridge_regression_of_the_wanted_outputs() -> None:
+    wanted = inputs(24)
+    x = wanted @ (torch.eye(24) + 0.2 * weights(24, 24, seed=7)) + 0.3 * inputs(24, seed=5)
+    weight, hessian = weights(16, 24), paired(x, wanted)
+    found = corrected(weight, hessian, statistics(hessian))
+    # The minimum of |V x - W x'|² + λ|V - W|²: its gradient is zero.
+    strength = DRIFT_DAMPING * x.square().sum(0).mean()
+    gradient = (x @ found.T - wanted @ weight.T).T @ x + strength * (found - weight)
+    assert gradient.abs().max() < 1e-9 * (x @ weight.T).abs().max() * len(x)
+    assert torch.equal(corrected(weight, seen(x), statistics(seen(x))), weight)
+    lost = (x @ weight.T - wanted @ weight.T).square().mean()
+    assert (x @ found.T - wanted @ weight.T).square().mean() < 0.7 * lost
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm"])
+def test_dense_targets_come_nearer_to_the_dense_outputs(method: str) -> None:
+    wanted = inputs(32)
+    x = wanted @ (torch.eye(32) + 0.1 * weights(32, 32, seed=7)) + 0.2 * inputs(32, seed=5)
+    weight, hessian = weights(16, 32), paired(x, wanted)
+    lost = {}
+    for targets in ("dense", "pruned"):
+        found = solve(weight, hessian, "2:4", Recipe(method, targets=targets))
+        assert check_pattern(found.mask, "2:4").holds
+        lost[targets] = float((x @ found.weight.T - wanted @ weight.T).square().mean())
+        plain = solve(weight, seen(x), "2:4", Recipe(method, targets=targets)).weight
+        if targets == "pruned":
+            torch.testing.assert_close(found.weight, plain, rtol=1e-9, atol=1e-9)  # sums of other parts
+    assert lost["dense"] < 0.8 * lost["pruned"]
 
 
 def test_large_half_precision_inputs_do_not_overflow() -> None:
@@ -273,6 +346,12 @@ def test_dead_inputs_keep_their_largest_weights() -> None:
 
 
 def test_wrong_use_is_said() -> None:
+    with pytest.raises(UnsupportedError, match="unknown targets 'sparse': 'dense' or 'pruned'"):
+        Recipe(targets="sparse")
+    with pytest.raises(UnsupportedError, match="method 'wanda' keeps weights as they are .* targets='dense' needs one"):
+        Recipe("wanda", targets="dense")
+    assert Recipe("wanda", refit=True, targets="dense").resolved().targets == "dense"
+    assert [Recipe(method).resolved().targets for method in ("admm", "sparsegpt")] == ["dense", "pruned"]
     with pytest.raises(UnsupportedError, match=r"unknown method 'obc': it is one of 'magnitude', 'wanda', 'ria'"):
         Recipe("obc")
     with pytest.raises(UnsupportedError, match=r"damping=-1, shrinkage=0.0, sweeps=None: damping is 0 or more"):

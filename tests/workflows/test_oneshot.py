@@ -63,16 +63,25 @@ def data(count: int = 4, *shape: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(*(shape or (8, 16)), generator=generator) for _ in range(count)]
 
 
+def inputs_of(model: nn.Module, name: str, batch: Any) -> Tensor:
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        model(batch)
+    hook.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+
+
 def by_hand(model: nn.Module, batches: list[Any], recipe: Recipe, names: list[list[str]]) -> None:
-    """The specification: for every group of layers a whole forward, hooks on it, then `solve`."""
+    """The specification: for every group of layers a whole forward (and one of the dense model), hooks on it, `solve`."""
     modules = dict(model.named_modules())
+    dense = copy.deepcopy(model)
+    paired = recipe.resolved().targets == "dense"
     for group in names:
-        hessian = Hessian(modules[group[0]].weight.shape[1])
-        hook = modules[group[0]].register_forward_pre_hook(lambda module, args, h=hessian: h.add(args[0]))
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-        hook.remove()
+        hessian = Hessian(modules[group[0]].weight.shape[1], paired=paired)
+        for batch in batches:
+            x, wanted = inputs_of(model, group[0], batch), inputs_of(dense, group[0], batch)
+            hessian.add(x, wanted if paired else None)
         for name in group:
             weight = modules[name].weight
             weight.data.copy_(solve(weight.detach(), hessian, "2:4", recipe).weight)
@@ -122,6 +131,52 @@ def test_blocks_that_are_done_do_not_run_again() -> None:
         block.norm.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
     twofour.prune(whole, calibration=data(3), method="wanda")
     assert runs[0] > 2 * runs[3] > 0
+
+
+@pytest.mark.parametrize("batches", [2, 6], ids=["whole blocks", "parts"])
+@pytest.mark.parametrize("skip", [False, True], ids=["chain", "skip connections over blocks"])
+def test_dense_targets_are_what_the_dense_model_gives(skip: bool, batches: int) -> None:
+    torch.manual_seed(0)
+    model = Stack(skip=skip).double()
+    expected, dense = copy.deepcopy(model), copy.deepcopy(model)
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    inputs = [batch.double() for batch in data(batches, 12, 16)]
+    recipe = Recipe("sparsegpt", targets="dense")
+    layers = [[f"blocks.{i}.{name}" for name in names] for i in range(3) for names in (("gate", "up"), ("down",))]
+    by_hand(expected, inputs, recipe, [["inlet"], *layers, ["outlet"]])
+    twofour.prune(model, calibration=inputs, method=recipe)
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0, msg=name)
+        assert found.data_ptr() == places[name]  # the old weights were there for a while only
+    assert twofour.check(model).summary["holds"]
+    other = copy.deepcopy(dense)
+    twofour.prune(other, calibration=inputs, method="sparsegpt")
+    with torch.no_grad():
+        lost = [sum(float((m(x) - dense(x)).square().mean()) for x in inputs) for m in (model, other)]
+    assert lost[0] < lost[1]
+
+
+def test_dense_targets_give_way_where_other_tokens_arrive() -> None:
+    """An expert that the dense model sends other tokens to has no pairs: said, and solved for its own inputs."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.expert = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.expert(x[x[:, 0] > 0.1])
+
+    torch.manual_seed(0)
+    model, batches = Routed().double(), [batch.double() for batch in data(3, 40, 16)]
+    expected = copy.deepcopy(model)
+    report = twofour.prune(model, calibration=batches, method=Recipe("sparsegpt", targets="dense"))
+    assert "the dense model sends it other tokens" in report.rows[1]["reason"]
+    assert "reason" not in report.rows[0]
+    by_hand(expected, batches, Recipe("sparsegpt"), [["first"], ["expert"]])
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
 
 
 class Counted(nn.Linear):
@@ -453,25 +508,27 @@ def test_a_model_that_fails_half_way_keeps_what_is_done_and_says_so() -> None:
     assert "forward" not in vars(model.blocks[0])
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Any) -> None:
+@pytest.mark.parametrize("targets", ["pruned", "dense"])
+def test_a_killed_run_goes_on_where_it_was(targets: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
+    recipe = Recipe("sparsegpt", targets=targets)
     whole = Faulty(10**6)
     half, again = copy.deepcopy(whole), copy.deepcopy(whole)
-    twofour.prune(whole, calibration=data(), method="sparsegpt")
-    half.calls = 14
+    twofour.prune(whole, calibration=data(), method=recipe)
+    half.calls = 14 if targets == "pruned" else 40
     folder = tmp_path / "run"
     with pytest.raises(PruneInterrupted):
-        twofour.prune(half, calibration=data(), method="sparsegpt", checkpoint=folder)
+        twofour.prune(half, calibration=data(), method=recipe, checkpoint=folder)
     files = sorted(folder.glob("*.safetensors"))
     assert files
     files[-1].write_bytes(files[-1].read_bytes()[:50])  # cut off: done again
-    report = twofour.prune(again, calibration=data(), method="sparsegpt", checkpoint=folder)
+    report = twofour.prune(again, calibration=data(), method=recipe, checkpoint=folder)
     assert len([row for row in report.rows if row.get("reason") == "from the checkpoint"]) == len(files) - 1
     for found, wanted in zip(again.parameters(), whole.parameters(), strict=True):
         assert torch.equal(found, wanted)
     other = copy.deepcopy(whole)
     with pytest.raises(ModelError, match=r"is of another run: other weights\. Name another folder"):
-        twofour.prune(other, calibration=data(), method="sparsegpt", checkpoint=folder)
+        twofour.prune(other, calibration=data(), method=recipe, checkpoint=folder)
     with pytest.raises(ModelError, match=r"is of another run: other inputs, recipe"):
         twofour.prune(copy.deepcopy(half).__class__(10**6), calibration=data(seed=1), method="wanda", checkpoint=folder)
     (tmp_path / "full").mkdir()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import TwofourError
+from ..solvers import Recipe
 from ..workflows import prune
 from . import models
 from .inputs import calibration_batches
@@ -62,6 +63,14 @@ def run(
             " lacks are not paid for; 0: once. Default: 0.5 for admm, 0 for the others.",
         ),
     ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="What each layer's outputs should be: those of the 'dense' model, so that it makes up for what layers before"
+            " it have lost, or what its old weights give behind the 'pruned' ones: faster. Default: dense for admm, pruned"
+            " for the others.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="A folder that keeps finished layers: a run that was killed goes on where it was."),
@@ -83,6 +92,11 @@ def run(
     Example: twofour prune all-MiniLM-L6-v2 minilm-2of4 --calibration sentences.txt
     """
     require_page(html)
+    if targets is not None and calibration is None:
+        raise TwofourError(
+            f"--targets {targets} is about the outputs on --calibration: name that too, or leave it out."
+        )
+    recipe = method if targets is None else Recipe(method or "admm", targets=targets)
     wanted = parse_dtype(dtype)
     models.require_target(model, output, overwrite or dry_run)
     loaded = models.open_model(model, wanted)
@@ -96,7 +110,7 @@ def run(
         loaded,
         pattern,
         calibration=inputs,
-        method=method,
+        method=recipe,
         include=include,
         exclude=exclude,
         checkpoint=checkpoint,

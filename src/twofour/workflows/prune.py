@@ -57,7 +57,8 @@ def prune(
 
     With calibration inputs the weights that stay get new values, so that each layer's outputs change as little as they
     can: a few hundred inputs like those the model will see, without labels. Layers are done one after the other, each
-    seeing what the pruned ones before it give.
+    seeing what the pruned ones before it give, and "admm" aims at what the dense model's layer gives there: each makes
+    up for a part of what those before it have lost.
 
     The tensors stay dense; `compress` makes them small and fast. Embeddings, norms and, unless named in `include`, the
     output head are left alone; the report has a line with the reason for each.
@@ -71,7 +72,8 @@ def prune(
             passes its own part, and all get the same masks (those of one process with all inputs and as many threads).
         method: "admm" (default with calibration: ADMM mask, coordinate descent over supports, least squares on the
             mask), "sparsegpt", "wanda", "ria", or "magnitude" (default without): the largest |w| of each group. A
-            `twofour.solvers.Recipe` names all that can be chosen.
+            `twofour.solvers.Recipe` names all that can be chosen, for instance Recipe(targets="pruned"): without the
+            dense model beside the pruned one, in two thirds of the time.
         include, exclude: shell wildcards over module names, for instance exclude=["*.decoder.*"].
         checkpoint: a folder that keeps finished layers; the same call after a kill goes on where it was.
         random_tokens: where the inputs hold token ids (integers that the model looks up in its vocabulary), each comes
@@ -91,8 +93,9 @@ def prune(
             that are done, which keep their new weights.
         CalibrationError: inputs that are empty, hold NaN, or reach no layer.
         PatternError, UnsupportedError: unknown pattern or method.
-    Cost: a few passes over the weights; with calibration about two forwards of the model over the inputs, and for a
-        layer of n x n some 40 products of n x n by n x n.
+    Cost: a few passes over the weights; with calibration about two forwards of the model over the inputs, for "admm"
+        two more of the dense model, which keeps its old weights block by block, and for a layer of n x n some 40 products
+        of n x n by n x n.
     Source: Mishra et al. 2021, arXiv:2104.08378, section 3 (magnitude); the others are named in `twofour.solvers`.
     """
     pattern = Pattern.parse(pattern)
