@@ -139,8 +139,7 @@ def run_draw(case: Case, data: Path, dev: list[Pair], dense: float, count: int, 
     if case.calibration != "none":
         texts = sorted(sentences(data, case.calibration, count, draw), key=len)
         batches = [minilm.features(encoder, texts[i : i + 64]) for i in range(0, len(texts), 64)]
-    shared = twofour.Pattern.parse(case.pattern).rows > 1
-    recipe = Recipe(case.method, cluster=shared, targets="pruned" if case.alone else None)
+    recipe = Recipe(case.method, targets="pruned" if case.alone else None)
     began = time.perf_counter()
     report = twofour.prune(
         encoder,

@@ -31,7 +31,8 @@ class Recipe:
         refit: least squares on the mask afterwards; None: as the method has it (admm has it, the others do not).
         sweeps: passes of coordinate descent over supports before the refit; None: 1 for admm, 0 for the others.
         damping, shrinkage: of the Hessian, see `statistics`.
-        cluster: let rows that share a mask ("2:4x4") lie anywhere, not only side by side.
+        cluster: let rows that share a mask ("2:4x4") be those that lose least by it, anywhere inside windows of 64 rows,
+            where the CPU kernels run them as fast as neighbours; False: side by side only.
         targets: the outputs that new weights come near to: those of the "dense" model, so that each layer makes up for
             what the ones before it have lost, or those that the old weights give on the "pruned" model's inputs. None:
             "dense" for admm, "pruned" for the others. "dense" needs the inputs of both, a paired Hessian.
@@ -42,7 +43,7 @@ class Recipe:
     sweeps: int | None = None
     damping: float = DAMPING
     shrinkage: float = 0.0
-    cluster: bool = False
+    cluster: bool = True
     targets: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class Solution:
 
     Args:
         weight: [out_features, in_features] float32 or float64, zero off the mask.
-        mask: bool, same shape, holds the pattern (rows that share it anywhere, if they were clustered).
+        mask: bool, same shape, holds the pattern (rows that share it not always side by side).
         error_masked: squared output error of the old weights on the mask, as a share of the squared outputs. With a
             paired Hessian the outputs are those nearest to the dense model's that a dense weight gives on these inputs.
         error: the same of the new weights.
