@@ -213,6 +213,26 @@ def test_a_report_with_ratios_gets_a_plot() -> None:
     assert "from 0.50x (encoder.1) to 1.50x (encoder.0)" in text
 
 
+def test_layers_of_a_plot_can_be_told_apart() -> None:
+    """Long names lose what all share, then letters inside; never what tells one from another."""
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    names = [
+        f"model.encoder.layer.{i}.attention_of_the_whole_sequence.self_attention.{x}"
+        for i in range(2)
+        for x in ("query", "key", "value")
+    ]
+    columns = (Column("layer", "layer"), Column("loss", "loss +", "loss"))
+    rows = tuple({"layer": name, "loss": 0.1 * i} for i, name in enumerate(names))
+    text = report_page(Report("t", columns, rows, {}, (), {}))
+    figure = text[text.index("<figure") : text.index("</figure>")]
+    labels = {word for word in re.findall(r">([^<>]*)</text>", figure) if word.endswith(("query", "key", "value"))}
+    assert len(labels) == 6
+    assert {label[0] for label in labels} == {"0", "1"}
+    assert all(len(label) <= 36 for label in labels)
+    assert "Names begin with model.encoder.layer." in figure
+
+
 def test_a_report_without_plots_is_a_page_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twofour.report.plots.available", lambda: False)
     text = report_page(report())

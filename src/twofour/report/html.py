@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ..errors import FormatError, UnsupportedError
 from . import plots
 from .record import Column, Report, format_value
-from .table import _short
+from .table import _short, shortened
 
 Tone = Literal["plain", "good", "bad"]
 
@@ -25,6 +25,8 @@ _SVG_FRAMES = {"svg", "g", "defs", "symbol", "marker", "mask", "pattern", "clipP
 _SVG_PAINTS = {"linearGradient", "radialGradient", "stop"}
 _SVG_TAGS = _SVG_SHAPES | _SVG_FRAMES | _SVG_PAINTS
 _MOST_BARS = 48
+_LABEL = 36
+"""Letters of a name that fit beside a plot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +249,17 @@ def _ratio_plot(report: Report) -> Plot | None:
         measured = sorted(measured, key=lambda row: float(row[ratio.key]))[:_MOST_BARS]
         caption = f"The {_MOST_BARS} lowest. {caption}"
     ratios = {str(row.get(name.key)): float(row[ratio.key]) for row in measured}
+    labels, without = _labels(list(ratios))
+    caption += without
     low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     alt = f"{ratio.title} of {len(ratios)} rows: from {ratios[low]:.2f}x ({low}) to {ratios[high]:.2f}x ({high})."
     try:
-        return Plot(plots.ratio_bars(ratios, x_title=ratio.title), alt, caption, wide=True)
+        return Plot(
+            plots.ratio_bars(dict(zip(labels, ratios.values(), strict=True)), x_title=ratio.title),
+            alt,
+            caption,
+            wide=True,
+        )
     except UnsupportedError:  # installed, but it cannot be imported
         return None
 
@@ -266,9 +275,11 @@ def _loss_plot(report: Report) -> Plot | None:
         ranked = sorted(measured, key=lambda row: -max(row.get(column.key) or 0.0 for column in losses))[:_MOST_BARS]
         measured = [row for row in measured if any(row is one for one in ranked)]
         caption = f"The {_MOST_BARS} layers that lose most. {caption}"
+    labels, without = _labels([str(row["layer"]) for row in measured])
+    caption += without
     values = {
-        str(row["layer"]): {column.title: max(0.0, float(row[column.key])) for column in losses if column.key in row}
-        for row in measured
+        label: {column.title: max(0.0, float(row[column.key])) for column in losses if column.key in row}
+        for label, row in zip(labels, measured, strict=True)
     }
     alt = f"Loss increase of {len(values)} layers."
     try:
@@ -282,6 +293,20 @@ def _loss_plot(report: Report) -> Plot | None:
         return Plot(svg, alt, caption, wide=True)
     except UnsupportedError:  # installed, but it cannot be imported
         return None
+
+
+def _labels(names: Sequence[str]) -> tuple[list[str], str]:
+    """Dotted names short enough for an axis and still all different, and a sentence on what they leave out."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(
+        len(part) > shared + 1 and part[: shared + 1] == parts[0][: shared + 1] for part in parts
+    ):
+        shared += 1
+    labels = [shortened(".".join(part[shared:]), _LABEL) for part in parts]
+    if len(set(labels)) != len(set(names)):
+        return list(names), ""
+    return labels, f" Names begin with {'.'.join(parts[0][:shared])}." if shared else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -72,7 +72,9 @@ def grouped_bars(
     ]
     _require(rows)
     top = max([row["value"] for row in rows] + [row["high"] for row in rows if row["high"] is not None])
-    band = alt.Axis(labelAngle=0, ticks=False, domain=not horizontal, labelLimit=150, labelPadding=6)
+    band = alt.Axis(
+        labelAngle=0, ticks=False, domain=not horizontal, labelLimit=240 if horizontal else 150, labelPadding=6
+    )
     number = alt.Axis(tickCount=4, labelExpr="format(datum.value, ',.5~r')") if not horizontal else None
     sort = {"sort": groups, "title": group_title or None}
     scale = alt.Scale(domain=[0, top * (1.3 if horizontal else 1.08)], nice=False)

@@ -55,7 +55,7 @@ def _table(report: Report, width: int) -> str:
     if excess > 0:
         room = max(12, max(cell_len(row[0]) for row in cells) - excess)
         for row in cells:
-            row[0] = _shortened(row[0], room)
+            row[0] = shortened(row[0], room)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_edge=False)
     for column in columns:
         table.add_column(column.title, justify="right" if column.is_number else "left", overflow="fold")
@@ -83,7 +83,7 @@ def _width(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> int:
     return sum(widest) + _GAP * (len(widest) - 1) + 1
 
 
-def _shortened(name: str, room: int) -> str:
+def shortened(name: str, room: int) -> str:
     """A dotted name that fits: its longest parts are cut first, so that the numbers that tell layers apart stay."""
     parts = name.split(".")
     while cell_len(".".join(parts)) > room:
