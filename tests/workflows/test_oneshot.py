@@ -243,23 +243,27 @@ def test_a_part_with_side_effects_runs_every_time() -> None:
 
 
 class OftenCalled(nn.Module):
-    """Calls `inner` a second time where the inputs are large."""
+    """Calls `inner` a second time where the inputs are large: before `outer`, or after it, when passes for it have ended."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, after: bool) -> None:
         super().__init__()
         self.inner = nn.Linear(width, width)
         self.outer = nn.Linear(width, width)
+        self.after = after
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
-        if bool(x.abs().max() > 50):
+        again = bool(x.abs().max() > 50)
+        if again and not self.after:
             y = y - self.inner(x + 1)
-        return x + self.outer(y)
+        z = x + self.outer(y)
+        return z - self.inner(z) if again and self.after else z
 
 
-def test_a_part_that_some_batches_call_twice_runs_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_a_part_that_some_batches_call_twice_answers_once(after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model, batches = nn.Sequential(*[OftenCalled(16) for _ in range(3)]), data(5)
+    model, batches = nn.Sequential(*[OftenCalled(16, after) for _ in range(3)]), data(5)
     batches[3] *= 100
     whole = copy.deepcopy(model)
     twofour.prune(model, calibration=batches, method="sparsegpt")
@@ -267,6 +271,24 @@ def test_a_part_that_some_batches_call_twice_runs_every_time(monkeypatch: pytest
     twofour.prune(whole, calibration=batches, method="sparsegpt")
     for found, wanted in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_model_that_never_runs_the_same_way_cannot_have_its_dense_self_beside_it() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.b(self.a(x)) if self.calls % 2 else self.a(self.b(x))
+
+    model = Fickle()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"in another order each time .* pass method=Recipe\(targets='pruned'\)"):
+        twofour.prune(model, calibration=data(1))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("limit", [None, 0, 3000])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from ..errors import CalibrationError
 from .layers import Layer
 from .replay import Replay
 
@@ -25,9 +26,18 @@ class DenseInputs:
 
     Args:
         replay: of its own, made before anything was pruned.
+        beside: the replay of the pruned model, with the same groups of layers.
+    Raises:
+        CalibrationError: the model called its layers otherwise the second time.
     """
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, beside: Replay) -> None:
+        names = [[[layer.name for layer in group.layers] for group in one.groups] for one in (replay, beside)]
+        if names[0] != names[1]:
+            raise CalibrationError(
+                "the model calls its layers in another order each time it runs on the same inputs, so that a dense model"
+                " beside it cannot be followed: pass method=Recipe(targets='pruned'). Nothing was changed."
+            )
         self.replay = replay
         self._old: dict[str, tuple[Layer, Tensor]] = {}
         self._group_of = {layer.name: group for group in replay.groups for layer in group.layers}

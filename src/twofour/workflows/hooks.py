@@ -84,6 +84,25 @@ def replaced_by(module: nn.Module, answer: Callable[[], Any]) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_once_by(module: nn.Module, answer: Callable[[], Any]) -> Iterator[None]:
+    """The first call of `module` gives `answer()`; others run, for those may depend on what the first did not."""
+    forward, first = module.forward, True
+
+    def answered(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            return answer()
+        return forward(*args, **kwargs)
+
+    module.forward = answered
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
     """eval(), no gradients; no cache of keys and values in transformers' decoders, no fused or nested attention."""
     found: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}

@@ -73,7 +73,7 @@ class OneShot:
         with scaleout.together():
             replay = self._replay()
             if self.recipe.targets == "dense":
-                self._dense = DenseInputs(self._replay())
+                self._dense = DenseInputs(self._replay(), replay)
         try:
             scaleout.require_same([[layer.name for layer in group.layers] for group in replay.groups])
             self._skip_unreached(replay.unreached)

@@ -86,7 +86,8 @@ def prune(
     Returns:
         Report with a row per layer: action ("pruned", "skipped"; "already" where nothing had to change), the share of
         the sum of squares that is kept, the reason; with calibration also the squared output error as a share of the
-        squared outputs, for the old weights on the mask (error_masked) and for the new ones (error).
+        squared outputs, for the old weights on the mask (error_masked) and for the new ones (error). For "admm" the
+        outputs are those nearest to the dense model's that the layer's inputs in the pruned one allow.
     Raises:
         ModelError: no layer can be pruned, a wildcard matches nothing, or a weight has NaN or infinities. Nothing is
             changed then. PruneInterrupted, one of its kind, when the model fails half-way: `.report` has the layers
@@ -174,6 +175,8 @@ def prune(
     rows.update(run.rows)
     notes.extend(run.notes)
     summary["calibration batches"] = given
+    if recipe.changes_weights:
+        summary["targets"] = f"outputs of the {recipe.targets} model"
     if drawn is not None:
         summary["calibration tokens"] = drawn
     summary["seconds"] = round(run.seconds, 1)

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import Block, Group, Part, Trial, find_blocks
-from .hooks import Key, Reached, identity, plainly, replaced_by, watching
+from .hooks import Key, Reached, identity, plainly, replaced_by, replaced_once_by, watching
 from .inputs import Batch, call, real_tokens
 from .layers import Layer
 from .spool import Spool
@@ -54,7 +54,6 @@ class Replay:
         self._spool = Spool(memory_limit)
         self._memory_limit = memory_limit
         self._parts = Spool()
-        self._unsteady: set[Part] = set()
         self._last: dict[str, Block] = {}
         self._owners: dict[nn.Module, nn.Module] = {
             m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
@@ -80,6 +79,8 @@ class Replay:
         """`run`, one step for each batch. Between steps the model is as it was, and others may use it."""
         passed = self._passed()
         ahead = self._ahead(passed)
+        front = min(self._waiting, default=len(self._order))
+        running = [block for block in self._blocks if block not in passed and block.parts]
         for index, batch in enumerate(self.batches):
             with plainly(self.model):
                 real = real_tokens(batch)
@@ -103,16 +104,13 @@ class Replay:
                         stack.enter_context(replaced_by(block.module, partial(self._spool.get, kept)))
                     for block in ahead:
                         stack.enter_context(self._keep_output(block, index))
-                    for block in self._blocks:
-                        if block not in passed:
-                            self._parts_answer(stack, block, index)
+                    for block in running:
+                        self._parts_answer(stack, block, front, index)
                     for layer in group.layers:
                         stack.enter_context(watching(layer, self._owners.get(layer.module), look))
                     with suppress(Reached):
                         call(self.model, batch)
             yield
-        for part in self._unsteady:
-            self._forget(part)
         for block in ahead:
             self._settle(block)
 
@@ -167,30 +165,31 @@ class Replay:
             for index in range(len(self.batches)):
                 self._spool.drop((old.name, index))
 
-    def _parts_answer(self, stack: ExitStack, block: Block, index: int) -> None:
-        """Within `stack` the parts of `block` that are done answer from memory, or are kept for the next pass."""
-        front = min(self._waiting, default=len(self._order))
+    def _parts_answer(self, stack: ExitStack, block: Block, front: int, index: int) -> None:
+        """Within `stack` the parts of `block` that are done answer from memory, or are kept for the next pass.
+
+        Args:
+            front: place of the first layer that is not finished: all before it are.
+        """
         for part in block.parts:
-            if part.until >= front or part in self._unsteady:
+            if part.until >= front:
                 continue
             if (part.name, index) in self._parts:
-                stack.enter_context(replaced_by(part.module, partial(self._parts.get, (part.name, index))))
-            elif part.outer is None or part.outer.until >= front or part.outer in self._unsteady:
+                stack.enter_context(replaced_once_by(part.module, partial(self._parts.get, (part.name, index))))
+            elif part.outer is None or part.outer.until >= front:
                 stack.enter_context(self._keep_part(part, block, index))
 
     @contextmanager
     def _keep_part(self, part: Part, block: Block, index: int) -> Iterator[None]:
-        calls = 0
+        first = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                self._unsteady.add(part)
-            elif self._parts.offer((part.name, index), output, self._room_for_parts()):
+            nonlocal first
+            if first and self._parts.offer((part.name, index), output, self._room_for_parts()):
                 for other in block.parts:
                     if other.inside(part):
                         self._parts.drop((other.name, index))
+            first = False
 
         handle = part.module.register_forward_hook(keep)
         try:
