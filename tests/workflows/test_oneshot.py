@@ -242,6 +242,21 @@ def test_a_part_with_side_effects_runs_every_time() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0, msg=name)
 
 
+def test_a_forward_that_was_set_on_a_module_comes_back() -> None:
+    torch.manual_seed(0)
+    model = Stack()
+    plain, set_on = copy.deepcopy(model), {}
+    for block in model.blocks:
+        for module in (block, block.gate):
+            inner = module.forward
+            set_on[module] = module.forward = lambda *args, inner=inner: inner(*args)  # type: ignore[method-assign]
+    for pruned in (model, plain):
+        twofour.prune(pruned, calibration=data(5), method="sparsegpt")
+    assert all(module.forward is forward for module, forward in set_on.items())
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 class OftenCalled(nn.Module):
     """Calls `inner` a second time where the inputs are large: before `outer`, or after it, when passes for it have ended."""
 

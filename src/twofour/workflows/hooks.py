@@ -76,11 +76,8 @@ def _inputs(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 @contextmanager
 def replaced_by(module: nn.Module, answer: Callable[[], Any]) -> Iterator[None]:
     """`module` gives `answer()` in place of its forward."""
-    module.forward = lambda *args, **kwargs: answer()
-    try:
+    with _with_forward(module, lambda *args, **kwargs: answer()):
         yield
-    finally:
-        del module.forward
 
 
 @contextmanager
@@ -95,11 +92,21 @@ def replaced_once_by(module: nn.Module, answer: Callable[[], Any]) -> Iterator[N
             return answer()
         return forward(*args, **kwargs)
 
-    module.forward = answered
+    with _with_forward(module, answered):
+        yield
+
+
+@contextmanager
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A forward of the module's own, as accelerate's hooks set one, comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager
