@@ -42,7 +42,7 @@ constexpr Isa kIsas[] = {
 constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"};
 
 // Sums of a block of the many-token kernel: part of an L2 cache. 1365 rows of 96 tokens, 2730 of 48.
-constexpr int64_t kBlockBytes = 512 << 10;
+constexpr int64_t kBlockBytes = 256 << 10;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
 constexpr int64_t kAlone = 1 << 18;
 
@@ -143,7 +143,7 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   while (blocks < units && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
   for_each_unit(threads, panels * blocks, [&](int64_t i) {
-    const int64_t panel = i / blocks, block = i % blocks;
+    const int64_t panel = i % panels, block = i / panels;
     const int64_t token0 = part(vectors, panels, panel) * kernel.lanes;
     const int64_t end = part(vectors, panels, panel + 1) * kernel.lanes;
     const int64_t token1 = end < args.tokens ? end : args.tokens;

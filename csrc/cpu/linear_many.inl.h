@@ -16,19 +16,17 @@
 constexpr int kMaxChunkGroups = 64;
 constexpr int kChunkStep = 4;  // groups; so that packing works on whole vectors of K
 
-// The offsets of R rows, group after group, each loaded two groups ahead of its turn; one for each S rows.
-template <class Offset, int R, int S = 1>
+// The offsets of R rows, group after group, each loaded two groups ahead of its turn.
+template <class Offset, int R>
 struct OffsetsAhead {
   static constexpr int kPerWord = sizeof(uint64_t) / sizeof(Offset);
-  static constexpr int kOffsets = R > S ? R / S : 1;
-  static constexpr int kStride = nm::kTileRows / S;
-  static constexpr int kPieces = (kOffsets + 2 * kPerWord - 1) / (2 * kPerWord);  // of two words
+  static constexpr int kPieces = (R + 2 * kPerWord - 1) / (2 * kPerWord);  // of two words
 
   uint64_t words[kPieces][2];
   Ahead next[kPieces];
   const Offset* offsets;
 
-  TWOFOUR_INLINE explicit OffsetsAhead(const Offset* first) : offsets(first + kStride) {
+  TWOFOUR_INLINE explicit OffsetsAhead(const Offset* first) : offsets(first + nm::kTileRows) {
     unroll<kPieces>([&](auto p) TWOFOUR_INLINE { next[p] = load_ahead(first + 2 * kPerWord * p); });
     advance();
   }
@@ -36,12 +34,18 @@ struct OffsetsAhead {
   TWOFOUR_INLINE void advance() {
     unroll<kPieces>([&](auto p) TWOFOUR_INLINE {
       words[p][0] = arrived<0>(next[p]);
-      if (2 * kPerWord * p + kPerWord < kOffsets) words[p][1] = arrived<1>(next[p]);
+      if (2 * kPerWord * p + kPerWord < R) words[p][1] = arrived<1>(next[p]);
       next[p] = load_ahead(offsets + 2 * kPerWord * p);
     });
-    offsets += kStride;
+    offsets += nm::kTileRows;
   }
 };
+
+// Rows per step: R * NV accumulators, enough to hide the latency of the FMA, few enough for the registers.
+constexpr int rows_for_registers(int vectors) {
+  return kVectorRegisters == 32 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4)
+                                : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
+}
 
 // Activations as fp32 rows; weights and tokens of fp32 or bf16.
 template <class Item, class Token = Item>
@@ -53,6 +57,7 @@ struct ManyWide {
   static constexpr int kPanelRows = nm::kGroup;  // rows of tokens per group
   static constexpr int kPanelVectors = 6;        // of tokens; with 3, weights and offsets load the loads too much
   static constexpr int kPanelPercent = 65;       // of the L1 cache; more, and the weights passing through evict it
+  static constexpr int rows_per_step(int vectors) { return rows_for_registers(vectors); }
 
   template <int NV>
   static void pack(const LinearArgs& args, int64_t token0, int tokens, int64_t group0, int groups, char* panel) {
@@ -134,12 +139,6 @@ struct ManyWide {
     }
   }
 };
-
-// Rows per step: R * NV accumulators, enough to hide the latency of the FMA, few enough for the registers.
-constexpr int rows_per_step(int vectors) {
-  return kVectorRegisters == 32 ? (vectors == 1 ? 16 : vectors <= 3 ? 8 : 4)
-                                : (vectors == 1 ? 8 : vectors <= 3 ? 4 : 2);
-}
 
 // Adds the chunk's part of R rows to the sums in memory. The part is summed from zero: that starts without waiting for
 // memory, and shorter chains of additions round less.
@@ -226,7 +225,7 @@ struct Many {
   static void panel(const LinearArgs& args, char* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
                     int64_t tile1) {
     using Item = typename Core::WeightItem;
-    constexpr int R = rows_per_step(NV);
+    constexpr int R = Core::rows_per_step(NV);
     constexpr int64_t kMetadata = nm::metadata_bytes(S);
     constexpr int kGroupBytes = Core::kPanelRows * NV * static_cast<int>(sizeof(F));
     const int64_t groups = nm::groups_of(args.in_features);

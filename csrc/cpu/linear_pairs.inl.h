@@ -57,7 +57,7 @@ struct ManyPairs {
   using Output = bf16;
   using WeightItem = bf16;
   using Weight = bf16;
-  using Offset = uint16_t;
+  using Offset = uint8_t;
   static constexpr int kPanelRows = nm::kPairs;  // rows of tokens per group
   // Few vectors, so that a chunk has many groups: between chunks the sums go to the L2 cache and back (with 6 vectors a
   // chunk has 16 groups, and that takes 10 % of the time).
@@ -77,6 +77,7 @@ struct ManyPairs {
         F block[kLanes];
         for (int t = 0; t < kLanes; ++t) {
           const int token = v * kLanes + t;
+          __builtin_prefetch(x + token * args.x_stride + k + 2 * kColumns);  // from L2, where prefetch_x left it
           block[t] = token < tokens ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + token * args.x_stride + k))
                                     : zero();
         }
@@ -103,76 +104,123 @@ struct ManyPairs {
     return _mm512_add_epi32(base, _mm512_set1_epi32(a | (32 + b) << 16));
   }
 
-  // Three vectors of 32 words for 16 bytes of metadata: which 16 bits of them have the nibble, how far up it is, and the
-  // byte offset of its pair (twice, because vpermw reads five bits of the index). 32 nibbles are those of two groups, or of
-  // 2 * S where S rows share one.
+  // Offsets in units of eight bytes, so that they fit in one: [half of a tile][group][8 rows]. Rows that share a mask have
+  // the same; of four groups, 32 bytes per half, which makes the zmm below.
+  static constexpr int kStepRows = nm::kTileRows / 2;
+  static constexpr int kUnit = 8;
+  static constexpr int kGroupsAtOnce = 4;
+  static constexpr int kHalfBytes = (kMaxChunkGroups + kGroupsAtOnce) * kStepRows;  // the last are loaded, not used
+  static constexpr int rows_per_step(int) { return kStepRows; }
+
+  // How 64 bytes are found in the metadata of four groups: each 128-bit block takes the 16-bit words with the nibbles of
+  // its half and its two groups, each byte one of those bytes; in `high` ones the nibble is the upper one.
   struct OffsetTables {
-    uint16_t word[32], shift[32], offset[32];
+    uint16_t word[32];
+    uint8_t byte[64], offset[16];
+    uint64_t high;
   };
   template <int NV, int S>
   static constexpr OffsetTables offset_tables() {
+    static_assert((nm::kPairs - 1) * NV * sizeof(F) / kUnit < 256, "offsets are bytes");
+    constexpr int kWords = S == 1 ? 2 : 1;  // with the nibbles of half a tile; for rows of their own, in two 32-bit words
     OffsetTables tables{};
-    for (int i = 0; i < 32; ++i) {
-      const int bit = S == 1 ? 8 * nm::kTileMetadataBytes * (i / nm::kTileRows) + nm::bit_of_row(i % nm::kTileRows, 1) : 4 * i;
-      tables.word[i] = static_cast<uint16_t>(bit / 16);
-      tables.shift[i] = static_cast<uint16_t>(bit % 16);
-      tables.offset[i] = static_cast<uint16_t>(nm::pair_of(i % 16) * NV * static_cast<int>(sizeof(F)));
+    for (unsigned nibble = 0; nibble < 16; ++nibble) {
+      tables.offset[nibble] = static_cast<uint8_t>(nm::pair_of(nibble) * NV * static_cast<int>(sizeof(F)) / kUnit);
+    }
+    for (int block = 0; block < 4; ++block) {
+      const int first_row = block / 2 * kStepRows, first_group = block % 2 * 2;
+      for (int of_block = 0; of_block < 16; ++of_block) {
+        const int row = first_row + of_block % kStepRows, group = of_block / kStepRows;
+        const int bit = nm::bit_of_row(row, S), slot = kWords * group + (kWords == 2 ? nm::word_of_row(row) : 0);
+        const int byte = 16 * block + of_block;
+        tables.word[8 * block + slot] = static_cast<uint16_t>((first_group + group) * nm::metadata_bytes(S) / 2 + bit / 16);
+        tables.byte[byte] = static_cast<uint8_t>(2 * slot + bit / 8 % 2);
+        tables.high |= static_cast<uint64_t>(bit / 4 % 2) << byte;
+      }
     }
     return tables;
   }
 
-  // The first n bytes, and zeros behind them where there are fewer than 16.
-  static __m128i load_bytes(const uint8_t* p, int n) {
-    if (n >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    uint8_t bytes[16] = {};
-    __builtin_memcpy(bytes, p, static_cast<size_t>(n));
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  }
-
-  // [groups][rows of a tile, one for those that share a mask].
   template <int NV, int S>
-  static void offsets(const uint8_t* metadata, int groups, uint16_t* offsets) {
+  static void offsets(const uint8_t* metadata, int groups, uint8_t* offsets) {
     static constexpr OffsetTables kTables = offset_tables<NV, S>();
-    const I word = _mm512_loadu_si512(kTables.word), shift = _mm512_loadu_si512(kTables.shift);
-    const I offset = _mm512_loadu_si512(kTables.offset);
+    const I word = _mm512_loadu_si512(kTables.word), byte = _mm512_loadu_si512(kTables.byte);
+    const I offset = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kTables.offset)));
+    constexpr int kBytes = kGroupsAtOnce * nm::metadata_bytes(S);
     const int bytes = groups * nm::metadata_bytes(S);
-    for (int b = 0; b < bytes; b += 16, offsets += 32) {
-      const I from = _mm512_castsi128_si512(load_bytes(metadata + b, bytes - b));
-      const I nibbles = _mm512_srlv_epi16(_mm512_permutexvar_epi16(word, from), shift);
-      _mm512_storeu_si512(offsets, _mm512_permutexvar_epi16(nibbles, offset));
+    for (int b = 0; b < bytes; b += kBytes, offsets += kGroupsAtOnce * kStepRows) {
+      const __mmask32 held = ~0u >> (32 - (bytes - b < kBytes ? bytes - b : kBytes));
+      const I from = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(held, metadata + b));
+      const I found = _mm512_shuffle_epi8(_mm512_permutexvar_epi16(word, from), byte);
+      const I low = _mm512_mask_blend_epi8(kTables.high, found, _mm512_srli_epi16(found, 4));
+      const I both = _mm512_shuffle_epi8(offset, _mm512_and_si512(low, _mm512_set1_epi8(15)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets), _mm512_castsi512_si256(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + kHalfBytes), _mm512_extracti64x4_epi64(both, 1));
     }
   }
 
   static const bf16* weights(const bf16* values, int, float*) { return values; }
 
-  template <int R, int NV, int S>
-  TWOFOUR_INLINE static void step(const char* panel, const uint16_t* offsets, const bf16* weights, int row, int groups,
-                                  const char* next_weights, F (&sums)[R][NV]) {
-    weights += row * nm::kKeep;
-    OffsetsAhead<Offset, R, S> ahead(offsets + row / S);
-    for (int g = 0; g < groups; ++g) {
-      __builtin_prefetch(next_weights);
-      next_weights += R * nm::kKeep * sizeof(bf16);
-      const OffsetsAhead<Offset, R, S> now = ahead;
-      ahead.advance();
-      unroll<R / 4>([&](auto q) TWOFOUR_INLINE {
-        const Quad quad = load_quad(reinterpret_cast<const float*>(weights + q * 4 * nm::kKeep));
-        unroll<4 / S>([&](auto s) TWOFOUR_INLINE {
-          constexpr int offset = 4 / S * q + s;
-          const char* x = panel + (now.words[offset / 8][offset / 4 % 2] >> (16 * (offset % 4)) & 0xffff);
-          I w[S];
-          unroll<S>([&](auto i) TWOFOUR_INLINE { w[i] = _mm512_castps_si512(splat<S * s + i>(quad)); });
-          unroll<NV>([&](auto v) TWOFOUR_INLINE {
-            const I x_v = _mm512_loadu_si512(x + v * sizeof(F));
-            unroll<S>([&](auto i) TWOFOUR_INLINE {
-              F& sum = sums[4 * q + S * s + i][v];
-              sum = dot(sum, w[i], x_v);
-            });
+  // sums[r] += weights of row r * the pair that its offset names, for 8 rows of one group.
+  template <int NV, int S>
+  TWOFOUR_INLINE static void add_group(const char* panel, uint64_t offsets, const bf16* weights, F (&sums)[kStepRows][NV]) {
+    const Quad both = _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(weights))));
+    unroll<2>([&](auto q) TWOFOUR_INLINE {
+      // Every row with a load of its own: the loads are the limit, so two quads come by one. Else the shuffles are.
+      const Quad quad = S == 1 ? _mm512_shuffle_f32x4(both, both, 0x55 * q)
+                               : load_quad(reinterpret_cast<const float*>(weights + q * 4 * nm::kKeep));
+      unroll<4 / S>([&](auto s) TWOFOUR_INLINE {
+        const char* x = panel + (offsets >> 8 * (4 * q + S * s) & 0xff) * kUnit;
+        I w[S];
+        unroll<S>([&](auto i) TWOFOUR_INLINE { w[i] = _mm512_castps_si512(splat<S * s + i>(quad)); });
+        unroll<NV>([&](auto v) TWOFOUR_INLINE {
+          const I x_v = _mm512_loadu_si512(x + v * sizeof(F));
+          unroll<S>([&](auto i) TWOFOUR_INLINE {
+            F& sum = sums[4 * q + S * s + i][v];
+            sum = dot(sum, w[i], x_v);
           });
         });
       });
+    });
+  }
+
+  template <int R, int NV, int S>
+  TWOFOUR_INLINE static void step(const char* panel, const uint8_t* offsets, const bf16* weights, int row, int groups,
+                                  const char* next_weights, F (&sums)[R][NV]) {
+    static_assert(R == kStepRows);
+    constexpr int kAtOnce = S == 1 ? 2 : 1;  // groups; two, and rows that share loads have too few registers
+    offsets += row / kStepRows * kHalfBytes;
+    weights += row * nm::kKeep;
+    const auto add_next = [&](uint64_t word) TWOFOUR_INLINE {
+      add_group<NV, S>(panel, word, weights, sums);
       panel += kPanelRows * NV * sizeof(F);
       weights += nm::kTileRows * nm::kKeep;
+    };
+    // No more bytes than are used: a load that began inside one store of `offsets` and ended in the next would wait for both.
+    uint64_t words[kAtOnce];
+    Ahead next;
+    const auto load_next = [&]() TWOFOUR_INLINE {
+      next = kAtOnce == 2 ? load_ahead(offsets) : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(offsets));
+      offsets += kAtOnce * kStepRows;
+    };
+    const auto advance = [&]() TWOFOUR_INLINE {
+      if constexpr (kAtOnce == 2) {
+        unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { words[i] = arrived<i>(next); });
+      } else {
+        words[0] = static_cast<uint64_t>(_mm_cvtsi128_si64(next));  // `arrived` costs 2 % here
+      }
+      load_next();
+    };
+    load_next();
+    advance();
+    for (int g = 0; g < groups - groups % kAtOnce; g += kAtOnce) {
+      __builtin_prefetch(next_weights);
+      next_weights += kAtOnce * R * nm::kKeep * sizeof(bf16);
+      uint64_t now[kAtOnce];
+      unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { now[i] = words[i]; });
+      advance();
+      unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { add_next(now[i]); });
     }
+    if (groups % kAtOnce != 0) add_next(words[0]);
   }
 };

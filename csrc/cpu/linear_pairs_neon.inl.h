@@ -44,6 +44,7 @@ struct ManyPairs {
   static constexpr int kPanelRows = nm::kPairs;  // rows of tokens per group
   static constexpr int kPanelVectors = 6;        // of tokens
   static constexpr int kPanelPercent = 75;       // of the L1 cache
+  static constexpr int rows_per_step(int vectors) { return rows_for_registers(vectors); }
 
   // The first n (0..8) bf16 of a row; the others are 0 and their memory is not touched.
   static F load_row(const bf16* p, int n) {

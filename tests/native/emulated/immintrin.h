@@ -79,6 +79,7 @@ inline unsigned largest(__m512i v) {
 #define _mm512_maskz_loadu_ps(mask, p) (twofour_emulated::load_masked<float, __m512>(mask, p))
 #define _mm512_mask_storeu_ps(p, mask, v) (twofour_emulated::store_masked<float>(p, mask, v))
 #define _mm512_maskz_loadu_epi16(mask, p) (twofour_emulated::load_masked<int16_t, __m512i>(mask, p))
+#define _mm256_maskz_loadu_epi8(mask, p) (twofour_emulated::load_masked<int8_t, __m256i>(mask, p))
 #define _mm256_maskz_loadu_epi16(mask, p) (twofour_emulated::load_masked<int16_t, __m256i>(mask, p))
 #define _mm256_mask_storeu_epi16(p, mask, v) (twofour_emulated::store_masked<int16_t>(p, mask, v))
 #define _mm512_permutevar_ps(v, control) (twofour_emulated::permute_by_low_bits(v, control))
