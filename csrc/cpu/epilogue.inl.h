@@ -1,9 +1,11 @@
 // What follows the sums of a linear layer: y = activation(x @ W.T + bias) + residual, in fp32, rounded once with y. Included
 // inside an unnamed namespace, after simd_*.inl.h.
 //
-// ReLU is exact; GELU and SiLU err by 8 units of 2^-24 at most, relative, also where they decay to 0 on the negative side,
-// where the textbook form 1 + erf(..) has lost every digit; GELU by tanh(z) by 8 (1 + 2|z|), for z itself is rounded.
-// What is smaller than 2^-122 |x| may become 0. -inf gives NaN as in torch (-inf * 0), except for ReLU; NaN stays NaN.
+// ReLU is exact. For y of fp32, GELU and SiLU err by 8 units of 2^-24 at most, relative, also where they decay to 0 on the
+// negative side, where the textbook form 1 + erf(..) has lost every digit; GELU by tanh(z) by 8 (1 + 2|z|), for z itself is
+// rounded. For y of bf16, which is rounded to 2^-8, they err by 2^-13 and those 8 (1 + 2|z|), and take half the time: the
+// functions called rough. What is smaller than 2^-122 |x| may become 0. -inf gives NaN as in torch (-inf * 0), except for
+// ReLU; NaN stays NaN.
 
 inline bool has_epilogue(const LinearArgs& args) {
   return args.activation != Activation::kNone || args.residual != nullptr;
@@ -30,10 +32,18 @@ TWOFOUR_INLINE inline F exponential(F x, F rest) {
   return mul(e, low_bits_as_exponent(biased));
 }
 
+// 2^(x * scale) for x * scale in [-127, 0], within 2^-18; 0 below -126.5.
+TWOFOUR_INLINE inline F rough_power(F x, float scale) {
+  constexpr float kRound = 12582912, kBiased = kRound + 127;  // as above
+  static constexpr float kTerms[] = {0.99999926f, 0.69312181f, 0.240247462f, 0.0559178907f, 0.00957007698f};
+  const F biased = fma(x, all(scale), all(kBiased));
+  const F n = add(biased, all(-kBiased));
+  return mul(polynomial(kTerms, fma(x, all(scale), mul(n, all(-1)))), low_bits_as_exponent(biased));
+}
+
 // min(|x|, largest); NaN becomes the largest, and x itself must bring it back.
 TWOFOUR_INLINE inline F bounded_magnitude(F x, float largest) {
-  const F magnitude = and_bits(x, 0x7fffffffu);
-  return select_less(magnitude, all(largest), magnitude, all(largest));
+  return lesser(and_bits(x, 0x7fffffffu), all(largest));
 }
 
 // x / (1 + e^-z) for z of x's sign.
@@ -43,14 +53,10 @@ TWOFOUR_INLINE inline F times_sigmoid(F x, F z) {
   const F e = select_less(t, all(kEnd), exponential(mul(t, all(-1)), zero()), zero());
   return mul(x, divide(select_less(x, zero(), e, all(1)), add(e, all(1))));
 }
-
-TWOFOUR_INLINE inline F relu(F x) { return select_less(x, zero(), zero(), x); }
-
-TWOFOUR_INLINE inline F silu(F x) { return times_sigmoid(x, x); }
-
-// 0.5 x (1 + tanh(z)) = x / (1 + e^-2z) for z = sqrt(2 / pi) (x + 0.044715 x^3).
-TWOFOUR_INLINE inline F gelu_tanh(F x) {
-  return times_sigmoid(x, mul(x, fma(mul(x, x), all(0.0713548163f), all(1.59576912f))));
+TWOFOUR_INLINE inline F rough_times_sigmoid(F x, F z) {
+  constexpr float kLog2E = 1.44269504f, kEnd = 127 / kLog2E;  // where rough_power is 0
+  const F e = rough_power(bounded_magnitude(z, kEnd), -kLog2E);
+  return mul(select_less(x, zero(), mul(x, e), x), about_one_over(add(e, all(1))));
 }
 
 // x Phi(x), where Phi(-t) = e^(-t^2 / 2) R(t) and R, which falls from 1/2 like 1 / t, is a quotient of polynomials without
@@ -66,6 +72,22 @@ TWOFOUR_INLINE inline F gelu(F x) {
   const F tail = select_less(t, all(kEnd), mul(e, divide(polynomial(kOver, t), polynomial(kUnder, t))), zero());
   return mul(x, select_less(x, zero(), tail, fma(tail, all(-1), all(1))));
 }
+// Here R is a polynomial of u = 1 / (1 + kPole t), within 2^-15 (the form of Hastings, Approximations for Digital Computers,
+// 1955, with terms that bound the relative error).
+TWOFOUR_INLINE inline F rough_gelu(F x) {
+  static constexpr float kTerms[] = {0.14908687f, 0.15814399f, 0.08254127f, 0.20159401f, -0.09137926f};
+  constexpr float kPole = 0.37516025f, kScale = -0.72134752f;  // -1/2 log2(e)
+  constexpr float kEnd = 13.2687f;                             // kScale kEnd^2 = -127: rough_power is 0
+  const F t = bounded_magnitude(x, kEnd);
+  const F u = about_one_over(fma(t, all(kPole), all(1)));
+  const F tail = mul(rough_power(mul(t, t), kScale), mul(u, polynomial(kTerms, u)));
+  return mul(x, select_less(x, zero(), tail, fma(tail, all(-1), all(1))));
+}
+
+// 0.5 x (1 + tanh(z)) = x / (1 + e^-2z) for z = sqrt(2 / pi) (x + 0.044715 x^3): 2z of x.
+TWOFOUR_INLINE inline F tanh_argument(F x) { return mul(x, fma(mul(x, x), all(0.0713548163f), all(1.59576912f))); }
+
+TWOFOUR_INLINE inline F relu(F x) { return select_less(x, zero(), zero(), x); }
 
 template <class Output, class Function>
 TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, F bias, int64_t token0, int tokens,
@@ -90,12 +112,18 @@ TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, F bias,
   const auto each = [&](auto function) TWOFOUR_INLINE {
     finish_each<Output>(args, sums, bias, token0, tokens, row, rows, function);
   };
+  constexpr bool kRough = sizeof(Output) == sizeof(bf16);
   switch (args.activation) {
     case Activation::kNone: return each([](F v) TWOFOUR_INLINE { return v; });
     case Activation::kRelu: return each([](F v) TWOFOUR_INLINE { return relu(v); });
-    case Activation::kGelu: return each([](F v) TWOFOUR_INLINE { return gelu(v); });
-    case Activation::kGeluTanh: return each([](F v) TWOFOUR_INLINE { return gelu_tanh(v); });
-    case Activation::kSilu: return each([](F v) TWOFOUR_INLINE { return silu(v); });
+    case Activation::kGelu: return each([](F v) TWOFOUR_INLINE { return kRough ? rough_gelu(v) : gelu(v); });
+    case Activation::kGeluTanh:
+      return each([](F v) TWOFOUR_INLINE {
+        const F z = tanh_argument(v);
+        return kRough ? rough_times_sigmoid(v, z) : times_sigmoid(v, z);
+      });
+    case Activation::kSilu:
+      return each([](F v) TWOFOUR_INLINE { return kRough ? rough_times_sigmoid(v, v) : times_sigmoid(v, v); });
   }
 }
 

@@ -126,12 +126,14 @@ inline void transpose(F (&v)[8]) {
   }
 }
 
-// For epilogue.inl.h: one number in all lanes; products, quotients; a < b ? yes : no (no for NaN); v & mask; and the low
-// nine bits moved into sign and exponent.
+// For epilogue.inl.h: one number in all lanes; products, quotients; 1 / v within 2^-13.9; a < b ? yes : no (no for NaN);
+// a < b ? a : b; v & mask; and the low nine bits moved into sign and exponent.
 inline F all(float value) { return _mm256_set1_ps(value); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F divide(F a, F b) { return _mm256_div_ps(a, b); }
+inline F about_one_over(F v) { return divide(all(1), v); }
 inline F select_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline F lesser(F a, F b) { return _mm256_min_ps(a, b); }
 inline F and_bits(F v, uint32_t mask) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(mask))));
 }

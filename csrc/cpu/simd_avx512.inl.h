@@ -27,18 +27,24 @@ inline F widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm5
 inline F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline F load_first(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
-// Rounds to nearest even, keeps subnormals (vcvtneps2bf16 flushes them) and NaN.
-inline void store_first(bf16* p, F v, int n) {
+// Rounds to nearest even, keeps subnormals and NaN.
+inline __m256i rounded(F v) {
+#if defined(__AVX512BF16__) && !defined(TWOFOUR_EMULATED_AVX512)
+  constexpr int kSubnormal = 0x20;  // vcvtneps2bf16 takes them for 0
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kSubnormal) == 0, 1)) return (__m256i)_mm512_cvtneps_pbh(v);
+#endif
   const I bits = _mm512_castps_si512(v);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const I nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const I quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const I kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  const I kept = _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+inline void store_first(bf16* p, F v, int n) {
   if (n >= kLanes) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v));
   } else {
-    _mm256_mask_storeu_epi16(p, first_lanes(n), narrow);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), rounded(v));
   }
 }
 
@@ -107,14 +113,16 @@ inline void transpose(F (&v)[16]) {
   }
 }
 
-// For epilogue.inl.h: one number in all lanes; products, quotients; a < b ? yes : no (no for NaN); v & mask; and the low
-// nine bits moved into sign and exponent.
+// For epilogue.inl.h: one number in all lanes; products, quotients; 1 / v within 2^-13.9; a < b ? yes : no (no for NaN);
+// a < b ? a : b; v & mask; and the low nine bits moved into sign and exponent.
 inline F all(float value) { return _mm512_set1_ps(value); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F divide(F a, F b) { return _mm512_div_ps(a, b); }
+inline F about_one_over(F v) { return _mm512_rcp14_ps(v); }
 inline F select_less(F a, F b, F yes, F no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
+inline F lesser(F a, F b) { return _mm512_min_ps(a, b); }
 inline F and_bits(F v, uint32_t mask) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(static_cast<int>(mask))));
 }

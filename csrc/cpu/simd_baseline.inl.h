@@ -125,14 +125,16 @@ inline void transpose(F (&v)[4]) {
   v[3] = F{a[3], b[3], c[3], d[3]};
 }
 
-// For epilogue.inl.h: one number in all lanes; products, quotients; a < b ? yes : no (no for NaN); v & mask; and the low
-// nine bits moved into sign and exponent.
+// For epilogue.inl.h: one number in all lanes; products, quotients; 1 / v within 2^-13.9; a < b ? yes : no (no for NaN);
+// a < b ? a : b; v & mask; and the low nine bits moved into sign and exponent.
 inline F all(float value) { return F{value, value, value, value}; }
 inline F mul(F a, F b) { return a * b; }
 inline F divide(F a, F b) { return a / b; }
+inline F about_one_over(F v) { return divide(all(1), v); }
 inline F select_less(F a, F b, F yes, F no) {
   const I less = (I)(a < b);
   return (F)(((I)yes & less) | ((I)no & ~less));
 }
+inline F lesser(F a, F b) { return select_less(a, b, a, b); }
 inline F and_bits(F v, uint32_t mask) { return (F)((I)v & mask); }
 inline F low_bits_as_exponent(F v) { return (F)((I)v << 23); }

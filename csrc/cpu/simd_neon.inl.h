@@ -157,12 +157,14 @@ inline void transpose(F (&v)[4]) {
   v[3] = vreinterpretq_f32_f64(vzip2q_f64(b, d));
 }
 
-// For epilogue.inl.h: one number in all lanes; products, quotients; a < b ? yes : no (no for NaN); v & mask; and the low
-// nine bits moved into sign and exponent.
+// For epilogue.inl.h: one number in all lanes; products, quotients; 1 / v within 2^-13.9; a < b ? yes : no (no for NaN);
+// a < b ? a : b; v & mask; and the low nine bits moved into sign and exponent.
 inline F all(float value) { return vdupq_n_f32(value); }
 inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F divide(F a, F b) { return vdivq_f32(a, b); }
+inline F about_one_over(F v) { return divide(all(1), v); }
 inline F select_less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+inline F lesser(F a, F b) { return select_less(a, b, a, b); }
 inline F and_bits(F v, uint32_t mask) {
   return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(mask)));
 }

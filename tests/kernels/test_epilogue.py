@@ -18,7 +18,11 @@ from twofour.testing import integer_tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = list(ACTIVATIONS)
-FUNCTION_UNITS = 8  # of 2^-24, relative: what the native functions may err
+
+
+def function_error(dtype: torch.dtype, condition: Tensor | float = 1.0) -> Tensor | float:
+    """What the native functions may err, relative, for y of this dtype."""
+    return 8 * 2.0**-24 * condition + (2.0**-13 if dtype == torch.bfloat16 else 0)
 
 
 def exact_activation(name: str, y: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def assert_finished(found: Tensor, name: str, before: Tensor, magnitude: Tensor,
     expected = value + residual.double()
     condition = 1 + tanh_argument(before).abs().clamp(max=110) if name == "gelu_tanh" else 1
     allowed = torch.finfo(found.dtype).eps / 2 * expected.abs() * 1.01 + 2.0**-24 * expected.abs() + 2.0**-126
-    allowed = allowed + 1.13 * terms * 2.0**-24 * magnitude + FUNCTION_UNITS * 2.0**-24 * condition * value.abs()
+    allowed = allowed + 1.13 * terms * 2.0**-24 * magnitude + function_error(found.dtype, condition) * value.abs()
     assert bool(((found.double() - expected).abs() <= allowed).all())
 
 
@@ -78,30 +82,29 @@ def test_native_functions_stay_within_the_bound(isa: str, family: cpu.Family, na
     assert_finished(found, name, before, magnitude, 2 * 65, residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("isa", cpu.isas() if cpu.available() is None else [])
-def test_native_functions_of_any_number(isa: str, name: str) -> None:
+def test_native_functions_of_any_number(isa: str, name: str, dtype: torch.dtype) -> None:
     """The bias alone reaches them: the range where they decay, powers of every size, NaN and the infinities."""
     special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 12.75, -12.75, 87.0, -87.0])
     bits = torch.arange(0, 2**32, 2**19 + 1).to(torch.int32).view(torch.float32)
     bias = torch.cat([torch.linspace(-17, 17, 20001), torch.linspace(-112, 112, 5001), special, bits])
-    matrix = SparseMatrix.from_dense(torch.zeros(len(bias), 4), prune=True)
-    found = cpu.linear(torch.zeros(1, 4), *KERNELS["cpu"].pack(matrix), bias, *matrix.shape, isa=isa, activation=name)[
-        0
-    ].double()
+    matrix = SparseMatrix.from_dense(torch.zeros(len(bias), 4, dtype=dtype), prune=True)
+    x, packed = torch.zeros(1, 4, dtype=dtype), KERNELS["cpu"].pack(matrix)
+    found = cpu.linear(x, *packed, bias, *matrix.shape, isa=isa, activation=name)[0].double()
     y = bias.double()
     expected = exact_activation(name, y)
     condition = 1 + tanh_argument(y).abs().clamp(max=110) if name == "gelu_tanh" else 1
-    allowed = (1 + FUNCTION_UNITS * condition) * 2.0**-24 * expected.abs() + y.abs() * 2.0**-122 + 2.0**-149
-    finite = expected.isfinite()
+    unit = torch.finfo(dtype).eps / 2
+    allowed = (unit * 1.001 + function_error(dtype, condition)) * expected.abs() + y.abs() * 2.0**-122
+    allowed = allowed + unit * 2.0**-126 + 2.0**-149
+    finite = expected.to(dtype).isfinite()
     assert bool(((found - expected).abs() <= allowed)[finite].all())
     assert torch.equal(found[~finite].isnan(), expected[~finite].isnan())
     for value in (torch.inf, -torch.inf, torch.nan):  # as torch has it in float64, where it takes no short cuts
         theirs = ACTIVATIONS[name](torch.tensor([value], dtype=torch.float64))
-        ours = cpu.linear(
-            torch.zeros(1, 4), *KERNELS["cpu"].pack(matrix), torch.full_like(bias, value), *matrix.shape,
-            isa=isa, activation=name,
-        )  # fmt: skip
+        ours = cpu.linear(x, *packed, torch.full_like(bias, value), *matrix.shape, isa=isa, activation=name)
         torch.testing.assert_close(ours.double(), theirs.expand_as(ours), rtol=0, atol=0, equal_nan=True)
 
 
