@@ -76,6 +76,7 @@ inline unsigned largest(__m512i v) {
 #undef _mm512_and_si512
 #define _mm512_and_si512(...) simde_mm512_and_si512(__VA_ARGS__)
 
+#define _mm512_rcp14_ps(v) simde_mm512_div_ps(simde_mm512_set1_ps(1), v)
 #define _mm512_maskz_loadu_ps(mask, p) (twofour_emulated::load_masked<float, __m512>(mask, p))
 #define _mm512_mask_storeu_ps(p, mask, v) (twofour_emulated::store_masked<float>(p, mask, v))
 #define _mm512_maskz_loadu_epi16(mask, p) (twofour_emulated::load_masked<int16_t, __m512i>(mask, p))
