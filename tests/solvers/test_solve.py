@@ -71,8 +71,8 @@ def test_hessian_refuses_what_is_no_number_and_keeps_what_it_had(bad: float) -> 
         hessian.add(torch.ones(4, 7))
 
 
-def paired(x: Tensor, wanted: Tensor) -> Hessian:
-    hessian = Hessian(x.shape[1], paired=True)
+def paired(x: Tensor, wanted: Tensor, through: Tensor | None = None) -> Hessian:
+    hessian = Hessian(x.shape[1], paired=True, through=through)
     for part, wanted_part in zip(x.split(700), wanted.split(700), strict=True):
         hessian.add(part, wanted_part)
     return hessian
@@ -126,6 +126,25 @@ def test_corrected_weight_is_the_ridge_regression_of_the_wanted_outputs() -> Non
     assert torch.equal(corrected(weight, seen(x), statistics(seen(x))), weight)
     lost = (x @ weight.T - wanted @ weight.T).square().mean()
     assert (x @ found.T - wanted @ weight.T).square().mean() < 0.7 * lost
+
+
+def test_drift_through_a_weight_corrects_that_weight_alone() -> None:
+    wanted = inputs(24)
+    x = wanted + 0.3 * inputs(24, seed=5)
+    weight, whole = weights(6, 24), paired(x, wanted)
+    hessian = paired(x, wanted, weight)
+    assert hessian.drift is not None
+    torch.testing.assert_close(hessian.drift, weight.double() @ (wanted - x).T @ x)
+    found = statistics(hessian)
+    torch.testing.assert_close(corrected(weight, hessian, found), corrected(weight, whole, found))
+    with pytest.raises(CalibrationError, match="drift of another weight's outputs"):
+        corrected(2 * weight, hessian, found)
+    merged = paired(x[:700], wanted[:700], weight)
+    merged.merge(paired(x[700:], wanted[700:], weight))
+    torch.testing.assert_close(merged.drift, hessian.drift)
+    merged.forget_drift()
+    assert merged.through is None
+    merged.add(x)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "admm"])

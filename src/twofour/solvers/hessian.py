@@ -30,13 +30,24 @@ class Hessian:
         features: in_features of the matrix.
         device: where the sums are kept and made.
         paired: each token comes with the one that was wanted in its place: `drift` sums their difference times x.
+        through: [out_features, features], on the same device, the one weight that makes up for the drift: what is summed
+            is the drift of its outputs, which costs less where it has fewer outputs than half its inputs.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu", *, paired: bool = False) -> None:
+    def __init__(
+        self,
+        features: int,
+        device: torch.device | str = "cpu",
+        *,
+        paired: bool = False,
+        through: Tensor | None = None,
+    ) -> None:
         self.second = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.first = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
-        self.drift: Tensor | None = torch.zeros_like(self.second) if paired else None
+        self.through = through if paired else None
+        rows = features if self.through is None else len(self.through)
+        self.drift: Tensor | None = self.second.new_zeros(rows, features) if paired else None
 
     @property
     def features(self) -> int:
@@ -49,7 +60,8 @@ class Hessian:
         Raises:
             ShapeError: another number of features, or `wanted` where it is not expected, or none where it is.
             CalibrationError: NaN or infinities in x. Nothing of it is taken in then.
-        Cost: little more than tokens * features² / 2 products; paired, three times that.
+        Cost: little more than tokens * features² / 2 products; paired, three times that, or through a weight another
+            2 * tokens * out_features * features.
         """
         if x.shape[-1] != self.features:
             raise ShapeError(f"x is {list(x.shape)}: its last axis must be the layer's {self.features} in_features.")
@@ -61,6 +73,8 @@ class Hessian:
         rows, sums = self._rows(x)
         if wanted is not None and self.drift is not None:
             difference = self._rows(wanted)[0] - rows
+            if self.through is not None:
+                difference = difference @ self.through.to(difference.dtype).T
             for part, moved in zip(rows.split(_TOKENS_AT_ONCE), difference.split(_TOKENS_AT_ONCE), strict=True):
                 self.drift += moved.T @ part
         step = max(_BLOCK, -(-self.features // 8))
@@ -86,14 +100,14 @@ class Hessian:
 
     def forget_drift(self) -> None:
         """From now on it is not paired."""
-        self.drift = None
+        self.drift = self.through = None
 
     def merge(self, other: Hessian) -> None:
-        """Takes in what another one has seen. Stays paired if both are."""
+        """Takes in what another one has seen, through the same weight. Stays paired if both are."""
         if self.drift is not None and other.drift is not None:
             self.drift += other.drift
         else:
-            self.drift = None
+            self.forget_drift()
         self.second += other.second
         self.first += other.first
         self.tokens += other.tokens
@@ -178,16 +192,24 @@ def corrected(weight: Tensor, hessian: Hessian, found: Statistics) -> Tensor:
         weight: [out_features, in_features].
         hessian: paired, or the weight comes back as it is.
         found: its statistics.
+    Raises:
+        CalibrationError: the drift was summed through another weight.
     Cost: features³ / 3 products, and 2 * out_features * features².
     Source: Li et al. 2025, arXiv:2504.02692 (GPTAQ); Arai & Ichikawa 2025, arXiv:2504.09629 (QEP).
     """
     if hessian.drift is None:
         return weight
+    drift = hessian.drift / hessian.tokens
+    if hessian.through is None:
+        moved = weight.to(drift.dtype) @ drift
+    elif torch.equal(hessian.through.to(weight.dtype), weight):
+        moved = drift
+    else:
+        raise CalibrationError("the Hessian knows the drift of another weight's outputs: `through` must be this weight.")
     damped = hessian.second / hessian.tokens
     live = damped.diagonal()[~found.dead]
     damped.diagonal().add_(DRIFT_DAMPING * live.mean())
     factor = torch.linalg.cholesky(damped)
-    moved = weight.to(damped.dtype) @ (hessian.drift / hessian.tokens)
     change: Tensor = torch.cholesky_solve(moved.T, factor).T
     return weight + change.to(weight.dtype)
 

@@ -202,8 +202,10 @@ def hessian_of(replay: Replay, group: Group, dense: Steps | None = None) -> Hess
         CalibrationError: NaN or infinities, told with the layer's name; in every process where one meets them.
     """
     first = group.layers[0]
-    matrix = observe.as_matrix(first.module, first.weight)
-    hessian = Hessian(matrix.shape[1], matrix.device, paired=dense is not None)
+    matrix = observe.as_matrix(first.module, numbers(first.weight.detach()))
+    out_features, in_features = matrix.shape
+    alone = len(group.layers) == 1 and 2 * out_features < in_features
+    hessian = Hessian(in_features, matrix.device, paired=dense is not None, through=matrix if alone else None)
 
     def take(x: Tensor, real: Tensor | None) -> None:
         for tokens in observe.tokens(first.module, x, real):
