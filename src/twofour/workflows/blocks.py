@@ -12,7 +12,7 @@ from torch import nn
 
 from .hooks import Reached, copied, fingerprint, plainly, replaced_by, watching
 from .inputs import Batch, call
-from .layers import Layer
+from ..nn.survey import Layer
 
 Owners = Mapping[nn.Module, nn.Module]
 """Output projection -> the attention that reads its weight without calling it."""

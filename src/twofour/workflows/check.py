@@ -14,7 +14,7 @@ from ..masks import PatternCheck, check_pattern
 from ..nn import SparseLinear
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .layers import Layer, survey, why_shape_not
+from ..nn.survey import Layer, survey, why_shape_not
 
 
 def check(

@@ -21,7 +21,7 @@ from ..pattern import Pattern
 from ..report.record import write_text
 from ..solvers import Recipe
 from .inputs import Batch
-from .layers import Layer
+from ..nn.survey import Layer
 
 _RUN = "run.json"
 

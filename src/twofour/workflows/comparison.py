@@ -14,7 +14,7 @@ from ..kernels import KERNELS, cpu
 from ..kernels.choices import Measured, Store, bucket, key
 from ..kernels.onednn import prepacked_linear
 from ..nn import SparseLinear
-from .layers import dtype_name
+from ..nn.survey import dtype_name
 from .timing import paired
 
 TIE = 0.97

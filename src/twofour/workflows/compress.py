@@ -22,7 +22,7 @@ from ..report import Column, Report, environment
 from .comparison import Comparison, LayerTimes
 from .explain import DENSE, decisions, measurements
 from .inputs import Batch, batches, call, evaluating
-from .layers import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
+from ..nn.survey import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
 from .progress import track
 
 DEFAULT_TOKENS = (1, 128)

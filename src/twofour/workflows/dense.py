@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .layers import Layer
+from ..nn.survey import Layer
 from .replay import Replay
 
 Seen = tuple[Tensor, Tensor | None]

@@ -18,7 +18,7 @@ from ..pattern import Pattern
 from ..report import Column, Report, environment
 from ..report.record import format_value
 from .comparison import form
-from .layers import Layer, is_linear_like, survey
+from ..nn.survey import Layer, is_linear_like, survey
 
 DENSE = "dense (torch)"
 """What the kernel column says of a layer that torch runs dense."""

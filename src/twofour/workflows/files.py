@@ -19,7 +19,7 @@ from ..nn.swap import replace_module, why_not_swappable
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from .explain import decisions
-from .layers import dtype_name, is_linear_like, survey
+from ..nn.survey import dtype_name, is_linear_like, survey
 
 _RUN_DENSE = "dense"
 _RUN_SPARSE = "sparse"

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import CalibrationError
 from .inputs import evaluating
-from .layers import Layer
+from ..nn.survey import Layer
 
 Key = tuple[Any, ...]
 """Of a tensor that is alive: two that are the same have the same."""

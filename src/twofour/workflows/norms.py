@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..nn import observe
 from .blocks import Group
 from .inputs import Batch
-from .layers import Layer
+from ..nn.survey import Layer
 from .replay import Replay
 
 

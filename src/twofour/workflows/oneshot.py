@@ -23,7 +23,7 @@ from .blocks import Group
 from .checkpoint import Checkpoint
 from .dense import DenseInputs, Seen, Steps
 from .inputs import Batch
-from .layers import Layer, dtype_name, weight_key
+from ..nn.survey import Layer, dtype_name, weight_key
 from .replay import Replay
 
 

@@ -21,7 +21,7 @@ from ..report import Column, Report, environment
 from .axes import AxisAlgebra, Labels
 from .axis_rules import Reader
 from .inputs import Batch, batches, call, evaluating, output_tensors
-from .layers import Layer, survey, weight_key
+from ..nn.survey import Layer, survey, weight_key
 from .norms import input_norms
 from .progress import track
 

@@ -20,7 +20,7 @@ from . import scaleout
 from .check import check_layer, survey_for, why_nothing
 from .checkpoint import Checkpoint
 from .inputs import Batch, batches
-from .layers import Layer, weight_key
+from ..nn.survey import Layer, weight_key
 from .oneshot import OneShot, PruneInterrupted
 from .progress import track
 from .random_tokens import SHARE, with_random_tokens

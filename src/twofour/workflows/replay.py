@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .blocks import Block, Group, Part, Trial, find_blocks
 from .hooks import Key, Reached, identity, plainly, replaced_by, replaced_once_by, watching
 from .inputs import Batch, call, real_tokens
-from .layers import Layer
+from ..nn.survey import Layer
 from .spool import Spool
 
 Take = Callable[[Tensor, Tensor | None], None]

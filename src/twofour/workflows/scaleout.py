@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from ..errors import CalibrationError
 from ..solvers import Hessian
-from .layers import Layer
+from ..nn.survey import Layer
 
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ from ..report import Column, Report, environment
 from ..solvers import Hessian, Recipe, solve
 from .check import survey_for, why_nothing
 from .inputs import Batch, batches, call, evaluating, output_tensors
-from .layers import Layer, weight_key
+from ..nn.survey import Layer, weight_key
 from .oneshot import hessian_of, rounded, write_weight
 from .replay import Replay
 

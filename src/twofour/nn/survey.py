@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..nn import SparseLinear
-from ..nn.swap import why_not_swappable
+from .linear import SparseLinear
+from .swap import why_not_swappable
 from ..pattern import Pattern
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head", "qa_outputs", "output_projection")
