@@ -11,6 +11,7 @@ from . import errors as errors
 from . import kernels as kernels
 from . import masks as masks
 from . import solvers as solvers
+from . import training as training
 from .errors import CalibrationError as CalibrationError
 from .errors import FormatError as FormatError
 from .errors import ModelError as ModelError

@@ -1,0 +1,341 @@
+"""Fixed masks: what is zero stays zero while a model trains, whatever optimizer trains it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import ModelError, PatternError
+from ..masks import check_pattern, nm_mask
+from ..nn import observe
+from ..nn.survey import Layer, survey
+from ..pattern import Pattern
+from ..report import Column, Report, environment
+from .guard import guard, require_zeros
+
+_BITS = 8
+
+
+def keep_masks(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    pattern: Pattern | str = "2:4",
+    *,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+) -> FixedMasks:
+    """Zeros stay zero from here on: of every weight that holds `pattern` now, the rest alone is trained.
+
+    Gradients of dropped weights are zeroed as they arrive, so that clipping, scaling and accumulation see those of kept
+    weights only; what an optimizer remembers of dropped weights (momentum, second moments) is zeroed before it steps for
+    the first time and after it has loaded a state; after each step the dropped weights are zero again, whatever the
+    optimizer made of them. That holds for every torch.optim.Optimizer over these weights, also for one made later.
+
+    `load_state_dict` of the model refuses weights that are not zero where they are dropped, before anything is loaded. A
+    weight that was replaced or resized is an error at the next step, before anything has changed. Nothing is patched: names,
+    state dicts and classes stay as they are. Copies of the model (`copy.deepcopy`, EMA) are free of masks; the mean of
+    masked weights is masked.
+
+    Args:
+        model: pruned, by `twofour.prune` or otherwise.
+        optimizer: checked to train the masked weights; its state is cleared of dropped ones at once. None: any will do.
+        pattern: what weights have to hold; a group with more zeros than it drops may regrow those with the lowest index.
+        include, exclude: shell wildcards over module names, as in `prune`. A layer that `include` names must hold.
+    Returns:
+        FixedMasks: `report` says what is kept and what was left, and why; `remove()` lets go.
+    Raises:
+        ModelError: no weight holds the pattern; the optimizer trains none of them.
+        PatternError: a layer that `include` names does not hold it.
+    Cost: one byte per weight; a pass over gradients and weights in each step.
+
+    >>> import torch, twofour
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    >>> report = twofour.prune(model)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    >>> masks = twofour.training.keep_masks(model, optimizer)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     model(torch.randn(16, 8)).square().mean().backward()
+    ...     optimizer.step()
+    >>> twofour.check(model).summary["holds"]
+    True
+    """
+    pattern = Pattern.parse(pattern)
+    kept: list[_Kept] = []
+    rows: list[dict[str, Any]] = []
+    for layer in survey(model, pattern, include, exclude):
+        row = layer.identity()
+        rows.append(row)
+        reason = layer.skip if layer.skip is not None else _why_no_mask(layer, pattern, kept)
+        if reason is not None and layer.skip is None and include and not layer.is_compressed:
+            raise PatternError(f"'{layer.name}' {reason}: prune it first, or leave it out of include=.")
+        if reason is not None:
+            row.update(action="left", reason=reason)
+            continue
+        found = _Kept(layer, layer.weight, ~_mask(layer, pattern))
+        kept.append(found)
+        row.update(action="kept", density=1 - float(found.dropped.sum()) / found.dropped.numel())
+        if not found.weight.requires_grad:
+            row.update(reason="frozen: its mask is kept once it is trained")
+    if not kept:
+        raise ModelError(
+            f"no weight of the model holds {pattern}, so there is no mask to keep: twofour.prune(model, '{pattern}') first."
+        )
+    masks = FixedMasks(model, pattern, kept, rows)
+    try:
+        if optimizer is not None:
+            masks.adopt(optimizer)
+    except ModelError:
+        masks.remove()
+        raise
+    return masks
+
+
+@dataclass
+class _Kept:
+    """A weight and which of it is dropped, bool of its shape."""
+
+    layer: Layer
+    weight: nn.Parameter
+    dropped: Tensor
+    handle: RemovableHandle | None = None
+
+    def dropped_there(self) -> Tensor:
+        """On the weight's device, wherever that is now."""
+        if self.dropped.device != self.weight.device:
+            self.dropped = self.dropped.to(self.weight.device)
+        return self.dropped
+
+    def mask_gradient(self, weight: Tensor) -> None:
+        if weight.grad is not None:
+            weight.grad.masked_fill_(self.dropped_there(), 0.0)
+
+
+class FixedMasks:
+    """Keeps the masks of a model's weights; made by `keep_masks`. A context manager that lets go at its end."""
+
+    def __init__(self, model: nn.Module, pattern: Pattern, kept: list[_Kept], rows: list[dict[str, Any]]) -> None:
+        self.pattern = pattern
+        self._kept = kept
+        self._clean: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+        columns = (
+            Column("layer", "layer"),
+            Column("shape", "shape"),
+            Column("action", "action"),
+            Column("density", "density", "percent"),
+            Column("reason", "why"),
+        )
+        count = sum(row["action"] == "kept" for row in rows)
+        summary = {"pattern": str(pattern), "masks kept": f"{count} of {len(rows)}"}
+        self.report = Report("keep_masks", columns, tuple(rows), summary, (), environment())
+        this = weakref.ref(self)  # whoever steps must not keep the model alive; the model keeps this alive
+        self._handles: list[Any] = [
+            register_optimizer_step_pre_hook(_if_alive(this, FixedMasks._before)),
+            register_optimizer_step_post_hook(_if_alive(this, FixedMasks._after)),
+            *guard(model, self, {each.layer.name: each.layer for each in kept}),
+        ]
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        for each in kept:
+            self._watch(each)
+        self.apply()
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> bool, shape of its weight: True where it is kept."""
+        return {each.layer.name: ~each.dropped for each in self._kept}
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Clears what `optimizer` remembers of dropped weights now, not at its next step.
+
+        Raises:
+            ModelError: it trains none of the masked weights.
+        """
+        trained = _trained(optimizer)
+        if not any(id(each.weight) in trained for each in self._kept):
+            raise ModelError(
+                f"the {type(optimizer).__name__} trains none of the {len(self._kept)} masked weights, such as"
+                f" '{self._kept[0].layer.name}': make it from the parameters of this model."
+            )
+        self._before(optimizer)
+
+    def apply(self) -> None:
+        """Zeroes what is dropped, of weights and gradients: for changes that no optimizer made, such as a merged LoRA."""
+        with torch.no_grad():
+            for each in self._kept:
+                each.weight.masked_fill_(each.dropped_there(), 0.0)
+                each.mask_gradient(each.weight)
+
+    def remove(self) -> None:
+        """From now on nothing is masked. Weights stay as they are."""
+        for each in self._kept:
+            if each.handle is not None:
+                each.handle.remove()
+                each.handle = None
+        _remove_all([*self._handles, *self._clean.values()])
+        self._handles.clear()
+        self._clean.clear()
+
+    def __enter__(self) -> FixedMasks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks in one bit per weight, for a checkpoint: zeros of a file do not say whether they were kept."""
+        return {
+            "pattern": str(self.pattern),
+            "dropped": {each.layer.name: _packed(each.dropped) for each in self._kept},
+            "shapes": {each.layer.name: list(each.dropped.shape) for each in self._kept},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes masks from `state_dict`; the weights must be loaded already.
+
+        Raises:
+            ModelError: masks of another pattern, of other layers or of other shapes.
+            PatternError: a weight is not zero where the mask drops it. Nothing has changed then.
+        """
+        if state["pattern"] != str(self.pattern):
+            raise ModelError(f"the masks are {state['pattern']}, these here {self.pattern}: keep_masks with that pattern.")
+        names = {each.layer.name for each in self._kept}
+        if names != set(state["dropped"]):
+            odd = sorted(names ^ set(state["dropped"]))
+            raise ModelError(f"masks for other layers: '{odd[0]}' is on one side only. Is it the same model, pruned alike?")
+        loaded = []
+        for each in self._kept:
+            name, shape = each.layer.name, state["shapes"][each.layer.name]
+            if list(each.weight.shape) != list(shape):
+                raise ModelError(f"'{name}' is {list(each.weight.shape)}, its mask {list(shape)}: is it the same model?")
+            dropped = _unpacked(state["dropped"][name], each.weight.shape).to(each.weight.device)
+            require_zeros(name, each.weight, dropped, "Load the weights that belong to the masks first.")
+            loaded.append(dropped)
+        for each, dropped in zip(self._kept, loaded, strict=True):
+            each.dropped = dropped
+        for handle in self._clean.values():
+            handle.remove()
+        self._clean.clear()
+        self.apply()
+
+    def dropped_of(self, name: str) -> Tensor:
+        """bool, shape of the weight of the layer called `name`: True where it is dropped."""
+        return next(each for each in self._kept if each.layer.name == name).dropped_there()
+
+    def _watch(self, each: _Kept) -> None:
+        if each.weight.requires_grad and each.handle is None:
+            each.handle = each.weight.register_post_accumulate_grad_hook(each.mask_gradient)
+
+    def _before(self, optimizer: Optimizer) -> None:
+        trained = _trained(optimizer)
+        for each in self._kept:
+            self._require_unchanged(each, trained)
+        own = [each for each in self._kept if id(each.weight) in trained]
+        for each in own:
+            if each.handle is None:  # frozen when the masks were made
+                self._watch(each)
+                each.mask_gradient(each.weight)
+        if own and optimizer not in self._clean:
+            for each in own:
+                _clear(optimizer, each)
+            this, that = weakref.ref(self), weakref.ref(optimizer)
+            self._clean[optimizer] = optimizer.register_load_state_dict_post_hook(_forgetting(this, that))
+
+    def _after(self, optimizer: Optimizer) -> None:
+        trained = _trained(optimizer)
+        with torch.no_grad():
+            for each in self._kept:
+                if id(each.weight) in trained:
+                    each.weight.masked_fill_(each.dropped_there(), 0.0)
+
+    def _require_unchanged(self, each: _Kept, trained: set[int]) -> None:
+        now = getattr(each.layer.module, each.layer.attribute, None)
+        if now is each.weight and now.shape == each.dropped.shape:
+            return
+        if id(now) not in trained and id(each.weight) not in trained:
+            return
+        what = "was replaced by another parameter" if now is not each.weight else f"is {list(now.shape)} now"
+        raise ModelError(
+            f"the weight of '{each.layer.name}' {what} after keep_masks, so that its zeros would not be kept: remove() these"
+            " masks, and keep_masks(model, optimizer) again. Nothing has changed."
+        )
+
+
+def _mask(layer: Layer, pattern: Pattern) -> Tensor:
+    """bool, shape of the weight: the pattern's mask that its non-zeros lie in."""
+    matrix = observe.as_matrix(layer.module, layer.weight.detach())
+    nonzero = matrix != 0
+    mask = nm_mask(matrix.abs().float(), pattern)
+    if bool((nonzero & ~mask).any()):  # rows that share a mask and are no neighbours
+        mask = nonzero
+    return observe.from_matrix(layer.module, mask, layer.weight.shape).contiguous()
+
+
+def _why_no_mask(layer: Layer, pattern: Pattern, kept: Sequence[_Kept]) -> str | None:
+    if layer.is_compressed:
+        return "compressed: it trains its kept values alone"
+    if not isinstance(layer.weight, nn.Parameter):
+        return "its weight is no parameter"
+    for other in kept:
+        if other.weight is layer.weight:
+            return f"its weight is that of '{other.layer.name}'"
+    found = check_pattern(observe.as_matrix(layer.module, layer.weight), pattern)
+    return None if found.holds else found.describe()
+
+
+def _trained(optimizer: Optimizer) -> set[int]:
+    return {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+
+
+def _clear(optimizer: Optimizer, each: _Kept) -> None:
+    """Zeroes what the optimizer remembers of dropped weights."""
+    state = optimizer.state.get(each.weight)
+    for value in (state or {}).values():
+        if isinstance(value, Tensor) and value.shape == each.dropped.shape:
+            value.masked_fill_(each.dropped.to(value.device), 0.0)
+
+
+def _if_alive(
+    this: weakref.ref[FixedMasks], method: Callable[[FixedMasks, Optimizer], None]
+) -> Callable[[Optimizer, Any, Any], None]:
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        masks = this()
+        if masks is not None:
+            method(masks, optimizer)
+
+    return hook
+
+
+def _forgetting(this: weakref.ref[FixedMasks], that: weakref.ref[Optimizer]) -> Callable[[Optimizer], None]:
+    """A hook after which the optimizer's state is cleared again before its next step."""
+
+    def hook(optimizer: Optimizer) -> None:
+        masks, known = this(), that()
+        if masks is not None and known is not None and known in masks._clean:
+            masks._clean.pop(known).remove()
+
+    return hook
+
+
+def _remove_all(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """uint8, eight booleans a byte, the first in the lowest bit."""
+    flat = mask.detach().cpu().flatten().to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % _BITS)).view(-1, _BITS)
+    return (flat << torch.arange(_BITS, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    bits = packed.cpu()[:, None] >> torch.arange(_BITS, dtype=torch.uint8) & 1
+    return bits.flatten()[: shape.numel()].bool().view(shape)
