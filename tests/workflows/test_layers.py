@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from twofour.workflows.layers import survey
 
 import twofour
 from twofour import ModelError, SparseLinear
 from twofour.pattern import Pattern
-from twofour.workflows.layers import survey
 
 
 def reasons(model: nn.Module, **kwargs: object) -> dict[str, str | None]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from twofour.workflows.layers import survey
 
 import twofour
 from twofour.errors import CalibrationError, ModelError, UnsupportedError
 from twofour.nn import observe
 from twofour.solvers import Hessian, Recipe, solve
-from twofour.workflows.layers import survey
 from twofour.workflows.oneshot import PruneInterrupted
 from twofour.workflows.replay import Replay
 from twofour.workflows.spool import Spool

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..pattern import Pattern
 from .linear import SparseLinear
 from .swap import why_not_swappable
-from ..pattern import Pattern
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head", "qa_outputs", "output_projection")
 """Last part of a module's name that marks an output head, with all that is inside it.

@@ -205,7 +205,9 @@ def corrected(weight: Tensor, hessian: Hessian, found: Statistics) -> Tensor:
     elif torch.equal(hessian.through.to(weight.dtype), weight):
         moved = drift
     else:
-        raise CalibrationError("the Hessian knows the drift of another weight's outputs: `through` must be this weight.")
+        raise CalibrationError(
+            "the Hessian knows the drift of another weight's outputs: `through` must be this weight."
+        )
     damped = hessian.second / hessian.tokens
     live = damped.diagonal()[~found.dead]
     damped.diagonal().add_(DRIFT_DAMPING * live.mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def keep_masks(
         if reason is not None:
             row.update(action="left", reason=reason)
             continue
-        found = _Kept(layer, layer.weight, ~_mask(layer, pattern))
+        found = _Kept(layer, cast(nn.Parameter, layer.weight), ~_mask(layer, pattern))
         kept.append(found)
         row.update(action="kept", density=1 - float(found.dropped.sum()) / found.dropped.numel())
         if not found.weight.requires_grad:
@@ -130,7 +130,7 @@ class FixedMasks:
             Column("layer", "layer"),
             Column("shape", "shape"),
             Column("action", "action"),
-            Column("density", "density", "percent"),
+            Column("density", "density", "share"),
             Column("reason", "why"),
         )
         count = sum(row["action"] == "kept" for row in rows)
@@ -205,16 +205,22 @@ class FixedMasks:
             PatternError: a weight is not zero where the mask drops it. Nothing has changed then.
         """
         if state["pattern"] != str(self.pattern):
-            raise ModelError(f"the masks are {state['pattern']}, these here {self.pattern}: keep_masks with that pattern.")
+            raise ModelError(
+                f"the masks are {state['pattern']}, these here {self.pattern}: keep_masks with that pattern."
+            )
         names = {each.layer.name for each in self._kept}
         if names != set(state["dropped"]):
             odd = sorted(names ^ set(state["dropped"]))
-            raise ModelError(f"masks for other layers: '{odd[0]}' is on one side only. Is it the same model, pruned alike?")
+            raise ModelError(
+                f"masks for other layers: '{odd[0]}' is on one side only. Is it the same model, pruned alike?"
+            )
         loaded = []
         for each in self._kept:
             name, shape = each.layer.name, state["shapes"][each.layer.name]
             if list(each.weight.shape) != list(shape):
-                raise ModelError(f"'{name}' is {list(each.weight.shape)}, its mask {list(shape)}: is it the same model?")
+                raise ModelError(
+                    f"'{name}' is {list(each.weight.shape)}, its mask {list(shape)}: is it the same model?"
+                )
             dropped = _unpacked(state["dropped"][name], each.weight.shape).to(each.weight.device)
             require_zeros(name, each.weight, dropped, "Load the weights that belong to the masks first.")
             loaded.append(dropped)
@@ -231,7 +237,7 @@ class FixedMasks:
 
     def _watch(self, each: _Kept) -> None:
         if each.weight.requires_grad and each.handle is None:
-            each.handle = each.weight.register_post_accumulate_grad_hook(each.mask_gradient)
+            each.handle = each.weight.register_post_accumulate_grad_hook(_masking(weakref.ref(each)))
 
     def _before(self, optimizer: Optimizer) -> None:
         trained = _trained(optimizer)
@@ -309,6 +315,17 @@ def _if_alive(
         masks = this()
         if masks is not None:
             method(masks, optimizer)
+
+    return hook
+
+
+def _masking(this: weakref.ref[_Kept]) -> Callable[[Tensor], None]:
+    """The hook of a weight, which must not refer to it: the garbage collector does not look into hooks of tensors."""
+
+    def hook(weight: Tensor) -> None:
+        each = this()
+        if each is not None:
+            each.mask_gradient(weight)
 
     return hook
 

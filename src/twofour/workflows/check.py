@@ -12,9 +12,9 @@ from ..errors import ModelError, PatternError
 from ..format.pack import numbers
 from ..masks import PatternCheck, check_pattern
 from ..nn import SparseLinear
+from ..nn.survey import Layer, survey, why_shape_not
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from ..nn.survey import Layer, survey, why_shape_not
 
 
 def check(

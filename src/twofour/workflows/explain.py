@@ -14,11 +14,11 @@ from ..kernels import KERNELS, LinearSpec, choose
 from ..kernels.choices import Measured, Store
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
+from ..nn.survey import Layer, is_linear_like, survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from ..report.record import format_value
 from .comparison import form
-from ..nn.survey import Layer, is_linear_like, survey
 
 DENSE = "dense (torch)"
 """What the kernel column says of a layer that torch runs dense."""

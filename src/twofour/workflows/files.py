@@ -15,11 +15,11 @@ from ..kernels import KERNELS, LinearSpec, choose
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
+from ..nn.survey import dtype_name, is_linear_like, survey
 from ..nn.swap import replace_module, why_not_swappable
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from .explain import decisions
-from ..nn.survey import dtype_name, is_linear_like, survey
 
 _RUN_DENSE = "dense"
 _RUN_SPARSE = "sparse"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import observe
+from ..nn.survey import Layer
 from .blocks import Group
 from .inputs import Batch
-from ..nn.survey import Layer
 from .replay import Replay
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError, ModelError
 from ..format.pack import numbers
 from ..nn import observe
+from ..nn.survey import Layer, dtype_name, weight_key
 from ..pattern import Pattern
 from ..report import Report
 from ..solvers import Hessian, Recipe, Solution, solve
@@ -23,7 +24,6 @@ from .blocks import Group
 from .checkpoint import Checkpoint
 from .dense import DenseInputs, Seen, Steps
 from .inputs import Batch
-from ..nn.survey import Layer, dtype_name, weight_key
 from .replay import Replay
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.survey import Layer
 from .blocks import Block, Group, Part, Trial, find_blocks
 from .hooks import Key, Reached, identity, plainly, replaced_by, replaced_once_by, watching
 from .inputs import Batch, call, real_tokens
-from ..nn.survey import Layer
 from .spool import Spool
 
 Take = Callable[[Tensor, Tensor | None], None]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, distributed
 
 from ..errors import CalibrationError
-from ..solvers import Hessian
 from ..nn.survey import Layer
+from ..solvers import Hessian
 
 Row = dict[str, Any]
 
