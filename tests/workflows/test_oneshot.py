@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twofour.workflows.layers import survey
 
 import twofour
 from twofour.errors import CalibrationError, ModelError, UnsupportedError
 from twofour.nn import observe
+from twofour.nn.survey import survey
 from twofour.solvers import Hessian, Recipe, solve
 from twofour.workflows.oneshot import PruneInterrupted
 from twofour.workflows.replay import Replay

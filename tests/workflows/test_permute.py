@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from twofour.workflows.layers import survey
 
 import twofour
 from twofour import ModelError, Report
 from twofour.masks import magnitude, nm_mask
+from twofour.nn.survey import survey
 from twofour.workflows import permute as permute_verb
 from twofour.workflows.norms import input_norms
 

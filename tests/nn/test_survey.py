@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
-from twofour.workflows.layers import survey
 
 import twofour
 from twofour import ModelError, SparseLinear
+from twofour.nn.survey import survey
 from twofour.pattern import Pattern
 
 
