@@ -306,6 +306,35 @@ def test_what_cannot_be_kept_is_told() -> None:
     masks.load_state_dict(state)
 
 
+def test_a_pruned_head_is_kept_and_a_layer_of_zeros_is_not_taken_for_pruned() -> None:
+    """Zeros of a LoRA's second matrix are its beginning, not a mask."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(16, 16))
+    model.add_module("lm_head", nn.Linear(16, 8))
+    model.add_module("lora_b", nn.Linear(8, 8))
+    nn.init.zeros_(model.lora_b.weight)
+    twofour.prune(model, include=["body", "lm_head"])
+    masks = keep_masks(model)
+    assert set(masks.masks) == {"body", "lm_head"}
+    assert next(row for row in masks.report.rows if row["layer"] == "lora_b")["reason"].startswith("all zeros")
+
+
+def test_gradients_that_arrive_by_other_ways_are_masked_before_the_step() -> None:
+    """As those that a wrapper puts back after it has summed them over processes."""
+    model = pruned()
+    dropped = zeros_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    keep_masks(model, optimizer)
+    for _ in range(2):
+        for weight in weights(model):
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert_kept(model, dropped)
+    for weight, gone in zip(weights(model), dropped, strict=True):
+        assert not bool(optimizer.state[weight]["exp_avg"][gone].any())
+
+
 def test_a_frozen_layer_is_kept_once_it_trains() -> None:
     model = pruned()
     dropped = zeros_of(model)

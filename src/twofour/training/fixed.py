@@ -35,9 +35,10 @@ def keep_masks(
     """Zeros stay zero from here on: of every weight that holds `pattern` now, the rest alone is trained.
 
     Gradients of dropped weights are zeroed as they arrive, so that clipping, scaling and accumulation see those of kept
-    weights only; what an optimizer remembers of dropped weights (momentum, second moments) is zeroed before it steps for
-    the first time and after it has loaded a state; after each step the dropped weights are zero again, whatever the
-    optimizer made of them. That holds for every torch.optim.Optimizer over these weights, also for one made later.
+    weights only, and once more before a step; what an optimizer remembers of dropped weights (momentum, second moments) is
+    zeroed before it steps for the first time and after it has loaded a state; after each step the dropped weights are zero
+    again, whatever the optimizer made of them. That holds for every torch.optim.Optimizer over these weights, also for one
+    made later.
 
     `load_state_dict` of the model refuses weights that are not zero where they are dropped, before anything is loaded. A
     weight that was replaced or resized is an error at the next step, before anything has changed. Nothing is patched: names,
@@ -47,14 +48,16 @@ def keep_masks(
     Args:
         model: pruned, by `twofour.prune` or otherwise.
         optimizer: checked to train the masked weights; its state is cleared of dropped ones at once. None: any will do.
-        pattern: what weights have to hold; a group with more zeros than it drops may regrow those with the lowest index.
-        include, exclude: shell wildcards over module names, as in `prune`. A layer that `include` names must hold.
+        pattern: what weights have to hold; a group with more zeros than it drops may regrow those with the lowest index. A
+            weight of nothing but zeros is left: that is how some layers begin.
+        include, exclude: shell wildcards over module names, as in `prune`; output heads that hold the pattern are kept
+            too. A layer that `include` names must hold.
     Returns:
         FixedMasks: `report` says what is kept and what was left, and why; `remove()` lets go.
     Raises:
         ModelError: no weight holds the pattern; the optimizer trains none of them.
         PatternError: a layer that `include` names does not hold it.
-    Cost: one byte per weight; a pass over gradients and weights in each step.
+    Cost: one byte per weight; in each step three passes over gradients and weights.
 
     >>> import torch, twofour
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -71,7 +74,7 @@ def keep_masks(
     pattern = Pattern.parse(pattern)
     kept: list[_Kept] = []
     rows: list[dict[str, Any]] = []
-    for layer in survey(model, pattern, include, exclude):
+    for layer in survey(model, pattern, include, exclude, skip_heads=False):
         row = layer.identity()
         rows.append(row)
         reason = layer.skip if layer.skip is not None else _why_no_mask(layer, pattern, kept)
@@ -245,9 +248,8 @@ class FixedMasks:
             self._require_unchanged(each, trained)
         own = [each for each in self._kept if id(each.weight) in trained]
         for each in own:
-            if each.handle is None:  # frozen when the masks were made
-                self._watch(each)
-                each.mask_gradient(each.weight)
+            self._watch(each)  # if it was frozen when the masks were made
+            each.mask_gradient(each.weight)  # it may have come by other ways than `backward`: DDP puts sums back
         if own and optimizer not in self._clean:
             for each in own:
                 _clear(optimizer, each)
@@ -293,7 +295,9 @@ def _why_no_mask(layer: Layer, pattern: Pattern, kept: Sequence[_Kept]) -> str |
         if other.weight is layer.weight:
             return f"its weight is that of '{other.layer.name}'"
     found = check_pattern(observe.as_matrix(layer.module, layer.weight), pattern)
-    return None if found.holds else found.describe()
+    if not found.holds:
+        return found.describe()
+    return None if found.nonzero else "all zeros, from which nothing was chosen"
 
 
 def _trained(optimizer: Optimizer) -> set[int]:
