@@ -41,7 +41,7 @@ constexpr Isa kIsas[] = {
 // Those of every build: a name from here is not a misspelling, this machine lacks it.
 constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"};
 
-// Sums of a block of the many-token kernel: part of an L2 cache. 1365 rows of 96 tokens, 2730 of 48.
+// Sums of a block of the many-token kernel: part of an L2 cache. 1024 rows of 96 tokens, 2048 of 48.
 constexpr int64_t kBlockBytes = 384 << 10;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
 constexpr int64_t kAlone = 1 << 18;

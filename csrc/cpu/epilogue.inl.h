@@ -3,7 +3,7 @@
 //
 // ReLU is exact. For y of fp32, GELU and SiLU err by 8 units of 2^-24 at most, relative, also where they decay to 0 on the
 // negative side, where the textbook form 1 + erf(..) has lost every digit; GELU by tanh(z) by 8 (1 + 2|z|), for z itself is
-// rounded. For y of bf16, which is rounded to 2^-8, they err by 2^-13 and those 8 (1 + 2|z|), and take half the time: the
+// rounded. For y of bf16, which is rounded to 2^-8, they err by 2^-12.5 and those 8 (1 + 2|z|), and take half the time: the
 // functions called rough. What is smaller than 2^-122 |x| may become 0. -inf gives NaN as in torch (-inf * 0), except for
 // ReLU; NaN stays NaN.
 

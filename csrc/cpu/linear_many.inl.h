@@ -8,7 +8,7 @@
 //                        ..
 //   row r, kept (k, w):  sums[r][v] += w * panel[k][v]      for v in 0 .. NV - 1
 //
-// Where k comes from the metadata, decoded once per (tile, chunk) into 16-bit byte offsets. R rows by NV vectors stay in
+// Where k comes from the metadata, decoded once per (tile, chunk) into offsets. R rows by NV vectors stay in
 // registers; the sums of the whole block of rows stay in the L2 cache between chunks; after the last chunk each tile is
 // transposed to [tokens, out]. The load of the activation is the limit: one per FMA, whereas a dense kernel shares it
 // between rows.

@@ -22,7 +22,7 @@ NAMES = list(ACTIVATIONS)
 
 def function_error(dtype: torch.dtype, condition: Tensor | float = 1.0) -> Tensor | float:
     """What the native functions may err, relative, for y of this dtype."""
-    return 8 * 2.0**-24 * condition + (2.0**-13 if dtype == torch.bfloat16 else 0)
+    return 8 * 2.0**-24 * condition + (2.0**-12.5 if dtype == torch.bfloat16 else 0)
 
 
 def exact_activation(name: str, y: Tensor) -> Tensor:

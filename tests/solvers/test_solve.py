@@ -142,6 +142,11 @@ def test_drift_through_a_weight_corrects_that_weight_alone() -> None:
     merged = paired(x[:700], wanted[:700], weight)
     merged.merge(paired(x[700:], wanted[700:], weight))
     torch.testing.assert_close(merged.drift, hessian.drift)
+    for other in (paired(x, wanted), paired(x, wanted, 2 * weight)):
+        with pytest.raises(CalibrationError, match="drifts of different weights' outputs have no sum"):
+            merged.merge(other)
+    with pytest.raises(ShapeError, match=r"through is \[6, 24\]: it must be \[out_features, 8\]"):
+        Hessian(8, paired=True, through=weight)
     merged.forget_drift()
     assert merged.through is None
     merged.add(x)

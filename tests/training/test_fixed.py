@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 import twofour
 from twofour import ModelError, PatternError
 from twofour.masks import check_pattern
-from twofour.training import FixedMasks, keep_masks
+from twofour.training import FixedMasks, keep_masks, masks_of
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.01),
@@ -251,7 +251,7 @@ def test_loading_other_zeros_is_refused_before_anything_is_loaded() -> None:
     model, other = pruned(), pruned(1)
     before = copy.deepcopy(model.state_dict())
     masks = keep_masks(model)
-    with pytest.raises(PatternError, match=r"'0' is not zero at \d+ places that its mask drops, .* Nothing was loaded"):
+    with pytest.raises(PatternError, match=r"'0' is not zero at \d+ places that its mask drops, .* It was not loaded"):
         model.load_state_dict(other.state_dict())
     with pytest.raises(PatternError, match="'2' is not zero at"):
         model[2].load_state_dict(other[2].state_dict())
@@ -280,6 +280,75 @@ def test_a_replaced_or_resized_weight_is_an_error_before_the_step() -> None:
     model[0].weight.grad = None
     with pytest.raises(ModelError, match=r"weight of '0' is \[24, 8\] now after keep_masks"):
         optimizer.step()
+
+
+def test_a_replaced_module_is_an_error_with_any_optimizer_and_may_be_loaded() -> None:
+    model = pruned()
+    keep_masks(model, torch.optim.SGD(model.parameters(), 0.1))
+    model[0] = nn.Linear(16, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    loss_of(model, 0).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="weight of '0' was replaced by another parameter"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.load_state_dict(before)
+    train(pruned(3), torch.optim.SGD(pruned(3).parameters(), 0.1), 1)  # other models are no concern of theirs
+
+
+def test_masks_are_kept_once_and_found_again() -> None:
+    model = pruned()
+    assert masks_of(model) is None
+    masks = keep_masks(model)
+    for same in (model, nn.Sequential(model)):
+        assert masks_of(same) is masks
+        with pytest.raises(ModelError, match=r"masks of this model are kept already, .* masks_of\(model\) finds them"):
+            keep_masks(same)
+    masks.remove()
+    assert masks_of(model) is None
+    with pytest.raises(ModelError, match="these masks were removed"):
+        masks.adopt(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ModelError, match="trains none"):
+        keep_masks(model, torch.optim.SGD(pruned(1).parameters(), 0.1))
+    assert masks_of(model) is None
+    keep_masks(model)
+
+
+def test_an_optimizer_with_other_hooks_loads_its_state() -> None:
+    model = pruned()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    keep_masks(model, optimizer)
+    called = []
+    optimizer.register_load_state_dict_post_hook(called.append)
+    train(model, optimizer, 1)
+    for _ in range(2):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert called == [optimizer, optimizer]
+
+
+def test_tied_weights_are_guarded_under_every_name() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    model[1].weight = model[0].weight
+    twofour.prune(model)
+    masks = keep_masks(model, include="*")
+    assert next(row for row in masks.report.rows if row["layer"] == "1")["reason"] == "its weight is that of '0'"
+    before = copy.deepcopy(model.state_dict())
+    for key in ("0.weight", "1.weight", "2.1.weight"):
+        with pytest.raises(PatternError, match="is not zero at"):
+            model.load_state_dict({**before, key: torch.ones(16, 16)})
+    with pytest.raises(PatternError):
+        model[1].load_state_dict({"weight": torch.ones(16, 16), "bias": torch.ones(16)})
+    with pytest.raises(PatternError):  # before the first layer of the part is loaded
+        model[2].load_state_dict({**model[2].state_dict(), "0.bias": torch.ones(16), "1.weight": torch.ones(16, 16)})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_masks_may_be_kept_between_forward_and_backward() -> None:
+    model = pruned()
+    loss = loss_of(model, 0)
+    keep_masks(model)
+    loss.backward()
+    assert all(w.grad is not None and not bool(w.grad[w == 0].any()) for w in weights(model))
 
 
 def test_what_cannot_be_kept_is_told() -> None:

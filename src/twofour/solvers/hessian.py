@@ -45,7 +45,9 @@ class Hessian:
         self.second = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.first = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
-        self.through = through if paired else None
+        if through is not None and through.shape[1:] != (features,):
+            raise ShapeError(f"through is {list(through.shape)}: it must be [out_features, {features}].")
+        self.through = through.detach().clone() if through is not None and paired else None
         rows = features if self.through is None else len(self.through)
         self.drift: Tensor | None = self.second.new_zeros(rows, features) if paired else None
 
@@ -104,10 +106,15 @@ class Hessian:
 
     def merge(self, other: Hessian) -> None:
         """Takes in what another one has seen, through the same weight. Stays paired if both are."""
-        if self.drift is not None and other.drift is not None:
+        ways = [each for each in (self.through, other.through) if each is not None]
+        if self.drift is None or other.drift is None:
+            self.forget_drift()
+        elif not ways or (len(ways) == 2 and torch.equal(*ways)):
             self.drift += other.drift
         else:
-            self.forget_drift()
+            raise CalibrationError(
+                "drifts of different weights' outputs have no sum: `through` must be the same weight."
+            )
         self.second += other.second
         self.first += other.first
         self.tokens += other.tokens

@@ -2,3 +2,4 @@
 
 from .fixed import FixedMasks as FixedMasks
 from .fixed import keep_masks as keep_masks
+from .fixed import masks_of as masks_of

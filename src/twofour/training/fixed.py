@@ -19,7 +19,7 @@ from ..nn import observe
 from ..nn.survey import Layer, survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .guard import guard, require_zeros
+from .guard import guard, masks_on, require_zeros
 
 _BITS = 8
 
@@ -35,7 +35,7 @@ def keep_masks(
     """Zeros stay zero from here on: of every weight that holds `pattern` now, the rest alone is trained.
 
     Gradients of dropped weights are zeroed as they arrive, so that clipping, scaling and accumulation see those of kept
-    weights only, and once more before a step; what an optimizer remembers of dropped weights (momentum, second moments) is
+    weights only, and once more before a step; what an optimizer remembers of each dropped weight (momentum, second moments) is
     zeroed before it steps for the first time and after it has loaded a state; after each step the dropped weights are zero
     again, whatever the optimizer made of them. That holds for every torch.optim.Optimizer over these weights, also for one
     made later.
@@ -53,9 +53,9 @@ def keep_masks(
         include, exclude: shell wildcards over module names, as in `prune`; output heads that hold the pattern are kept
             too. A layer that `include` names must hold.
     Returns:
-        FixedMasks: `report` says what is kept and what was left, and why; `remove()` lets go.
+        FixedMasks: `report` says what is kept and what was left, and why; `remove()` lets go; `masks_of(model)` finds it.
     Raises:
-        ModelError: no weight holds the pattern; the optimizer trains none of them.
+        ModelError: no weight holds the pattern; the optimizer trains none of them; masks of the model are kept already.
         PatternError: a layer that `include` names does not hold it.
     Cost: one byte per weight; in each step three passes over gradients and weights.
 
@@ -72,13 +72,18 @@ def keep_masks(
     True
     """
     pattern = Pattern.parse(pattern)
+    if masks_on(model) is not None:
+        raise ModelError(
+            "masks of this model are kept already, and zeros of both would hold: remove() the old ones first;"
+            " twofour.training.masks_of(model) finds them."
+        )
     kept: list[_Kept] = []
     rows: list[dict[str, Any]] = []
     for layer in survey(model, pattern, include, exclude, skip_heads=False):
         row = layer.identity()
         rows.append(row)
         reason = layer.skip if layer.skip is not None else _why_no_mask(layer, pattern, kept)
-        if reason is not None and layer.skip is None and include and not layer.is_compressed:
+        if include and layer.skip is None and not _may_be_left(layer, kept) and reason is not None:
             raise PatternError(f"'{layer.name}' {reason}: prune it first, or leave it out of include=.")
         if reason is not None:
             row.update(action="left", reason=reason)
@@ -96,7 +101,7 @@ def keep_masks(
     try:
         if optimizer is not None:
             masks.adopt(optimizer)
-    except ModelError:
+    except BaseException:
         masks.remove()
         raise
     return masks
@@ -128,7 +133,9 @@ class FixedMasks:
     def __init__(self, model: nn.Module, pattern: Pattern, kept: list[_Kept], rows: list[dict[str, Any]]) -> None:
         self.pattern = pattern
         self._kept = kept
-        self._clean: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+        self._model = weakref.ref(model)
+        self._clean: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._loading: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
         columns = (
             Column("layer", "layer"),
             Column("shape", "shape"),
@@ -143,7 +150,7 @@ class FixedMasks:
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(_if_alive(this, FixedMasks._before)),
             register_optimizer_step_post_hook(_if_alive(this, FixedMasks._after)),
-            *guard(model, self, {each.layer.name: each.layer for each in kept}),
+            *guard(model, self, {each.layer.name: each.weight for each in kept}),
         ]
         weakref.finalize(self, _remove_all, self._handles).atexit = False
         for each in kept:
@@ -161,6 +168,8 @@ class FixedMasks:
         Raises:
             ModelError: it trains none of the masked weights.
         """
+        if not self._handles:
+            raise ModelError("these masks were removed: keep_masks(model, optimizer) makes new ones.")
         trained = _trained(optimizer)
         if not any(id(each.weight) in trained for each in self._kept):
             raise ModelError(
@@ -173,7 +182,9 @@ class FixedMasks:
         """Zeroes what is dropped, of weights and gradients: for changes that no optimizer made, such as a merged LoRA."""
         with torch.no_grad():
             for each in self._kept:
-                each.weight.masked_fill_(each.dropped_there(), 0.0)
+                dropped = each.dropped_there()
+                if bool(((each.weight != 0) & dropped).any()):  # else it may be between forward and backward
+                    each.weight.masked_fill_(dropped, 0.0)
                 each.mask_gradient(each.weight)
 
     def remove(self) -> None:
@@ -182,8 +193,9 @@ class FixedMasks:
             if each.handle is not None:
                 each.handle.remove()
                 each.handle = None
-        _remove_all([*self._handles, *self._clean.values()])
+        _remove_all([*self._handles, *self._loading.values()])
         self._handles.clear()
+        self._loading.clear()
         self._clean.clear()
 
     def __enter__(self) -> FixedMasks:
@@ -229,23 +241,30 @@ class FixedMasks:
             loaded.append(dropped)
         for each, dropped in zip(self._kept, loaded, strict=True):
             each.dropped = dropped
-        for handle in self._clean.values():
-            handle.remove()
         self._clean.clear()
         self.apply()
 
     def dropped_of(self, name: str) -> Tensor:
         """bool, shape of the weight of the layer called `name`: True where it is dropped."""
-        return next(each for each in self._kept if each.layer.name == name).dropped_there()
+        return self._named(name).dropped_there()
+
+    def weight_of(self, name: str) -> nn.Parameter:
+        """The parameter whose mask is kept under `name`."""
+        return self._named(name).weight
+
+    def _named(self, name: str) -> _Kept:
+        return next(each for each in self._kept if each.layer.name == name)
 
     def _watch(self, each: _Kept) -> None:
-        if each.weight.requires_grad and each.handle is None:
+        if each.weight.requires_grad and not each.weight._post_accumulate_grad_hooks:
             each.handle = each.weight.register_post_accumulate_grad_hook(_masking(weakref.ref(each)))
 
     def _before(self, optimizer: Optimizer) -> None:
         trained = _trained(optimizer)
+        model = self._model()
+        of_model = model is not None and any(id(parameter) in trained for parameter in model.parameters())
         for each in self._kept:
-            self._require_unchanged(each, trained)
+            self._require_unchanged(each, of_model or id(each.weight) in trained)
         own = [each for each in self._kept if id(each.weight) in trained]
         for each in own:
             self._watch(each)  # if it was frozen when the masks were made
@@ -253,8 +272,10 @@ class FixedMasks:
         if own and optimizer not in self._clean:
             for each in own:
                 _clear(optimizer, each)
-            this, that = weakref.ref(self), weakref.ref(optimizer)
-            self._clean[optimizer] = optimizer.register_load_state_dict_post_hook(_forgetting(this, that))
+            self._clean.add(optimizer)
+            if optimizer not in self._loading:
+                hook = _if_alive(weakref.ref(self), lambda masks, loaded: masks._clean.discard(loaded))
+                self._loading[optimizer] = optimizer.register_load_state_dict_post_hook(hook)
 
     def _after(self, optimizer: Optimizer) -> None:
         trained = _trained(optimizer)
@@ -263,17 +284,31 @@ class FixedMasks:
                 if id(each.weight) in trained:
                     each.weight.masked_fill_(each.dropped_there(), 0.0)
 
-    def _require_unchanged(self, each: _Kept, trained: set[int]) -> None:
-        now = getattr(each.layer.module, each.layer.attribute, None)
-        if now is each.weight and now.shape == each.dropped.shape:
+    def _require_unchanged(self, each: _Kept, own: bool) -> None:
+        """
+        Args:
+            own: the optimizer trains parameters of this model.
+        """
+        now = self.weight_now(each.layer)
+        if not own or (now is each.weight and now.shape == each.dropped.shape):
             return
-        if id(now) not in trained and id(each.weight) not in trained:
-            return
-        what = "was replaced by another parameter" if now is not each.weight else f"is {list(now.shape)} now"
+        what = f"is {list(each.weight.shape)} now" if now is each.weight else "was replaced by another parameter"
         raise ModelError(
             f"the weight of '{each.layer.name}' {what} after keep_masks, so that its zeros would not be kept: remove() these"
-            " masks, and keep_masks(model, optimizer) again. Nothing has changed."
+            " masks (twofour.training.masks_of finds them), and keep_masks(model, optimizer) again. Nothing has changed."
         )
+
+    def weight_now(self, layer: Layer) -> object:
+        """What the model holds where the weight of `layer` was; None where there is nothing."""
+        place: object = self._model()
+        for part in layer.names[0].split(".") if layer.names[0] else ():
+            place = getattr(place, part, None)
+        return getattr(place, layer.attribute, None)
+
+
+def masks_of(model: nn.Module) -> FixedMasks | None:
+    """The masks that are kept of `model`, or None: for a handle that was not held on to."""
+    return masks_on(model)
 
 
 def _mask(layer: Layer, pattern: Pattern) -> Tensor:
@@ -284,6 +319,11 @@ def _mask(layer: Layer, pattern: Pattern) -> Tensor:
     if bool((nonzero & ~mask).any()):  # rows that share a mask and are no neighbours
         mask = nonzero
     return observe.from_matrix(layer.module, mask, layer.weight.shape).contiguous()
+
+
+def _may_be_left(layer: Layer, kept: Sequence[_Kept]) -> bool:
+    """True where there is nothing to do for a layer that was asked for."""
+    return layer.is_compressed or any(other.weight is layer.weight for other in kept)
 
 
 def _why_no_mask(layer: Layer, pattern: Pattern, kept: Sequence[_Kept]) -> str | None:
@@ -308,14 +348,12 @@ def _clear(optimizer: Optimizer, each: _Kept) -> None:
     """Zeroes what the optimizer remembers of dropped weights."""
     state = optimizer.state.get(each.weight)
     for value in (state or {}).values():
-        if isinstance(value, Tensor) and value.shape == each.dropped.shape:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == each.dropped.shape:
             value.masked_fill_(each.dropped.to(value.device), 0.0)
 
 
-def _if_alive(
-    this: weakref.ref[FixedMasks], method: Callable[[FixedMasks, Optimizer], None]
-) -> Callable[[Optimizer, Any, Any], None]:
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _if_alive(this: weakref.ref[FixedMasks], method: Callable[[FixedMasks, Optimizer], None]) -> Callable[..., None]:
+    def hook(optimizer: Optimizer, *_: Any) -> None:
         masks = this()
         if masks is not None:
             method(masks, optimizer)
@@ -330,17 +368,6 @@ def _masking(this: weakref.ref[_Kept]) -> Callable[[Tensor], None]:
         each = this()
         if each is not None:
             each.mask_gradient(weight)
-
-    return hook
-
-
-def _forgetting(this: weakref.ref[FixedMasks], that: weakref.ref[Optimizer]) -> Callable[[Optimizer], None]:
-    """A hook after which the optimizer's state is cleared again before its next step."""
-
-    def hook(optimizer: Optimizer) -> None:
-        masks, known = this(), that()
-        if masks is not None and known is not None and known in masks._clean:
-            masks._clean.pop(known).remove()
 
     return hook
 

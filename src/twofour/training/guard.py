@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatternError
-from ..nn.survey import Layer
 
 if TYPE_CHECKING:
     from .fixed import FixedMasks
@@ -24,20 +23,23 @@ class LoadGuard:
     """
 
     def __init__(self, masks: FixedMasks | None, keys: Mapping[str, str]) -> None:
-        self._masks = masks
+        self.masks = masks
         self._keys = keys
 
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        if self._masks is None:
+        if self.masks is None:
             return
         for key, name in self._keys.items():
-            weight, dropped = state_dict.get(prefix + key), self._masks.dropped_of(name)
-            if isinstance(weight, Tensor) and weight.shape == dropped.shape:  # other shapes torch refuses itself
+            weight, dropped = state_dict.get(prefix + key), self.masks.dropped_of(name)
+            # Other shapes torch refuses itself; a layer that was replaced has no mask any more.
+            if not isinstance(weight, Tensor) or weight.shape != dropped.shape or weight.is_meta:
+                continue
+            if _at(module, key) is self.masks.weight_of(name):
                 require_zeros(
                     name,
                     weight,
                     dropped,
-                    "Nothing was loaded. For a checkpoint with other masks: remove() these, load it, and keep_masks again.",
+                    "It was not loaded. For a checkpoint with other masks: remove() these, load it, and keep_masks again.",
                 )
 
     def __deepcopy__(self, _: object) -> LoadGuard:
@@ -47,23 +49,39 @@ class LoadGuard:
         return (LoadGuard, (None, {}))
 
 
-def guard(model: nn.Module, masks: FixedMasks, layers: Mapping[str, Layer]) -> list[RemovableHandle]:
-    """Guards on the model, before anything of it is loaded, and on every masked layer, for those loaded alone.
+def guard(model: nn.Module, masks: FixedMasks, weights: Mapping[str, Tensor]) -> list[RemovableHandle]:
+    """Guards on every module above a masked weight, under all names it has: before anything below it is loaded.
 
     The model then keeps `masks` alive.
     """
+    names = {id(weight): name for name, weight in weights.items()}
     handles = []
-    for name, layer in layers.items():
-        if layer.module is not model:
-            own = LoadGuard(masks, {layer.attribute: name})
-            handles.append(layer.module.register_load_state_dict_pre_hook(own))
-    keys = {
-        f"{path}.{layer.attribute}" if path else layer.attribute: name
-        for name, layer in layers.items()
-        for path in layer.names
-    }
-    handles.append(model.register_load_state_dict_pre_hook(LoadGuard(masks, keys)))
+    for module in model.modules():
+        keys = {
+            key: names[id(weight)]
+            for key, weight in module.named_parameters(remove_duplicate=False)
+            if id(weight) in names
+        }
+        if keys:
+            handles.append(module.register_load_state_dict_pre_hook(LoadGuard(masks, keys)))
     return handles
+
+
+def masks_on(model: nn.Module) -> FixedMasks | None:
+    """The masks that guard `model` or a part of it; None where there are none."""
+    for module in model.modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            found = getattr(hook, "hook", hook)
+            if isinstance(found, LoadGuard) and found.masks is not None:
+                return found.masks
+    return None
+
+
+def _at(module: nn.Module, key: str) -> object:
+    place: object = module
+    for part in key.split("."):
+        place = getattr(place, part, None)
+    return place
 
 
 def require_zeros(name: str, weight: Tensor, dropped: Tensor, way_out: str) -> None:
