@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -146,13 +147,9 @@ class FixedMasks:
         count = sum(row["action"] == "kept" for row in rows)
         summary = {"pattern": str(pattern), "masks kept": f"{count} of {len(rows)}"}
         self.report = Report("keep_masks", columns, tuple(rows), summary, (), environment())
-        this = weakref.ref(self)  # whoever steps must not keep the model alive; the model keeps this alive
-        self._handles: list[Any] = [
-            register_optimizer_step_pre_hook(_if_alive(this, FixedMasks._before)),
-            register_optimizer_step_post_hook(_if_alive(this, FixedMasks._after)),
-            *guard(model, self, {each.layer.name: each.weight for each in kept}),
-        ]
-        weakref.finalize(self, _remove_all, self._handles).atexit = False
+        self._handles = guard(model, self, {each.layer.name: each.weight for each in kept})  # they keep this alive
+        _watch_all_steps()
+        _IN_FORCE.add(self)
         for each in kept:
             self._watch(each)
         self.apply()
@@ -193,7 +190,9 @@ class FixedMasks:
             if each.handle is not None:
                 each.handle.remove()
                 each.handle = None
-        _remove_all([*self._handles, *self._loading.values()])
+        for handle in (*self._handles, *self._loading.values()):
+            handle.remove()
+        _IN_FORCE.discard(self)
         self._handles.clear()
         self._loading.clear()
         self._clean.clear()
@@ -274,7 +273,7 @@ class FixedMasks:
                 _clear(optimizer, each)
             self._clean.add(optimizer)
             if optimizer not in self._loading:
-                hook = _if_alive(weakref.ref(self), lambda masks, loaded: masks._clean.discard(loaded))
+                hook = _forgetting(weakref.ref(self))
                 self._loading[optimizer] = optimizer.register_load_state_dict_post_hook(hook)
 
     def _after(self, optimizer: Optimizer) -> None:
@@ -352,11 +351,34 @@ def _clear(optimizer: Optimizer, each: _Kept) -> None:
             value.masked_fill_(each.dropped.to(value.device), 0.0)
 
 
-def _if_alive(this: weakref.ref[FixedMasks], method: Callable[[FixedMasks, Optimizer], None]) -> Callable[..., None]:
-    def hook(optimizer: Optimizer, *_: Any) -> None:
+_IN_FORCE: weakref.WeakSet[FixedMasks] = weakref.WeakSet()
+"""Masks that no one has removed, of models that are alive: whoever steps must not keep them so."""
+
+
+@cache
+def _watch_all_steps() -> None:
+    """Two hooks on every optimizer there is and will be. They stay: taken away by the garbage collector, in the middle of a
+    step, they would change what torch is going through."""
+
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        for masks in list(_IN_FORCE):
+            masks._before(optimizer)
+
+    def after(optimizer: Optimizer, *_: Any) -> None:
+        for masks in list(_IN_FORCE):
+            masks._after(optimizer)
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+
+
+def _forgetting(this: weakref.ref[FixedMasks]) -> Callable[[Optimizer], None]:
+    """A hook after which what the optimizer remembers is cleared again before its next step."""
+
+    def hook(optimizer: Optimizer) -> None:
         masks = this()
         if masks is not None:
-            method(masks, optimizer)
+            masks._clean.discard(optimizer)
 
     return hook
 
@@ -370,11 +392,6 @@ def _masking(this: weakref.ref[_Kept]) -> Callable[[Tensor], None]:
             each.mask_gradient(weight)
 
     return hook
-
-
-def _remove_all(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _packed(mask: Tensor) -> Tensor:
