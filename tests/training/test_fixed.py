@@ -343,6 +343,17 @@ def test_tied_weights_are_guarded_under_every_name() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_gradients_are_masked_as_they_arrive_also_beside_hooks_of_others() -> None:
+    model = pruned()
+    seen = []
+    for weight in weights(model):
+        weight.register_post_accumulate_grad_hook(seen.append)
+    keep_masks(model)
+    loss_of(model, 0).backward()
+    assert len(seen) == 3
+    assert all(w.grad is not None and not bool(w.grad[w == 0].any()) for w in weights(model))
+
+
 def test_masks_may_be_kept_between_forward_and_backward() -> None:
     model = pruned()
     loss = loss_of(model, 0)

@@ -255,7 +255,8 @@ class FixedMasks:
         return next(each for each in self._kept if each.layer.name == name)
 
     def _watch(self, each: _Kept) -> None:
-        if each.weight.requires_grad and not each.weight._post_accumulate_grad_hooks:
+        hooks = each.weight._post_accumulate_grad_hooks or ()  # new ones where a conversion swapped the tensor
+        if each.weight.requires_grad and (each.handle is None or each.handle.id not in hooks):
             each.handle = each.weight.register_post_accumulate_grad_hook(_masking(weakref.ref(each)))
 
     def _before(self, optimizer: Optimizer) -> None:
