@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ModelError, UnsupportedError
-from ..workflows.inputs import Batch
+from ..nn.inputs import Batch
 
 PYTHON = "python"
 """In place of a file: the documentation that Python carries."""

@@ -158,8 +158,12 @@ _LINEAR = {
 }
 _DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "onednn": _linear_onednn}
 """What the dispatcher would call in the end, for calls that need nothing else of it."""
-_TO_DENSE = {"onednn": torch.ops.twofour.to_dense_onednn.default}
-"""For backends without kernels for gradients."""
+_TO_DENSE = {
+    "reference": torch.ops.twofour.to_dense_reference.default,
+    "cpu": torch.ops.twofour.to_dense_cpu.default,
+    "onednn": torch.ops.twofour.to_dense_onednn.default,
+}
+"""The weight written out."""
 TRAINABLE = frozenset(GRAD_VALUES)
 """Backends that have a gradient of the values."""
 
@@ -319,6 +323,17 @@ def _finished(
         return epilogue.finish(y, activation, residual)
     run = _LINEAR[backend]
     return cast(Tensor, run(x, values, metadata, bias, pattern, out_features, in_features, activation, residual))
+
+
+def to_dense(
+    backend: str, operands: tuple[Tensor, Tensor], pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    """[out_features, in_features]: the weight of a backend's layout, dropped places +0.0, as an operation that traces.
+
+    Constant: no gradient flows to the values.
+    """
+    with torch.no_grad():
+        return cast(Tensor, _TO_DENSE[backend](*operands, pattern, out_features, in_features))
 
 
 def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -87,7 +87,7 @@ class Layer:
 
 def survey(
     model: nn.Module,
-    pattern: Pattern,
+    pattern: Pattern | None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     *,
@@ -96,6 +96,7 @@ def survey(
     """All layers of `model` with a weight of two or more axes, in the model's order, with reasons where they are left.
 
     Args:
+        pattern: what the weights' shapes have to fit; None: any shape will do.
         include: shell wildcards over module names; only matching layers are worked on (an output head too).
         exclude: shell wildcards over module names; matching layers are left alone.
         skip_heads: leave output heads alone unless they are included.
@@ -258,7 +259,7 @@ def _respect_sharing(layers: list[Layer]) -> list[Layer]:
     ]
 
 
-def _why_not(layer: Layer, pattern: Pattern) -> str | None:
+def _why_not(layer: Layer, pattern: Pattern | None) -> str | None:
     weight = layer.weight
     if isinstance(weight, nn.UninitializedParameter):
         return "lazy: run the model once before"
@@ -266,6 +267,8 @@ def _why_not(layer: Layer, pattern: Pattern) -> str | None:
         return "weight is on the meta device: load it first"
     if not weight.dtype.is_floating_point:
         return f"weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
+    if pattern is None:
+        return None if weight.numel() else "weight is empty"
     return why_shape_not(layer, pattern)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.inputs import Batch, call
 from ..nn.survey import Layer
 from .hooks import Reached, copied, fingerprint, plainly, replaced_by, watching
-from .inputs import Batch, call
 
 Owners = Mapping[nn.Module, nn.Module]
 """Output projection -> the attention that reads its weight without calling it."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
+from ..nn.inputs import Batch
 from ..nn.survey import Layer
 from ..pattern import Pattern
 from ..report.record import write_text
 from ..solvers import Recipe
-from .inputs import Batch
 
 _RUN = "run.json"
 

@@ -16,13 +16,13 @@ from ..kernels import KERNELS, LinearSpec
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
+from ..nn.inputs import Batch, batches, call, evaluating
 from ..nn.survey import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from .comparison import Comparison, LayerTimes
 from .explain import DENSE, decisions, measurements
-from .inputs import Batch, batches, call, evaluating
 from .progress import track
 
 DEFAULT_TOKENS = (1, 128)

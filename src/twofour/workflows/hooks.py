@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import CalibrationError
+from ..nn.inputs import evaluating
 from ..nn.survey import Layer
-from .inputs import evaluating
 
 Key = tuple[Any, ...]
 """Of a tensor that is alive: two that are the same have the same."""

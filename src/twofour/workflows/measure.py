@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..nn import SparseLinear
+from ..nn.inputs import Batch, batches, call, evaluating, output_tensors
 from ..nn.swap import to_dense_modules
 from ..report import Column, Report, environment
-from .inputs import Batch, batches, call, evaluating, output_tensors
 from .progress import track
 from .timing import paired
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import observe
+from ..nn.inputs import Batch
 from ..nn.survey import Layer
 from .blocks import Group
-from .inputs import Batch
 from .replay import Replay
 
 

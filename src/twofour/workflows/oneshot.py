@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError, ModelError
 from ..format.pack import numbers
 from ..nn import observe
+from ..nn.inputs import Batch
 from ..nn.survey import Layer, dtype_name, weight_key
 from ..pattern import Pattern
 from ..report import Report
@@ -23,7 +24,6 @@ from . import scaleout
 from .blocks import Group
 from .checkpoint import Checkpoint
 from .dense import DenseInputs, Seen, Steps
-from .inputs import Batch
 from .replay import Replay
 
 

@@ -16,12 +16,12 @@ from torch.export.graph_signature import InputKind
 from ..errors import ModelError, UnsupportedError
 from ..masks import magnitude
 from ..masks.permute import free_score, improve, kept_score
+from ..nn.inputs import Batch, batches, call, evaluating, output_tensors
 from ..nn.survey import Layer, survey, weight_key
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from .axes import AxisAlgebra, Labels
 from .axis_rules import Reader
-from .inputs import Batch, batches, call, evaluating, output_tensors
 from .norms import input_norms
 from .progress import track
 

@@ -13,6 +13,7 @@ from ..errors import CalibrationError, ModelError, UnsupportedError
 from ..format.pack import numbers
 from ..masks import magnitude, nm_mask
 from ..nn import SparseLinear
+from ..nn.inputs import Batch, batches
 from ..nn.survey import Layer, weight_key
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -20,7 +21,6 @@ from ..solvers import METHODS, Recipe
 from . import scaleout
 from .check import check_layer, survey_for, why_nothing
 from .checkpoint import Checkpoint
-from .inputs import Batch, batches
 from .oneshot import OneShot, PruneInterrupted
 from .progress import track
 from .random_tokens import SHARE, with_random_tokens

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .inputs import Batch, call, evaluating, real_tokens
+from ..nn.inputs import Batch, call, evaluating, real_tokens
 
 SHARE = 0.5
 """The share of a copy's ids that is drawn at random when nothing else is asked for."""

@@ -12,17 +12,17 @@ when all before it answer from memory; if one does not, every pass runs the whol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.inputs import Batch, call, mask_of, real_tokens
 from ..nn.survey import Layer
 from .blocks import Block, Group, Part, Trial, find_blocks
 from .hooks import Key, Reached, identity, plainly, replaced_by, replaced_once_by, watching
-from .inputs import Batch, call, real_tokens
 from .spool import Spool
 
 Take = Callable[[Tensor, Tensor | None], None]
@@ -94,7 +94,7 @@ class Replay:
                     calls += 1
                     if (key := identity(x)) not in seen:
                         seen[key] = x
-                        take(x, _matching(real, layer, x))
+                        take(x, mask_of(real, layer.name, x))
                     if group.calls == 1 and calls == len(group.layers):
                         raise Reached
 
@@ -275,13 +275,3 @@ class Replay:
                     block.waiting.append(group)
             group.layers.append(layer)
         return groups
-
-
-def _matching(real: Mapping[str, Tensor], layer: Layer, x: Tensor) -> Tensor | None:
-    """The mask of the sequence that `x` is: by shape, and by name where encoder and decoder have the same."""
-    fitting = {name: mask for name, mask in real.items() if x.ndim == 3 and mask.shape == x.shape[:2]}
-    in_decoder = "decoder" in layer.name.split(".")
-    for name, mask in fitting.items():
-        if name.startswith("decoder") == in_decoder:
-            return mask
-    return next(iter(fitting.values()), None)

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from ..errors import ModelError, PatternError
 from ..format.pack import numbers
 from ..nn import observe
+from ..nn.inputs import Batch, batches, call, evaluating, output_tensors
 from ..nn.survey import Layer, weight_key
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from ..solvers import Hessian, Recipe, solve
 from .check import survey_for, why_nothing
-from .inputs import Batch, batches, call, evaluating, output_tensors
 from .oneshot import hessian_of, rounded, write_weight
 from .replay import Replay
 

@@ -66,6 +66,17 @@ def real_tokens(batch: Batch) -> dict[str, Tensor]:
     return found
 
 
+def mask_of(real: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor | None:
+    """The mask of `real_tokens` for the sequence that `x`, an input of `layer`, is: by shape, and by name where encoder and
+    decoder have the same."""
+    fitting = {name: mask for name, mask in real.items() if x.ndim == 3 and mask.shape == x.shape[:2]}
+    in_decoder = "decoder" in layer.split(".")
+    for name, mask in fitting.items():
+        if name.startswith("decoder") == in_decoder:
+            return mask
+    return next(iter(fitting.values()), None)
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """The floating point tensors of a model's output, in order; transformers' outputs and dicts are looked into."""
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
