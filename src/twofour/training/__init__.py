@@ -1,5 +1,13 @@
-"""Training with N:M sparsity: what was pruned stays pruned while the rest learns."""
+"""Training with N:M sparsity: from the start, or after pruning with what was pruned held at zero."""
 
+from .activation import SquaredReLU as SquaredReLU
+from .activation import squared_relu as squared_relu
+from .activation_linear import squared_relu_linear as squared_relu_linear
+from .activation_linear import why_dense as why_dense
+from .activation_statistics import ActivationObserver as ActivationObserver
+from .activation_statistics import ActivationSparsity as ActivationSparsity
+from .activation_statistics import activation_sparsity as activation_sparsity
+from .activation_statistics import observe_activations as observe_activations
 from .adapters import adapter_parameters as adapter_parameters
 from .adapters import adapter_state_dict as adapter_state_dict
 from .adapters import add_adapters as add_adapters
@@ -10,3 +18,4 @@ from .fixed import keep_masks as keep_masks
 from .fixed import masks_of as masks_of
 from .lora import AdaptedLinear as AdaptedLinear
 from .merge import merge_adapters as merge_adapters
+from .sparsify import sparsify_activations as sparsify_activations
