@@ -36,8 +36,9 @@ def from_matrix(module: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """True for transformers' Conv1D (GPT-2): a Linear whose weight is [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    """True for transformers' Conv1D (GPT-2), a Linear whose weight is [in_features, out_features], and what derives from it,
+    as the classes do that `fully_shard` makes."""
+    return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def tokens(module: nn.Module, x: Tensor, real: Tensor | None = None) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..pattern import Pattern
 from .linear import SparseLinear
+from .observe import is_transposed
 from .swap import why_not_swappable
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "head", "qa_outputs", "output_projection")
@@ -172,7 +173,7 @@ def _find(model: nn.Module) -> list[Layer]:
             layers.append(
                 Layer(name, names, module, kind, "weight", 1, skip=skip, keep_dense="no kernel for convolutions yet")
             )
-        elif kind == "Conv1D" and hasattr(module, "nf"):  # transformers' Linear with the axes the other way round
+        elif is_transposed(module):
             reason = "transformers' Conv1D holds its weight as [in, out]: no compressed twin yet"
             skip = _why_computed(module, "weight")
             layers.append(Layer(name, names, module, kind, "weight", 0, skip=skip, keep_dense=reason))
@@ -208,7 +209,7 @@ def _foreign_reason(module: nn.Module, parameter: Tensor) -> str:
 
 def weight_key(weight: Tensor) -> Hashable:
     """Equal for weights that are the same numbers in the same memory, also by way of different Parameter objects."""
-    if weight.is_meta or isinstance(weight, nn.UninitializedParameter) or not weight.numel():
+    if not _has_memory(weight):
         return id(weight)
     return (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype)
 
@@ -239,11 +240,16 @@ def sharing(layers: Iterable[Layer], owners: Iterable[Layer]) -> dict[str, Layer
 
 def _place(weight: Tensor) -> tuple[tuple[torch.device, int], tuple[int, int]] | None:
     """A weight's storage, and the bytes from its first to its last element; None without memory."""
-    if weight.is_meta or isinstance(weight, nn.UninitializedParameter) or not weight.numel():
+    if not _has_memory(weight):
         return None
     start = weight.data_ptr()
     last = sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
     return (weight.device, weight.untyped_storage().data_ptr()), (start, start + (last + 1) * weight.itemsize)
+
+
+def _has_memory(weight: Tensor) -> bool:
+    """False where a weight is nowhere yet, or is a wrapper (DTensor) around memory that it does not name."""
+    return not (weight.is_meta or isinstance(weight, nn.UninitializedParameter)) and weight.data_ptr() != 0
 
 
 def _respect_sharing(layers: list[Layer]) -> list[Layer]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import Any, cast
 
 import torch
@@ -20,9 +20,9 @@ from ..nn import observe
 from ..nn.survey import Layer, survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .guard import guard, masks_on, require_zeros
-
-_BITS = 8
+from .distributed import are_same, full, layout, put_back, replicas, several_processes, unwrapped
+from .guard import guard, masks_on
+from .kept import Kept, packed, unpacked
 
 
 def keep_masks(
@@ -46,6 +46,10 @@ def keep_masks(
     state dicts and classes stay as they are. Copies of the model (`copy.deepcopy`, EMA) are free of masks; the mean of
     masked weights is masked.
 
+    In many processes: call it on each, of a model that is the same on all, inside or around DistributedDataParallel, or after
+    `torch.distributed.fsdp.fully_shard` (or another way to DTensor), never before. Masks are those of whole weights; each
+    process holds its part. Their `state_dict` is whole, and the same for any number of processes.
+
     Args:
         model: pruned, by `twofour.prune` or otherwise.
         optimizer: checked to train the masked weights; its state is cleared of dropped ones at once. None: any will do.
@@ -56,9 +60,12 @@ def keep_masks(
     Returns:
         FixedMasks: `report` says what is kept and what was left, and why; `remove()` lets go; `masks_of(model)` finds it.
     Raises:
-        ModelError: no weight holds the pattern; the optimizer trains none of them; masks of the model are kept already.
+        ModelError: no weight holds the pattern; the optimizer trains none of them; masks of the model are kept already;
+            processes have different masks.
         PatternError: a layer that `include` names does not hold it.
-    Cost: one byte per weight; in each step three passes over gradients and weights.
+        UnsupportedError: a FullyShardedDataParallel.
+    Cost: one byte per weight; in each step three passes over gradients and weights. Sharded weights are gathered once, one
+    after the other.
 
     >>> import torch, twofour
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -73,31 +80,35 @@ def keep_masks(
     True
     """
     pattern = Pattern.parse(pattern)
+    given, model = model, unwrapped(model)
     if masks_on(model) is not None:
         raise ModelError(
             "masks of this model are kept already, and zeros of both would hold: remove() the old ones first;"
             " twofour.training.masks_of(model) finds them."
         )
-    kept: list[_Kept] = []
+    kept: list[Kept] = []
     rows: list[dict[str, Any]] = []
     for layer in survey(model, pattern, include, exclude, skip_heads=False):
         row = layer.identity()
         rows.append(row)
-        reason = layer.skip if layer.skip is not None else _why_no_mask(layer, pattern, kept)
+        weight = full(layer.weight) if layer.skip is None and not layer.is_compressed else None
+        reason = layer.skip if layer.skip is not None else _why_no_mask(layer, weight, pattern, kept)
         if include and layer.skip is None and not _may_be_left(layer, kept) and reason is not None:
             raise PatternError(f"'{layer.name}' {reason}: prune it first, or leave it out of include=.")
         if reason is not None:
             row.update(action="left", reason=reason)
             continue
-        found = _Kept(layer, cast(nn.Parameter, layer.weight), ~_mask(layer, pattern))
+        dropped = ~_mask(layer, cast(Tensor, weight), pattern)
+        found = Kept(layer, cast(nn.Parameter, layer.weight), dropped)
         kept.append(found)
-        row.update(action="kept", density=1 - float(found.dropped.sum()) / found.dropped.numel())
+        row.update(action="kept", density=1 - float(dropped.sum()) / dropped.numel())
         if not found.weight.requires_grad:
             row.update(reason="frozen: its mask is kept once it is trained")
     if not kept:
         raise ModelError(
             f"no weight of the model holds {pattern}, so there is no mask to keep: twofour.prune(model, '{pattern}') first."
         )
+    _require_same(given, kept)
     masks = FixedMasks(model, pattern, kept, rows)
     try:
         if optimizer is not None:
@@ -108,30 +119,10 @@ def keep_masks(
     return masks
 
 
-@dataclass
-class _Kept:
-    """A weight and which of it is dropped, bool of its shape."""
-
-    layer: Layer
-    weight: nn.Parameter
-    dropped: Tensor
-    handle: RemovableHandle | None = None
-
-    def dropped_there(self) -> Tensor:
-        """On the weight's device, wherever that is now."""
-        if self.dropped.device != self.weight.device:
-            self.dropped = self.dropped.to(self.weight.device)
-        return self.dropped
-
-    def mask_gradient(self, weight: Tensor) -> None:
-        if weight.grad is not None:
-            weight.grad.masked_fill_(self.dropped_there(), 0.0)
-
-
 class FixedMasks:
     """Keeps the masks of a model's weights; made by `keep_masks`. A context manager that lets go at its end."""
 
-    def __init__(self, model: nn.Module, pattern: Pattern, kept: list[_Kept], rows: list[dict[str, Any]]) -> None:
+    def __init__(self, model: nn.Module, pattern: Pattern, kept: list[Kept], rows: list[dict[str, Any]]) -> None:
         self.pattern = pattern
         self._kept = kept
         self._model = weakref.ref(model)
@@ -156,8 +147,8 @@ class FixedMasks:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool, shape of its weight: True where it is kept."""
-        return {each.layer.name: ~each.dropped for each in self._kept}
+        """Layer name -> bool, shape of its weight: True where it is kept. Of sharded weights the whole, by a collective."""
+        return {each.layer.name: ~each.whole() for each in self._kept}
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Clears what `optimizer` remembers of dropped weights now, not at its next step.
@@ -179,9 +170,8 @@ class FixedMasks:
         """Zeroes what is dropped, of weights and gradients: for changes that no optimizer made, such as a merged LoRA."""
         with torch.no_grad():
             for each in self._kept:
-                dropped = each.dropped_there()
-                if bool(((each.weight != 0) & dropped).any()):  # else it may be between forward and backward
-                    each.weight.masked_fill_(dropped, 0.0)
+                if each.is_broken():  # else it may be between forward and backward
+                    each.zero()
                 each.mask_gradient(each.weight)
 
     def remove(self) -> None:
@@ -204,15 +194,21 @@ class FixedMasks:
         self.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks in one bit per weight, for a checkpoint: zeros of a file do not say whether they were kept."""
+        """The masks in one bit per weight, for a checkpoint: zeros of a file do not say whether they were kept.
+
+        Of sharded weights the whole masks, by a collective: the same on every process, and for any number of them.
+        """
         return {
             "pattern": str(self.pattern),
-            "dropped": {each.layer.name: _packed(each.dropped) for each in self._kept},
-            "shapes": {each.layer.name: list(each.dropped.shape) for each in self._kept},
+            "dropped": {each.layer.name: packed(each.whole()) for each in self._kept},
+            "shapes": {each.layer.name: list(each.shape) for each in self._kept},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes masks from `state_dict`; the weights must be loaded already.
+
+        An optimizer that was given to keep_masks before has forgotten what it knew of weights that are zero by chance: to
+        resume, `keep_masks(model)` first, and `adopt(optimizer)` after this.
 
         Raises:
             ModelError: masks of another pattern, of other layers or of other shapes.
@@ -235,31 +231,32 @@ class FixedMasks:
                 raise ModelError(
                     f"'{name}' is {list(each.weight.shape)}, its mask {list(shape)}: is it the same model?"
                 )
-            dropped = _unpacked(state["dropped"][name], each.weight.shape).to(each.weight.device)
-            require_zeros(name, each.weight, dropped, "Load the weights that belong to the masks first.")
+            dropped = unpacked(state["dropped"][name], each.weight.shape)
+            if (broken := each.not_zero(each.weight, dropped)) is not None:
+                raise PatternError(f"{broken} Load the weights that belong to the masks first.")
             loaded.append(dropped)
         for each, dropped in zip(self._kept, loaded, strict=True):
-            each.dropped = dropped
+            each.take(dropped)
         self._clean.clear()
         self.apply()
 
-    def dropped_of(self, name: str) -> Tensor:
-        """bool, shape of the weight of the layer called `name`: True where it is dropped."""
-        return self._named(name).dropped_there()
-
-    def weight_of(self, name: str) -> nn.Parameter:
-        """The parameter whose mask is kept under `name`."""
-        return self._named(name).weight
-
-    def _named(self, name: str) -> _Kept:
+    def named(self, name: str) -> Kept:
+        """The weight of the layer called `name`, with its mask."""
         return next(each for each in self._kept if each.layer.name == name)
 
-    def _watch(self, each: _Kept) -> None:
+    def put_back(self) -> None:
+        """Puts sharded parameters where the model's whole ones are for the time of a forward."""
+        model = self._model()
+        if model is not None:
+            put_back(model)
+
+    def _watch(self, each: Kept) -> None:
         hooks = each.weight._post_accumulate_grad_hooks or ()  # new ones where a conversion swapped the tensor
         if each.weight.requires_grad and (each.handle is None or each.handle.id not in hooks):
             each.handle = each.weight.register_post_accumulate_grad_hook(_masking(weakref.ref(each)))
 
     def _before(self, optimizer: Optimizer) -> None:
+        self.put_back()
         trained = _trained(optimizer)
         model = self._model()
         of_model = model is not None and any(id(parameter) in trained for parameter in model.parameters())
@@ -271,7 +268,9 @@ class FixedMasks:
             each.mask_gradient(each.weight)  # it may have come by other ways than `backward`: DDP puts sums back
         if own and optimizer not in self._clean:
             for each in own:
-                _clear(optimizer, each)
+                if several_processes() and (broken := each.not_zero(each.weight)) is not None:
+                    raise PatternError(f"{broken} {_CHANGED}")
+                each.clear(optimizer.state.get(each.weight) or {})
             self._clean.add(optimizer)
             if optimizer not in self._loading:
                 hook = _forgetting(weakref.ref(self))
@@ -282,20 +281,25 @@ class FixedMasks:
         with torch.no_grad():
             for each in self._kept:
                 if id(each.weight) in trained:
-                    each.weight.masked_fill_(each.dropped_there(), 0.0)
+                    each.zero()
 
-    def _require_unchanged(self, each: _Kept, own: bool) -> None:
+    def _require_unchanged(self, each: Kept, own: bool) -> None:
         """
         Args:
             own: the optimizer trains parameters of this model.
         """
-        now = self.weight_now(each.layer)
-        if not own or (now is each.weight and now.shape == each.dropped.shape):
+        now, when = self.weight_now(each.layer), "again"
+        if not own or (now is each.weight and now.shape == each.shape and layout(now) == each.layout):
             return
-        what = f"is {list(each.weight.shape)} now" if now is each.weight else "was replaced by another parameter"
+        if isinstance(now, Tensor) and layout(now) != each.layout:
+            what, when = "was sharded anew, as by fully_shard,", "again, after fully_shard"
+        elif now is each.weight:
+            what = f"is {list(each.weight.shape)} now"
+        else:
+            what = "was replaced by another parameter"
         raise ModelError(
             f"the weight of '{each.layer.name}' {what} after keep_masks, so that its zeros would not be kept: remove() these"
-            " masks (twofour.training.masks_of finds them), and keep_masks(model, optimizer) again. Nothing has changed."
+            f" masks (twofour.training.masks_of finds them), and keep_masks(model, optimizer) {when}. Nothing has changed."
         )
 
     def weight_now(self, layer: Layer) -> object:
@@ -311,46 +315,59 @@ def masks_of(model: nn.Module) -> FixedMasks | None:
     return masks_on(model)
 
 
-def _mask(layer: Layer, pattern: Pattern) -> Tensor:
-    """bool, shape of the weight: the pattern's mask that its non-zeros lie in."""
-    matrix = observe.as_matrix(layer.module, layer.weight.detach())
+def _mask(layer: Layer, weight: Tensor, pattern: Pattern) -> Tensor:
+    """bool, shape of the whole `weight`: the pattern's mask that its non-zeros lie in."""
+    matrix = observe.as_matrix(layer.module, weight)
     nonzero = matrix != 0
     mask = nm_mask(matrix.abs().float(), pattern)
     if bool((nonzero & ~mask).any()):  # rows that share a mask and are no neighbours
         mask = nonzero
-    return observe.from_matrix(layer.module, mask, layer.weight.shape).contiguous()
+    return observe.from_matrix(layer.module, mask, weight.shape).contiguous()
 
 
-def _may_be_left(layer: Layer, kept: Sequence[_Kept]) -> bool:
+def _may_be_left(layer: Layer, kept: Sequence[Kept]) -> bool:
     """True where there is nothing to do for a layer that was asked for."""
     return layer.is_compressed or any(other.weight is layer.weight for other in kept)
 
 
-def _why_no_mask(layer: Layer, pattern: Pattern, kept: Sequence[_Kept]) -> str | None:
-    if layer.is_compressed:
+def _why_no_mask(layer: Layer, weight: Tensor | None, pattern: Pattern, kept: Sequence[Kept]) -> str | None:
+    if weight is None:
         return "compressed: it trains its kept values alone"
     if not isinstance(layer.weight, nn.Parameter):
         return "its weight is no parameter"
     for other in kept:
         if other.weight is layer.weight:
             return f"its weight is that of '{other.layer.name}'"
-    found = check_pattern(observe.as_matrix(layer.module, layer.weight), pattern)
+    found = check_pattern(observe.as_matrix(layer.module, weight), pattern)
     if not found.holds:
         return found.describe()
     return None if found.nonzero else "all zeros, from which nothing was chosen"
+
+
+def _require_same(model: nn.Module, kept: Sequence[Kept]) -> None:
+    """Raises ModelError where processes that train the same weights have found different masks."""
+    groups = replicas(model, [each.weight for each in kept])
+    if not groups:
+        return
+    digest = sha256()
+    for each in kept:
+        digest.update(each.layer.name.encode())
+        digest.update(each.dropped.cpu().contiguous().numpy().tobytes())
+    if not are_same(digest.digest(), groups):
+        raise ModelError(
+            "processes that train the same weights have different masks, so that their weights would come apart: prune"
+            " before DistributedDataParallel, which copies the weights of the first process, or load one checkpoint everywhere."
+        )
 
 
 def _trained(optimizer: Optimizer) -> set[int]:
     return {id(weight) for group in optimizer.param_groups for weight in group["params"]}
 
 
-def _clear(optimizer: Optimizer, each: _Kept) -> None:
-    """Zeroes what the optimizer remembers of dropped weights."""
-    state = optimizer.state.get(each.weight)
-    for value in (state or {}).values():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == each.dropped.shape:
-            value.masked_fill_(each.dropped.to(value.device), 0.0)
-
+_CHANGED = (
+    "It was changed after keep_masks, as by DistributedDataParallel, which copies the weights of the first process: keep_masks"
+    " after it. If these weights are to be dropped nevertheless, call apply() of the masks."
+)
 
 _IN_FORCE: weakref.WeakSet[FixedMasks] = weakref.WeakSet()
 """Masks that no one has removed, of models that are alive: whoever steps must not keep them so."""
@@ -384,7 +401,7 @@ def _forgetting(this: weakref.ref[FixedMasks]) -> Callable[[Optimizer], None]:
     return hook
 
 
-def _masking(this: weakref.ref[_Kept]) -> Callable[[Tensor], None]:
+def _masking(this: weakref.ref[Kept]) -> Callable[[Tensor], None]:
     """The hook of a weight, which must not refer to it: the garbage collector does not look into hooks of tensors."""
 
     def hook(weight: Tensor) -> None:
@@ -393,15 +410,3 @@ def _masking(this: weakref.ref[_Kept]) -> Callable[[Tensor], None]:
             each.mask_gradient(weight)
 
     return hook
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """uint8, eight booleans a byte, the first in the lowest bit."""
-    flat = mask.detach().cpu().flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % _BITS)).view(-1, _BITS)
-    return (flat << torch.arange(_BITS, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    bits = packed.cpu()[:, None] >> torch.arange(_BITS, dtype=torch.uint8) & 1
-    return bits.flatten()[: shape.numel()].bool().view(shape)

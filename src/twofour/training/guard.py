@@ -13,6 +13,13 @@ from ..errors import PatternError
 if TYPE_CHECKING:
     from .fixed import FixedMasks
 
+_NOT_LOADED = "It was not loaded. For a checkpoint with other masks: remove() these, load it, and keep_masks again."
+_IN_PLACE = (
+    "It is in the model already: it was written into the weights themselves, as torch.distributed.checkpoint.load does, and"
+    " set_model_state_dict with broadcast_from_rank0. Load the checkpoint that these masks belong to; for one with other masks"
+    " remove() these before, and keep_masks again."
+)
+
 
 class LoadGuard:
     """A pre-hook of `load_state_dict`. Copies and pickles of it, with those of the model, let everything pass.
@@ -29,18 +36,14 @@ class LoadGuard:
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
         if self.masks is None:
             return
+        self.masks.put_back()
         for key, name in self._keys.items():
-            weight, dropped = state_dict.get(prefix + key), self.masks.dropped_of(name)
+            weight, kept = state_dict.get(prefix + key), self.masks.named(name)
             # Other shapes torch refuses itself; a layer that was replaced has no mask any more.
-            if not isinstance(weight, Tensor) or weight.shape != dropped.shape or weight.is_meta:
+            if not isinstance(weight, Tensor) or weight.shape != kept.shape or weight.is_meta:
                 continue
-            if _at(module, key) is self.masks.weight_of(name):
-                require_zeros(
-                    name,
-                    weight,
-                    dropped,
-                    "It was not loaded. For a checkpoint with other masks: remove() these, load it, and keep_masks again.",
-                )
+            if _at(module, key) is kept.weight and (broken := kept.not_zero(weight)) is not None:
+                raise PatternError(f"{broken} {_IN_PLACE if kept.is_same_memory(weight) else _NOT_LOADED}")
 
     def __deepcopy__(self, _: object) -> LoadGuard:
         return LoadGuard(None, {})
@@ -82,13 +85,3 @@ def _at(module: nn.Module, key: str) -> object:
     for part in key.split("."):
         place = getattr(place, part, None)
     return place
-
-
-def require_zeros(name: str, weight: Tensor, dropped: Tensor, way_out: str) -> None:
-    """Raises PatternError where `weight` is not zero although `dropped` says so."""
-    broken = (weight.detach().to(dropped.device) != 0) & dropped
-    if bool(broken.any()):
-        where = ", ".join(str(int(i)) for i in broken.nonzero()[0])
-        raise PatternError(
-            f"'{name}' is not zero at {int(broken.sum())} places that its mask drops, the first at [{where}]. {way_out}"
-        )
