@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 import twofour
 from twofour import ModelError, PatternError, UnsupportedError
 from twofour.training import FixedMasks, keep_masks, masks_of
-from twofour.training.distributed import anywhere, full, layout, local, local_part, whole_of
+from twofour.training.distributed import anywhere, full, layout, local, local_part, put_back, whole_of
 
 SAMPLES = 12
 PATTERNS = ("2:4", "2:4t", "2:4x4")
@@ -261,6 +261,37 @@ def accumulation(_: Path) -> None:
     assert_same(model, alone)
 
 
+def steps_in_backward(_: Path) -> None:
+    """Optimizers of one parameter each, that step as soon as its gradient is there, while others are still whole."""
+
+    def stepping(model: nn.Module) -> dict[nn.Parameter, Optimizer]:
+        optimizers: dict[nn.Parameter, Optimizer] = {w: torch.optim.AdamW([w], 0.02) for w in model.parameters()}
+
+        def step(weight: Tensor) -> None:
+            optimizers[weight].step()  # type: ignore[index]
+            optimizers[weight].zero_grad()  # type: ignore[index]
+
+        for weight in optimizers:
+            weight.register_post_accumulate_grad_hook(step)
+        return optimizers
+
+    for first in (False, True):
+        alone, model = pruned(), pruned()
+        fully_shard(model[5])  # it steps before the backward of '3', which needs its whole weight
+        fully_shard(model)
+        told = []
+        for each in (alone, model):
+            masks = None if first else keep_masks(each)
+            stepping(each)
+            told.append(masks or keep_masks(each))
+        for step in range(3):
+            loss_of(alone, step).backward()
+            loss_of(model, step, mine()).backward()
+        assert_same(model, alone)
+        for name, mask in told[0].masks.items():
+            assert torch.equal(full(weights(model)[f"{name}.weight"]) != 0, mask)
+
+
 def states(_: Path) -> None:
     """Masks go into a state dict whole, and come back into any sharding; what does not fit is refused by all alike."""
     alone, model = pruned(), sharded(pruned())
@@ -354,6 +385,14 @@ def sharded_later(_: Path) -> None:
     masks = keep_masks(model, optimizer)
     optimizer.step()
     assert_zero(model, optimizer, masks.masks)
+    model = pruned()
+    keep_masks(model)
+    optimizer = adamw(fully_shard(model))
+    loss_of(model, 0, mine()).backward()
+    with torch.no_grad():
+        loss_of(model, 0, mine())  # whole weights are where the sharded ones were
+    with refuses(ModelError, "weight of '0' was sharded anew"):
+        optimizer.step()
 
 
 def flat_pieces(_: Path) -> None:
@@ -378,28 +417,31 @@ def flat_pieces(_: Path) -> None:
 
 def between(_: Path) -> None:
     """After a forward without backward whole weights stand where the sharded ones were: no other parameters, no gap."""
-    model = sharded(pruned(), reshard_after_forward=False)
-    optimizer = adamw(model)
-    before = get_model_state_dict(model)
+    for first in (True, False):
+        model = sharded(pruned(), reshard_after_forward=False)
+        optimizer = adamw(model)
+        before = get_model_state_dict(model)
+        wrong = get_model_state_dict(sharded(pruned(seed=1)))
+        masks = keep_masks(model, optimizer) if first else None
+        look(model)
+        masks = masks or keep_masks(model, optimizer)
+        assert all(isinstance(each.weight, DTensor) for each in masks._kept)
+        look(model)
+        with refuses(PatternError, "'7' is not zero"):
+            model[7].load_state_dict({key[2:]: value for key, value in wrong.items() if key.startswith("7.")})
+        look(model)
+        model.load_state_dict(before)
+        loss_of(model, 0, mine()).backward()
+        look(model)
+        optimizer.step()
+        put_back(model)
+        assert_zero(model, optimizer, masks.masks)
 
-    def look() -> None:
-        with torch.no_grad():
-            loss_of(model, 0, mine())
-        assert not isinstance(model[7].weight, DTensor)
 
-    look()
-    masks = keep_masks(model, optimizer)
-    assert all(isinstance(each.weight, DTensor) for each in masks._kept)
-    wrong = get_model_state_dict(sharded(pruned(seed=1)))
-    look()
-    with refuses(PatternError, "'7' is not zero"):
-        model[7].load_state_dict({key[2:]: value for key, value in wrong.items() if key.startswith("7.")})
-    look()
-    model.load_state_dict(before)
-    loss_of(model, 0, mine()).backward()
-    look()
-    optimizer.step()
-    assert_zero(model, optimizer, masks.masks)
+def look(model: nn.Sequential) -> None:
+    with torch.no_grad():
+        loss_of(model, 0, mine())
+    assert not isinstance(model[7].weight, DTensor)
 
 
 def in_step(_: Path) -> None:
@@ -409,11 +451,13 @@ def in_step(_: Path) -> None:
         lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True, bucket_cap_mb=0.001),
         lambda m: DistributedDataParallel(m, static_graph=True),
     )
-    for wrapper, outside in zip(wrappers, (True, False, True), strict=True):
-        alone, model = pruned(), wrapper(pruned())
+    for wrapper, where in zip(wrappers, ("outside", "inside", "before"), strict=True):
+        alone, inner = pruned(), pruned()
+        masks = keep_masks(inner) if where == "before" else None
+        model = wrapper(inner)
         one, other = adamw(alone), adamw(model)
         masks_alone = keep_masks(alone, one)
-        masks = keep_masks(model if outside else model.module, other)
+        masks = masks or keep_masks(model if where == "outside" else inner, other)
         assert masks_of(model) is masks_of(model.module) is masks
         assert set(masks.masks) == set(masks_alone.masks)
         for step in range(4):
@@ -598,6 +642,7 @@ CHECKS = {
         as_alone,
         momentum,
         accumulation,
+        steps_in_backward,
         states,
         loading,
         sharded_later,

@@ -20,6 +20,7 @@ IN_BOTH = [
     "as_alone",
     "momentum",
     "accumulation",
+    "steps_in_backward",
     "states",
     "loading",
     "sharded_later",

@@ -7,7 +7,7 @@ that has happened already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -133,16 +133,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """True where `fully_shard` was called on the model or a part of it."""
+    return next(_sharded_modules(model), None) is not None
+
+
 def put_back(model: nn.Module) -> None:
     """Puts sharded parameters where `fully_shard` has put whole ones for the time of a forward.
 
     They stay there after a forward without backward; what optimizers train are the sharded ones.
     """
-    sharding = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if sharding is not None:
-        for module in model.modules():
-            if isinstance(module, sharding):
-                module.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 def replicas(model: nn.Module, weights: Iterable[Tensor]) -> list[ProcessGroup]:
@@ -167,6 +169,11 @@ def are_same(digest: bytes, groups: Iterable[ProcessGroup]) -> bool:
         torch.distributed.all_gather_object(told, digest, group)
         same &= all(other == digest for other in told)
     return same
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return iter(()) if kind is None else (module for module in model.modules() if isinstance(module, kind))
 
 
 def _spread(tensor: Tensor) -> DTensor | None:

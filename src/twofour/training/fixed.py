@@ -20,7 +20,7 @@ from ..nn import observe
 from ..nn.survey import Layer, survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .distributed import are_same, full, layout, put_back, replicas, several_processes, unwrapped
+from .distributed import are_same, full, is_sharded, layout, put_back, replicas, several_processes, unwrapped
 from .guard import guard, masks_on
 from .kept import Kept, packed, unpacked
 
@@ -256,12 +256,15 @@ class FixedMasks:
             each.handle = each.weight.register_post_accumulate_grad_hook(_masking(weakref.ref(each)))
 
     def _before(self, optimizer: Optimizer) -> None:
-        self.put_back()
         trained = _trained(optimizer)
-        model = self._model()
-        of_model = model is not None and any(id(parameter) in trained for parameter in model.parameters())
-        for each in self._kept:
-            self._require_unchanged(each, of_model or id(each.weight) in trained)
+        changed = [each for each in self._kept if not self._is_there(each)]
+        if changed:
+            self.put_back()  # not before: this may be the step of one parameter within a backward that needs whole ones
+            model = self._model()
+            of_model = model is not None and any(id(parameter) in trained for parameter in model.parameters())
+            for each in changed:
+                if of_model or id(each.weight) in trained:
+                    raise ModelError(self._why_changed(each))
         own = [each for each in self._kept if id(each.weight) in trained]
         for each in own:
             self._watch(each)  # if it was frozen when the masks were made
@@ -283,21 +286,24 @@ class FixedMasks:
                 if id(each.weight) in trained:
                     each.zero()
 
-    def _require_unchanged(self, each: Kept, own: bool) -> None:
-        """
-        Args:
-            own: the optimizer trains parameters of this model.
-        """
+    def _is_there(self, each: Kept) -> bool:
+        """True where the model holds the weight as it was, or what `fully_shard` puts there for the time of a forward."""
+        now = self.weight_now(each.layer)
+        if now is each.weight:
+            return now.shape == each.shape and layout(now) == each.layout
+        model = self._model()
+        stands_in = each.layout is not None and isinstance(now, Tensor) and now.shape == each.shape
+        return stands_in and model is not None and is_sharded(model)
+
+    def _why_changed(self, each: Kept) -> str:
         now, when = self.weight_now(each.layer), "again"
-        if not own or (now is each.weight and now.shape == each.shape and layout(now) == each.layout):
-            return
         if isinstance(now, Tensor) and layout(now) != each.layout:
             what, when = "was sharded anew, as by fully_shard,", "again, after fully_shard"
         elif now is each.weight:
             what = f"is {list(each.weight.shape)} now"
         else:
             what = "was replaced by another parameter"
-        raise ModelError(
+        return (
             f"the weight of '{each.layer.name}' {what} after keep_masks, so that its zeros would not be kept: remove() these"
             f" masks (twofour.training.masks_of finds them), and keep_masks(model, optimizer) {when}. Nothing has changed."
         )

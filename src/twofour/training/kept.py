@@ -100,7 +100,7 @@ class Kept:
 
     def _mask(self, tensor: Tensor) -> None:
         """Zeroes what is dropped of a gradient or of what an optimizer remembers."""
-        part, dropped = local(tensor), self.dropped
+        part, dropped = local(tensor), self.dropped_there()
         if layout(tensor) != self.layout and not self._is_part(tensor):
             dropped = local_part(self.whole(), tensor)
         part.masked_fill_(dropped.to(part.device), 0.0)
