@@ -8,3 +8,4 @@ from .permute import search_permutation as search_permutation
 from .scores import magnitude as magnitude
 from .select import keep_best as keep_best
 from .select import nm_mask as nm_mask
+from .soft import soft_threshold as soft_threshold

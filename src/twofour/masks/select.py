@@ -40,7 +40,7 @@ def nm_mask(scores: Tensor, pattern: Pattern | str, *, dim: int = -1) -> Tensor:
     [True, False, True, False]
     """
     pattern = Pattern.parse(pattern)
-    _require_whole_groups(scores, pattern, dim)
+    require_whole_groups(scores, pattern, dim)
     if scores.dtype.itemsize < 2:  # float8 cannot be compared
         scores = scores.float()
     if pattern.transposable:
@@ -72,7 +72,7 @@ def keep_best(x: Tensor, pattern: Pattern | str, *, out: Tensor | None = None) -
     [[3.0, -4.0, 0.0, 0.0]]
     """
     pattern = Pattern.parse(pattern)
-    _require_whole_groups(x, pattern, -1)
+    require_whole_groups(x, pattern, -1)
     x = x.detach()
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -90,7 +90,8 @@ def keep_best(x: Tensor, pattern: Pattern | str, *, out: Tensor | None = None) -
     return out
 
 
-def _require_whole_groups(scores: Tensor, pattern: Pattern, dim: int) -> None:
+def require_whole_groups(scores: Tensor, pattern: Pattern, dim: int) -> None:
+    """Raises ShapeError or UnsupportedError for scores that have no mask."""
     if not scores.dtype.is_floating_point:
         raise UnsupportedError(f"scores are {scores.dtype}: nm_mask ranks floating point scores. Pass scores.float().")
     if scores.ndim and not -scores.ndim <= dim < scores.ndim:

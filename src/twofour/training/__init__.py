@@ -13,9 +13,15 @@ from .adapters import adapter_state_dict as adapter_state_dict
 from .adapters import add_adapters as add_adapters
 from .adapters import load_adapter_state_dict as load_adapter_state_dict
 from .adapters import remove_adapters as remove_adapters
+from .estimate import mvue as mvue
 from .fixed import FixedMasks as FixedMasks
 from .fixed import keep_masks as keep_masks
 from .fixed import masks_of as masks_of
 from .lora import AdaptedLinear as AdaptedLinear
 from .merge import merge_adapters as merge_adapters
+from .moving import MovingMasks as MovingMasks
+from .moving import finish_copy as finish_copy
+from .moving import move_masks as move_masks
+from .schedule import Phase as Phase
+from .schedule import Schedule as Schedule
 from .sparsify import sparsify_activations as sparsify_activations

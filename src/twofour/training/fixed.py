@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from hashlib import sha256
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ModelError, PatternError
@@ -23,6 +21,8 @@ from ..report import Column, Report, environment
 from .distributed import are_same, full, is_sharded, layout, put_back, replicas, several_processes, unwrapped
 from .guard import guard, masks_on
 from .kept import Kept, packed, unpacked
+from .projected import Projected
+from .steps import unwatch, watch
 
 
 def keep_masks(
@@ -86,6 +86,10 @@ def keep_masks(
             "masks of this model are kept already, and zeros of both would hold: remove() the old ones first;"
             " twofour.training.masks_of(model) finds them."
         )
+    if any(isinstance(module, Projected) for module in model.modules()):
+        raise ModelError(
+            "masks of this model are moved already: finish() what move_masks returned, or give it a 'fixed' phase."
+        )
     kept: list[Kept] = []
     rows: list[dict[str, Any]] = []
     for layer in survey(model, pattern, include, exclude, skip_heads=False):
@@ -119,6 +123,12 @@ def keep_masks(
     return masks
 
 
+def fixed_masks(model: nn.Module, pattern: Pattern, masks: Sequence[tuple[Layer, Tensor]]) -> FixedMasks:
+    """Keeps masks of whole weights that were chosen elsewhere; the weights are zero where they are False already."""
+    kept = [Kept(layer, cast(nn.Parameter, layer.weight), ~mask) for layer, mask in masks]
+    return FixedMasks(model, pattern, kept, [{**layer.identity(), "action": "kept"} for layer, _ in masks])
+
+
 class FixedMasks:
     """Keeps the masks of a model's weights; made by `keep_masks`. A context manager that lets go at its end."""
 
@@ -139,8 +149,7 @@ class FixedMasks:
         summary = {"pattern": str(pattern), "masks kept": f"{count} of {len(rows)}"}
         self.report = Report("keep_masks", columns, tuple(rows), summary, (), environment())
         self._handles = guard(model, self, {each.layer.name: each.weight for each in kept})  # they keep this alive
-        _watch_all_steps()
-        _IN_FORCE.add(self)
+        watch(self)
         for each in kept:
             self._watch(each)
         self.apply()
@@ -182,7 +191,7 @@ class FixedMasks:
                 each.handle = None
         for handle in (*self._handles, *self._loading.values()):
             handle.remove()
-        _IN_FORCE.discard(self)
+        unwatch(self)
         self._handles.clear()
         self._loading.clear()
         self._clean.clear()
@@ -374,27 +383,6 @@ _CHANGED = (
     "It was changed after keep_masks, as by DistributedDataParallel, which copies the weights of the first process: keep_masks"
     " after it. If these weights are to be dropped nevertheless, call apply() of the masks."
 )
-
-_IN_FORCE: weakref.WeakSet[FixedMasks] = weakref.WeakSet()
-"""Masks that no one has removed, of models that are alive: whoever steps must not keep them so."""
-
-
-@cache
-def _watch_all_steps() -> None:
-    """Two hooks on every optimizer there is and will be. They stay: taken away by the garbage collector, in the middle of a
-    step, they would change what torch is going through."""
-
-    def before(optimizer: Optimizer, *_: Any) -> None:
-        for masks in list(_IN_FORCE):
-            masks._before(optimizer)
-
-    def after(optimizer: Optimizer, *_: Any) -> None:
-        for masks in list(_IN_FORCE):
-            masks._after(optimizer)
-
-    register_optimizer_step_pre_hook(before)
-    register_optimizer_step_post_hook(after)
-
 
 def _forgetting(this: weakref.ref[FixedMasks]) -> Callable[[Optimizer], None]:
     """A hook after which what the optimizer remembers is cleared again before its next step."""

@@ -1,0 +1,268 @@
+"""Layers whose forward pass sees a sparse weight, while all of the weight learns.
+
+A layer keeps its object, its parameters, their names and its hooks; its class is changed for the time of training to a
+subclass that makes the sparse weight in `forward`, as torch's `parametrize` and `fully_shard` do with theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..masks import magnitude, nm_mask, soft_threshold
+from ..nn import observe
+from ..pattern import Pattern
+from .estimate import mvue
+from .schedule import Rule
+
+_LIBRARY = torch.library.Library("twofour", "FRAGMENT")
+_LIBRARY.define("soft_weight(Tensor weight, str pattern, float scale) -> Tensor")
+
+
+@dataclass(eq=False)
+class Sparsity:
+    """How the weight of a layer is made sparse. Layers that share a weight share it.
+
+    Args:
+        pattern: what the sparse weight holds.
+        rule: of the phase; "dense" and "fixed" take the weight as it is.
+        scale: of the soft threshold, frozen when the phase begins; None until a forward pass has seen the weight.
+        mask: bool, the weight's shape: True where it is kept; None until a forward pass has seen the weight.
+        stale: the mask is to be made anew in the next forward pass.
+        copied: in a copy of the model, which no one tells when its weights change: its mask is made in every forward pass.
+        changes: how many places the last new mask kept that the one before did not; a tensor on the weight's device.
+    """
+
+    pattern: Pattern
+    rule: Rule = "dense"
+    mvue: bool = False
+    scale: float | None = None
+    mask: Tensor | None = None
+    stale: bool = True
+    copied: bool = False
+    changes: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
+        found = Sparsity(self.pattern, self.rule, self.mvue, self.scale, copied=True)
+        memo[id(self)] = found
+        return found
+
+    @property
+    def is_active(self) -> bool:
+        """True where the forward pass does not see the weight itself."""
+        return self.rule not in ("dense", "fixed")
+
+    def sparse_weight(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """What the forward pass sees; its gradient reaches all of `weight`."""
+        if not self.is_active:
+            return weight
+        if self.stale or self.copied:
+            self.refresh(module, weight)
+        if self.rule == "s-ste":
+            assert self.scale is not None
+            matrix = torch.ops.twofour.soft_weight(observe.as_matrix(module, weight), str(self.pattern), self.scale)
+            return observe.from_matrix(module, matrix, weight.shape)
+        assert self.mask is not None
+        found: Tensor = _StraightThrough.apply(weight, self.mask.to(weight.device))  # type: ignore[no-untyped-call]
+        return found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def refresh(self, module: nn.Module, weight: Tensor) -> None:
+        """Makes the mask anew from the whole weight and counts what changed; at the first time the scale too."""
+        matrix = observe.as_matrix(module, weight.detach())
+        mask = nm_mask(magnitude(matrix), self.pattern)
+        mask = observe.from_matrix(module, mask, weight.shape).contiguous()
+        if self.rule == "s-ste" and self.scale is None:
+            self.scale = frozen_scale(matrix, self.pattern)
+        if self.mask is not None:
+            self.changes = (mask & ~self.mask.to(mask.device)).sum()
+        self.mask, self.stale = mask, False
+
+
+def frozen_scale(weight: Tensor, pattern: Pattern) -> float:
+    """beta = <W, S(W)> / <S(W), S(W)>: what brings the soft threshold nearest to the weight; 1 where it is all zeros.
+
+    Source: Hu et al. 2024 (S-STE), arXiv:2409.09099, section 4.2.
+    """
+    soft = soft_threshold(weight, pattern).double()
+    norm = float(soft.square().sum())
+    return float((weight.double() * soft).sum()) / norm if norm else 1.0
+
+
+def _soft_weight(weight: Tensor, pattern: str, scale: float) -> Tensor:
+    return soft_threshold(weight, pattern).mul_(scale)
+
+
+def _soft_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.scale = inputs[2]
+
+
+def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad * ctx.scale, None, None
+
+
+_LIBRARY.impl("soft_weight", _soft_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("twofour::soft_weight", lambda weight, *_: torch.empty_like(weight), lib=_LIBRARY)
+torch.library.register_autograd("twofour::soft_weight", _soft_backward, setup_context=_soft_setup, lib=_LIBRARY)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The kept weights; the gradient of what comes out is that of all of them (Bengio et al. 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _EstimatedLinear(torch.autograd.Function):
+    """A linear layer whose weight gradient is made of a 2:4 estimate of the output gradient, along tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_x = grad @ weight if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            missing = -len(rows) % 4
+            estimate = mvue(F.pad(rows, (0, 0, 0, missing)), dim=0)[: len(rows)]
+            of_weight = estimate.T @ x.reshape(-1, x.shape[-1])
+        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias
+
+
+def _estimated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        found: Tensor = _EstimatedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class Projected(nn.Module):
+    """What the classes below have in common.
+
+    Attributes:
+        sparsity: how the weight is made sparse.
+        plain: the class to go back to.
+    """
+
+    sparsity: Sparsity
+    plain: type[nn.Module]
+
+    def sparse_weight(self) -> Tensor:
+        """The weight that `forward` multiplies by."""
+        return self.sparsity.sparse_weight(self, cast(Tensor, self.weight))
+
+
+class ProjectedLinear(Projected, nn.Linear):
+    """A Linear under a rule."""
+
+    plain = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.sparse_weight()
+        if self.sparsity.mvue and self.sparsity.is_active:
+            return _estimated(input, weight, self.bias)
+        return F.linear(input, weight, self.bias)
+
+
+class ProjectedConv1d(Projected, nn.Conv1d):
+    """A Conv1d under a rule."""
+
+    plain = nn.Conv1d
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self._conv_forward(input, self.sparse_weight(), self.bias)
+        return found
+
+
+class ProjectedConv2d(Projected, nn.Conv2d):
+    """A Conv2d under a rule."""
+
+    plain = nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self._conv_forward(input, self.sparse_weight(), self.bias)
+        return found
+
+
+class ProjectedConv3d(Projected, nn.Conv3d):
+    """A Conv3d under a rule."""
+
+    plain = nn.Conv3d
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self._conv_forward(input, self.sparse_weight(), self.bias)
+        return found
+
+
+class _ProjectedConv1D(Projected):
+    """transformers' Conv1D under a rule: y = x @ weight + bias, the weight [in_features, out_features]."""
+
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.sparse_weight()
+        if self.sparsity.mvue and self.sparsity.is_active:
+            return _estimated(x, weight.T, self.bias)
+        return F.linear(x, weight.T, self.bias)
+
+
+_CLASSES: dict[type[nn.Module], type[Projected]] = {
+    nn.Linear: ProjectedLinear,
+    nn.Conv1d: ProjectedConv1d,
+    nn.Conv2d: ProjectedConv2d,
+    nn.Conv3d: ProjectedConv3d,
+}
+
+
+@cache
+def projected_class(kind: type[nn.Module]) -> type[Projected]:
+    """The subclass of `kind` that makes its weight sparse in `forward`."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
+    base = ProjectedLinear if issubclass(kind, nn.Linear) else _ProjectedConv1D
+    return cast(
+        type[Projected], type(f"Projected{kind.__name__}", (base, kind), {"__module__": __name__, "plain": kind})
+    )
+
+
+def restore(module: Projected) -> None:
+    """Gives the layer its class back. Where something else has changed it since (`fully_shard`), it stays, as plain layer."""
+    if "plain" in vars(type(module)):
+        module.__class__ = cast(Any, type(module).plain)
+        del module.sparsity
+    else:
+        module.sparsity = Sparsity(module.sparsity.pattern)
+
+
+def why_not_projected(module: nn.Module) -> str | None:
+    """Why a layer cannot be put under a rule; None where it can."""
+    if "forward" in vars(module):
+        return "its forward was replaced on the object"
+    if type(module) in _CLASSES or observe.is_transposed(module):
+        return None
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return None
+    return f"{type(module).__name__} does not compute what a Linear or convolution does"
