@@ -16,6 +16,7 @@
 #include "cpu/linear_int8.h"
 #include "cpu/masks.h"
 #include "cpu/pack.h"
+#include "cpu/pack_masked.h"
 #include "cpu/permute.h"
 #include "cpu/threads.h"
 #include "nm/layout.h"
@@ -80,6 +81,29 @@ void unpack_linear(uintptr_t packed_values, uintptr_t packed_metadata, uintptr_t
   const nb::gil_scoped_release nogil;
   cpu::unpack_linear(at<const void>(packed_values), at<const uint8_t>(packed_metadata), at<void>(values),
                      at<uint8_t>(metadata), out_features, in_features, itemsize, shared, at<const uint8_t>(order));
+}
+
+std::vector<std::string> pack_masked_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::pack_masked_isa_count(); ++i) names.emplace_back(cpu::pack_masked_isa_name(i));
+  return names;
+}
+
+bool pack_masked(uintptr_t weight, uintptr_t mask, uintptr_t values, uintptr_t metadata, uintptr_t turned_values,
+                 uintptr_t turned_metadata, int64_t out_features, int64_t in_features, int64_t stride, int itemsize,
+                 int threads, const std::optional<std::string>& isa) {
+  check_weight(out_features, in_features);
+  check_itemsize(itemsize);
+  if (out_features > 1 && stride < in_features) throw std::invalid_argument("rows must not overlap");
+  if (turned_values != 0 && (turned_metadata == 0 || out_features % nm::kGroup != 0)) {
+    throw std::invalid_argument("the transposed matrix needs metadata, and out_features a multiple of 4");
+  }
+  const cpu::MaskedPackArgs args = {at<const void>(weight),   at<const uint8_t>(mask),      at<void>(values),
+                                    at<uint8_t>(metadata),    at<void>(turned_values), at<uint8_t>(turned_metadata),
+                                    out_features,             in_features,             stride,
+                                    itemsize};
+  const nb::gil_scoped_release nogil;
+  return cpu::pack_masked(args, threads, isa ? isa->c_str() : nullptr);
 }
 
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
@@ -290,6 +314,10 @@ NB_MODULE(_native, m) {
         "out_features"_a, "in_features"_a);
   m.def("linear_int8", &linear_int8, "x"_a, "values"_a, "metadata"_a, "scales"_a, "bias"_a, "y"_a, "tokens"_a,
         "out_features"_a, "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0,
+        "isa"_a = nb::none());
+  m.def("pack_masked_isas", &pack_masked_isas, "Instruction sets that pack masked weights and run here, plainest first.");
+  m.def("pack_masked", &pack_masked, "weight"_a, "mask"_a, "values"_a, "metadata"_a, "turned_values"_a,
+        "turned_metadata"_a, "out_features"_a, "in_features"_a, "stride"_a, "itemsize"_a, "threads"_a,
         "isa"_a = nb::none());
   m.def("masks_isas", &masks_isas, "Instruction sets that choose masks and run here, plainest first.");
   m.def("transposable_2_4", &transposable_2_4, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a,

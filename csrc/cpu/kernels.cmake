@@ -15,6 +15,7 @@ add_library(kernels OBJECT
   ${csrc}/cpu/masks_baseline.cpp
   ${csrc}/cpu/masks_solver.cpp
   ${csrc}/cpu/pack.cpp
+  ${csrc}/cpu/pack_masked.cpp
   ${csrc}/cpu/permute.cpp
   ${csrc}/cpu/permute_baseline.cpp
   ${csrc}/cpu/threads.cpp)
@@ -70,7 +71,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
     set(gnu -Wno-uninitialized -Wno-maybe-uninitialized)  # false alarms inside g++ 12's immintrin.h
   endif()
   set(sources_avx2 linear linear_int8 grad masks permute)
-  set(sources_avx512 linear grad masks permute)
+  set(sources_avx512 linear grad masks pack_masked permute)
   set(sources_avx512bf16 linear grad)
   set(sources_avx512vnni linear_int8)
   target_compile_definitions(kernels PUBLIC TWOFOUR_X86)

@@ -48,9 +48,8 @@ def mvue(x: Tensor, *, dim: int = -1, generator: torch.Generator | None = None) 
     top = torch.zeros_like(sizes, dtype=torch.bool).scatter_(-1, sizes.argmax(-1, keepdim=True), True)
     rest = torch.where(top, 0.0, sizes).sum(-1, keepdim=True)
     sure = rest <= 1  # the largest is 1
-    chance = torch.where(
-        sure & top, 1.0, sizes * torch.where(sure, 1 / torch.where(rest == 0, 1.0, rest), 2 / (1 + rest))
-    )
+    drawn = torch.where(sure, sizes / torch.where(rest == 0, 1.0, rest), 2 * sizes / (1 + rest))
+    chance = torch.where(sure & top, 1.0, drawn)
     sums = chance.cumsum(-1)
     sums[..., -1:] = sums[..., -1:].round()  # 2, or 1 or 0 where fewer are not zero: rounding must not lose the last
     u = torch.rand((*sums.shape[:-1], 1), dtype=sums.dtype, device=sums.device, generator=generator)

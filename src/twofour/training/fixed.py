@@ -384,6 +384,7 @@ _CHANGED = (
     " after it. If these weights are to be dropped nevertheless, call apply() of the masks."
 )
 
+
 def _forgetting(this: weakref.ref[FixedMasks]) -> Callable[[Optimizer], None]:
     """A hook after which what the optimizer remembers is cleared again before its next step."""
 

@@ -6,9 +6,10 @@ subclass that makes the sparse weight in `forward`, as torch's `parametrize` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,11 @@ class Sparsity:
     stale: bool = True
     copied: bool = False
     changes: Tensor | None = None
+    _outside_of_graphs: ClassVar[Callable[..., None] | None] = None
+
+    def __post_init__(self) -> None:
+        if Sparsity._outside_of_graphs is None:  # here, not at import: it loads the whole compiler
+            Sparsity._outside_of_graphs = torch.compiler.disable(Sparsity.refresh)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
         found = Sparsity(self.pattern, self.rule, self.mvue, self.scale, copied=True)
@@ -62,7 +68,7 @@ class Sparsity:
         if not self.is_active:
             return weight
         if self.stale or self.copied:
-            self.refresh(module, weight)
+            (Sparsity._outside_of_graphs or Sparsity.refresh)(self, module, weight)
         if self.rule == "s-ste":
             assert self.scale is not None
             matrix = torch.ops.twofour.soft_weight(observe.as_matrix(module, weight), str(self.pattern), self.scale)
@@ -71,7 +77,6 @@ class Sparsity:
         found: Tensor = _StraightThrough.apply(weight, self.mask.to(weight.device))  # type: ignore[no-untyped-call]
         return found
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def refresh(self, module: nn.Module, weight: Tensor) -> None:
         """Makes the mask anew from the whole weight and counts what changed; at the first time the scale too."""
