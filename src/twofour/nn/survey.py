@@ -139,6 +139,28 @@ def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {module: tuple(all_names) for module, all_names in names.items()}
 
 
+def blocks_of(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[str, str]]:
+    """Layer name -> (chain, block): the outermost child of a ModuleList or Sequential it lives in, where that has several."""
+    modules = dict(model.named_modules())
+    found: dict[str, tuple[str, str]] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        for depth in range(len(parts) - 1):
+            chain = ".".join(parts[:depth])
+            name = ".".join(parts[: depth + 1])
+            container, child = modules.get(chain), modules.get(name)
+            if isinstance(container, (nn.ModuleList, nn.Sequential)) and isinstance(child, nn.Module):
+                inside = {
+                    other.name.split(".")[depth]
+                    for other in layers
+                    if other.name.startswith(f"{chain}." if chain else "")
+                }
+                if len(inside) > 1:
+                    found[layer.name] = (chain, name)
+                    break
+    return found
+
+
 def _find(model: nn.Module) -> list[Layer]:
     in_attention: dict[nn.Module, str] = {}
     layers: list[Layer] = []

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.inputs import Batch, call
-from ..nn.survey import Layer
+from ..nn.survey import Layer, blocks_of
 from .hooks import Reached, copied, fingerprint, plainly, replaced_by, watching
 
 Owners = Mapping[nn.Module, nn.Module]
@@ -76,26 +76,13 @@ class Part:
 
 
 def find_blocks(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Block]:
-    """Layer name -> the outermost child of a ModuleList or Sequential that it lives in, where that has several."""
+    """Layer name -> its block, of `blocks_of`."""
     modules = dict(model.named_modules())
-    found: dict[str, Block] = {}
     blocks: dict[str, Block] = {}
-    for layer in layers:
-        parts = layer.name.split(".")
-        for depth in range(len(parts) - 1):
-            chain = ".".join(parts[:depth])
-            name = ".".join(parts[: depth + 1])
-            container, child = modules.get(chain), modules.get(name)
-            if isinstance(container, (nn.ModuleList, nn.Sequential)) and isinstance(child, nn.Module):
-                inside = {
-                    other.name.split(".")[depth]
-                    for other in layers
-                    if other.name.startswith(f"{chain}." if chain else "")
-                }
-                if len(inside) > 1:
-                    found[layer.name] = blocks.setdefault(name, Block(name, chain, child))
-                    break
-    return found
+    return {
+        layer: blocks.setdefault(name, Block(name, chain, modules[name]))
+        for layer, (chain, name) in blocks_of(model, layers).items()
+    }
 
 
 class Trial:
