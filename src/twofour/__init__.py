@@ -17,6 +17,7 @@ from .errors import FormatError as FormatError
 from .errors import ModelError as ModelError
 from .errors import PatternError as PatternError
 from .errors import ShapeError as ShapeError
+from .errors import TrainingError as TrainingError
 from .errors import TwofourError as TwofourError
 from .errors import UnsupportedError as UnsupportedError
 from .format import SparseMatrix as SparseMatrix

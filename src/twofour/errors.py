@@ -27,3 +27,7 @@ class ModelError(TwofourError, ValueError):
 
 class CalibrationError(TwofourError, ValueError):
     """Calibration inputs that cannot tell a solver anything: none, NaN, or none that reach a layer."""
+
+
+class TrainingError(TwofourError, RuntimeError):
+    """Training that cannot begin, go on or be taken up: no data, a loss that is not finite, a checkpoint that is none."""

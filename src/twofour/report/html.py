@@ -268,7 +268,7 @@ def _loss_plot(report: Report) -> Plot | None:
     """Bars of the loss columns, one colour for each, layers from top to bottom."""
     losses = [column for column in report.columns if column.kind == "loss"]
     measured = [row for row in report.rows if any(isinstance(row.get(column.key), float) for column in losses)]
-    if not losses or not measured or not plots.available():
+    if not losses or not measured or report.columns[0].key != "layer" or not plots.available():
         return None
     caption = "How much the loss grows when one layer alone is pruned."
     if len(measured) > _MOST_BARS:

@@ -13,11 +13,16 @@ from .adapters import adapter_state_dict as adapter_state_dict
 from .adapters import add_adapters as add_adapters
 from .adapters import load_adapter_state_dict as load_adapter_state_dict
 from .adapters import remove_adapters as remove_adapters
+from .distill import distill as distill
 from .estimate import mvue as mvue
 from .fixed import FixedMasks as FixedMasks
 from .fixed import keep_masks as keep_masks
 from .fixed import masks_of as masks_of
 from .lora import AdaptedLinear as AdaptedLinear
+from .losses import cosine_loss as cosine_loss
+from .losses import kl_loss as kl_loss
+from .losses import mse_loss as mse_loss
+from .losses import relative_loss as relative_loss
 from .merge import merge_adapters as merge_adapters
 from .moving import MovingMasks as MovingMasks
 from .moving import finish_copy as finish_copy
@@ -25,3 +30,6 @@ from .moving import move_masks as move_masks
 from .schedule import Phase as Phase
 from .schedule import Schedule as Schedule
 from .sparsify import sparsify_activations as sparsify_activations
+from .teacher import Distillation as Distillation
+from .terms import Modules as Modules
+from .terms import Outputs as Outputs
