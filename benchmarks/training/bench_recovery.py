@@ -135,7 +135,7 @@ def main(
     text: Annotated[str, typer.Option(help="File in DATA.")] = "tinyshakespeare.txt",
     json_path: Annotated[Path | None, typer.Option("--json", help="Where results go; what is there is kept.")] = None,
     seeds: Annotated[int, typer.Option()] = 3,
-    steps: Annotated[int, typer.Option()] = 1500,
+    steps: Annotated[int, typer.Option()] = 3000,
     size: Annotated[str, typer.Option(help=", ".join(SIZES))] = "small",
     only: Annotated[list[str] | None, typer.Option(help="Runs to make, by name.")] = None,
     decay: Annotated[float | None, typer.Option(help="Of sr-ste and fst.")] = None,

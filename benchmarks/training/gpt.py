@@ -19,8 +19,8 @@ class Size:
     width: int = 128
     heads: int = 4
     context: int = 64
-    batch: int = 16
-    learning_rate: float = 2e-3
+    batch: int = 8
+    learning_rate: float = 1e-3
 
 
 SIZES = {
