@@ -5,14 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ModelError, PatternError
+from ..errors import ModelError, PatternError, TwofourError
 from ..nn.survey import Layer, survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -20,6 +20,7 @@ from .distributed import full, local, local_part, put_back, unwrapped
 from .fixed import FixedMasks, fixed_masks
 from .guard import masks_on
 from .kept import packed, unpacked
+from .products import LayerProducts, Wanted
 from .projected import Projected, Sparsity, projected_class, restore, why_not_projected
 from .schedule import Phase, Schedule
 from .steps import unwatch, watch
@@ -33,6 +34,7 @@ def move_masks(
     *,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    products: Wanted = "auto",
 ) -> MovingMasks:
     """From here on `model` trains with sparse weights whose masks follow the weights, phase after phase.
 
@@ -54,6 +56,10 @@ def move_masks(
         pattern: "2:4t" makes the input gradient a 2:4 product as well; "fst" is meant for it.
         schedule: phases, or their text: "s-ste"; "dense:100, fst:800, dense". Begins at the next step.
         include, exclude: shell wildcards over module names, as in `prune`.
+        products: how Linear layers multiply. "auto": forward and, with a transposable pattern, the input gradient by sparse
+            kernels where those are faster, packing included, measured at the first batch of each size; the report has the
+            times, and `state_dict` too. "sparse": wherever a kernel applies. "dense": never, and so "auto" under
+            `torch.use_deterministic_algorithms`: sparse kernels round in another order.
     Returns:
         MovingMasks, a context manager: finishes at its end, or lets go without a change where an error leaves it.
     Raises:
@@ -76,6 +82,8 @@ def move_masks(
     """
     pattern = Pattern.parse(pattern)
     schedule = Schedule.parse(schedule)
+    if products not in get_args(Wanted):
+        raise TwofourError(f"products={products!r}: it is one of {', '.join(get_args(Wanted))}.")
     model = unwrapped(model)
     if masks_on(model) is not None or any(isinstance(module, Projected) for module in model.modules()):
         raise ModelError(
@@ -99,7 +107,7 @@ def move_masks(
             shared.layers.append(layer)
             row.update(action="left", reason=f"its weight is that of '{shared.layer.name}'")
             continue
-        moved.append(_Moved([layer], Sparsity(pattern)))
+        moved.append(_Moved([layer], Sparsity(pattern, products=LayerProducts(products))))
         row.update(action="moved")
     if not moved:
         raise ModelError(f"no layer of the model can be made {pattern}, so there is nothing to train sparse.")
@@ -196,8 +204,13 @@ class MovingMasks:
             Column("layer", "layer"),
             Column("shape", "shape"),
             Column("action", "action"),
+            Column("tokens", "tokens", "count"),
+            Column("dense_us", "dense us", "us"),
+            Column("sparse_us", "sparse us", "us"),
+            Column("products", "products"),
             Column("reason", "why"),
         )
+        rows = [{**row, **self._products(row["layer"])} for row in self._rows]
         count = sum(row["action"] == "moved" for row in self._rows)
         summary: dict[str, Any] = {
             "pattern": str(self.pattern),
@@ -208,7 +221,7 @@ class MovingMasks:
         }
         if self.curve:
             summary["flip rate"] = self.curve[-1]["flip_rate"]
-        return Report("move_masks", columns, tuple(self._rows), summary, (), environment())
+        return Report("move_masks", columns, tuple(rows), summary, (), environment())
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Checks that `optimizer` trains what is made sparse.
@@ -281,6 +294,7 @@ class MovingMasks:
             "layers": [each.layer.name for each in self._moved],
             "masks": {each.layer.name: packed(cast(Tensor, each.sparsity.mask)) for each in made},
             "scales": {each.layer.name: each.sparsity.scale for each in self._moved},
+            "products": {each.layer.name: each.sparsity.products.state() for each in self._moved},
             "fixed": None if self._fixed is None else self._fixed.state_dict(),
         }
 
@@ -312,6 +326,7 @@ class MovingMasks:
         for each in self._moved:
             sparsity = each.sparsity
             sparsity.scale = state["scales"][each.layer.name]
+            sparsity.products.load(state["products"][each.layer.name])
             found = state["masks"].get(each.layer.name)
             sparsity.mask = None if found is None else unpacked(found, each.weight.shape).to(each.weight.device)
             sparsity.stale, sparsity.changes = found is None, None
@@ -349,6 +364,8 @@ class MovingMasks:
     def _after(self, optimizer: Optimizer) -> None:
         if not self._own(optimizer):
             return
+        for each in self._moved:
+            each.sparsity.products.forget()
         if not self._stepped or optimizer in self._stepped:  # of several optimizers each steps once for a step
             self._stepped.clear()
             self._next_step()
@@ -412,6 +429,18 @@ class MovingMasks:
             flips = 2 * sum(int(count) for count in changes)
             self.curve.append({"step": self.step, "rule": self.phase.rule, "flip_rate": flips / total / steps})
             self._refreshed = self.step
+
+    def _products(self, name: str) -> dict[str, Any]:
+        """How the layer multiplied the last kind of batch that it measured."""
+        each = next((each for each in self._moved if (each.layer.name or "(model)") == name), None)
+        if each is None:
+            return {}
+        products = each.sparsity.products
+        if products.times:
+            last = list(products.times.values())[-1]
+            chosen = "sparse" if last.pays else "dense"
+            return {"tokens": last.tokens, "dense_us": last.dense_us, "sparse_us": last.sparse_us, "products": chosen}
+        return {} if products.why_dense is None else {"products": "dense", "reason": products.why_dense}
 
     def _mask(self, each: _Moved) -> Tensor:
         """The mask in force, of the whole weight."""

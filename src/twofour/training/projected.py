@@ -7,7 +7,7 @@ subclass that makes the sparse weight in `forward`, as torch's `parametrize` and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..masks import magnitude, nm_mask, soft_threshold
 from ..nn import observe
 from ..pattern import Pattern
-from .estimate import mvue
+from .products import LayerProducts, weight_gradient
 from .schedule import Rule
 
 _LIBRARY = torch.library.Library("twofour", "FRAGMENT")
@@ -37,6 +37,7 @@ class Sparsity:
         stale: the mask is to be made anew in the next forward pass.
         copied: in a copy of the model, which no one tells when its weights change: its mask is made in every forward pass.
         changes: how many places the last new mask kept that the one before did not; a tensor on the weight's device.
+        products: how Linear layers multiply by it.
     """
 
     pattern: Pattern
@@ -47,6 +48,7 @@ class Sparsity:
     stale: bool = True
     copied: bool = False
     changes: Tensor | None = None
+    products: LayerProducts = field(default_factory=LayerProducts)
     _outside_of_graphs: ClassVar[Callable[..., None] | None] = None
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class Sparsity:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
         found = Sparsity(self.pattern, self.rule, self.mvue, self.scale, copied=True)
+        found.products = LayerProducts(self.products.wanted)
         memo[id(self)] = found
         return found
 
@@ -76,6 +79,27 @@ class Sparsity:
         assert self.mask is not None
         found: Tensor = _StraightThrough.apply(weight, self.mask.to(weight.device))  # type: ignore[no-untyped-call]
         return found
+
+    def sparse_linear(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output of a Linear by sparse kernels; None where dense ones are to be taken."""
+        if self.rule == "dense" or self.products.wanted == "dense" or torch.compiler.is_compiling():
+            return None
+        if self.is_active and (self.stale or self.copied):
+            self.refresh(module, weight)
+        if self.mask is None or self.mask.device != weight.device:
+            return None
+        soft = self.rule == "s-ste"
+        scale = 1.0 if self.scale is None or not soft else self.scale
+
+        def kept() -> tuple[Tensor, Tensor]:
+            if not soft:
+                return weight, cast(Tensor, self.mask)
+            found = weight.detach()
+            return soft_threshold(found, self.pattern).mul_(scale), nm_mask(magnitude(found), self.pattern)
+
+        estimate = self.mvue and self.is_active
+        token = None if soft else self.mask
+        return self.products.linear(x, weight, bias, self.pattern, kept, token, scale=scale, estimate=estimate)
 
     @torch.no_grad()
     def refresh(self, module: nn.Module, weight: Tensor) -> None:
@@ -148,9 +172,7 @@ class _EstimatedLinear(torch.autograd.Function):
         of_x = grad @ weight if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:
-            missing = -len(rows) % 4
-            estimate = mvue(F.pad(rows, (0, 0, 0, missing)), dim=0)[: len(rows)]
-            of_weight = estimate.T @ x.reshape(-1, x.shape[-1])
+            of_weight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), estimate=True)
         of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias
 
@@ -186,6 +208,9 @@ class ProjectedLinear(Projected, nn.Linear):
     plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        found = self.sparsity.sparse_linear(self, input, self.weight, self.bias)
+        if found is not None:
+            return found
         weight = self.sparse_weight()
         if self.sparsity.mvue and self.sparsity.is_active:
             return _estimated(input, weight, self.bias)

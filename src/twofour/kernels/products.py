@@ -1,0 +1,68 @@
+"""The table of products for training: which backend multiplies by a weight under a mask, forward and for its input gradient.
+
+A layer that trains packs its weight anew after each step, so packing is part of the bargain: from the dense weight and its
+mask, and where the mask is transposable the transpose in the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .registry import KERNELS, LinearSpec, Operands
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """One row of the table.
+
+    `why_not(spec)` is None where it applies. `pack(weight, mask, both_ways)` makes the operands of W and, with both_ways, of
+    W.T from a dense weight and a bool mask. `linear(x, operands, bias, out_features, in_features)` is x @ W.T + bias, x of
+    any number of axes; with the operands of W.T and the features exchanged it is the input gradient.
+    """
+
+    backend: str
+    why_not: Callable[[LinearSpec], str | None]
+    pack: Callable[[Tensor, Tensor, bool], tuple[Operands, Operands | None]]
+    linear: Callable[[Tensor, Operands, Tensor | None, int, int], Tensor]
+    label: Callable[[], str]
+
+
+def _cpu_pack(weight: Tensor, mask: Tensor, both_ways: bool) -> tuple[Operands, Operands | None]:
+    return cpu.pack_masked(weight, mask, both_ways=both_ways)
+
+
+def _cpu_linear(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    rows = x.reshape(-1, in_features)
+    return cpu.linear(rows, *operands, bias, out_features, in_features).view(*x.shape[:-1], out_features)
+
+
+PRODUCTS: tuple[Products, ...] = (
+    Products("cpu", KERNELS["cpu"].why_not, _cpu_pack, _cpu_linear, KERNELS["cpu"].label),
+)
+"""Fastest first."""
+
+
+def find_products(spec: LinearSpec) -> tuple[Products | None, tuple[tuple[str, str], ...]]:
+    """The first row that applies, or None, and why those before it do not: ((backend, reason), ...)."""
+    rejected: list[tuple[str, str]] = []
+    for row in PRODUCTS:
+        reason = row.why_not(spec)
+        if reason is None:
+            return row, tuple(rejected)
+        rejected.append((row.backend, reason))
+    return None, tuple(rejected)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """True for numbers in memory: nothing that a tracer or compiler watches, no subclass."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
