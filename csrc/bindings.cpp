@@ -223,14 +223,21 @@ std::vector<std::string> masks_isas() {
 }
 
 void transposable_2_4(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t columns, int64_t stride, int itemsize,
-                      int threads, const std::optional<std::string>& isa) {
+                      bool magnitude, int threads, const std::optional<std::string>& isa) {
   if (rows < 0 || columns < 0 || rows % 4 != 0 || columns % 4 != 0) {
     throw std::invalid_argument("rows and columns must be multiples of 4");
   }
   if (rows > 1 && stride < columns) throw std::invalid_argument("rows must not overlap");
-  const cpu::MaskArgs args = {at<const void>(scores), at<uint8_t>(mask), score_type(itemsize), rows, columns, stride};
+  const cpu::MaskArgs args = {
+      at<const void>(scores), at<uint8_t>(mask), itemsize == 2 ? cpu::ScoreType::kBf16 : score_type(itemsize), rows, columns,
+      stride, magnitude};
   const nb::gil_scoped_release nogil;
   last_kernel = cpu::transposable_2_4(args, threads, isa ? isa->c_str() : nullptr);
+}
+
+int64_t count_differences(uintptr_t one, uintptr_t other, int64_t count, int threads) {
+  const nb::gil_scoped_release nogil;
+  return cpu::count_differences(at<const uint8_t>(one), at<const uint8_t>(other), count, threads);
 }
 
 void transposable_blocks(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t columns, int64_t stride, int itemsize,
@@ -321,7 +328,8 @@ NB_MODULE(_native, m) {
         "isa"_a = nb::none());
   m.def("masks_isas", &masks_isas, "Instruction sets that choose masks and run here, plainest first.");
   m.def("transposable_2_4", &transposable_2_4, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a,
-        "threads"_a, "isa"_a = nb::none());
+        "magnitude"_a, "threads"_a, "isa"_a = nb::none());
+  m.def("count_differences", &count_differences, "one"_a, "other"_a, "count"_a, "threads"_a);
   m.def("best_of_groups", &best_of_groups, "scores"_a, "mask"_a, "kept"_a, "rows"_a, "columns"_a, "stride"_a,
         "kept_stride"_a, "itemsize"_a, "keep"_a, "group"_a, "shared"_a, "magnitude"_a, "threads"_a,
         "isa"_a = nb::none());

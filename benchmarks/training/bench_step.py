@@ -29,7 +29,7 @@ from benchmarks.turns import in_turns, ratios_to
 
 import twofour
 from twofour.kernels import cpu
-from twofour.masks import magnitude, nm_mask
+from twofour.masks.magnitude import magnitude_mask
 from twofour.report.environment import environment
 from twofour.training import Phase
 
@@ -94,12 +94,12 @@ def milliseconds(function: Callable[[], object], repeats: int, between: Callable
 def packing(width: int, hidden: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Mask and pack of W and W.T, against two copies of W."""
     weight = torch.randn(hidden, width).to(dtype)
-    mask = nm_mask(magnitude(weight), "2:4t")
+    mask = magnitude_mask(weight, "2:4t")
     wash = torch.zeros(32 << 20)
     found: dict[str, Any] = {"shape": [hidden, width], "dtype": str(dtype).removeprefix("torch.")}
     for name, between in (("warm", None), ("cold", lambda: wash.add_(1))):
         two = milliseconds(copies(weight), repeats, between)
-        choose = milliseconds(lambda: nm_mask(magnitude(weight), "2:4t"), repeats, between)
+        choose = milliseconds(lambda: magnitude_mask(weight, "2:4t"), repeats, between)
         pack = milliseconds(lambda: cpu.pack_masked(weight, mask, both_ways=True), repeats, between)
         found[name] = {
             "two copies ms": two,

@@ -1,6 +1,7 @@
 // Chooses the instruction set of a mask and cuts the work; 4x4 blocks with scores that vectors do not take.
 #include "cpu/masks.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -116,6 +117,28 @@ uint32_t transposable_2_4_of_any(const double (&block)[16]) {
     if (whole.above(best) || (!best.above(whole) && whole.bits > best.bits)) best = whole;
   }
   return static_cast<uint32_t>(best.bits);
+}
+
+int64_t count_differences(const uint8_t* one, const uint8_t* other, int64_t count, int threads) {
+  constexpr int64_t kPiece = 255;  // a byte counts so far
+  std::atomic<int64_t> total{0};
+  share_out(threads, (count + kPiece * 64 - 1) / (kPiece * 64), kPiece * 64, [&](int64_t first, int64_t last) {
+    int64_t own = 0;
+    int64_t at = first * kPiece * 64;
+    const int64_t end = last * kPiece * 64 < count ? last * kPiece * 64 : count;
+    for (; at + kPiece * 64 <= end; at += kPiece * 64) {
+      uint8_t sums[64] = {};
+      for (int64_t piece = 0; piece < kPiece; ++piece) {
+        for (int lane = 0; lane < 64; ++lane) {
+          sums[lane] = static_cast<uint8_t>(sums[lane] + (one[at + 64 * piece + lane] ^ other[at + 64 * piece + lane]));
+        }
+      }
+      for (const uint8_t sum : sums) own += sum;
+    }
+    for (; at < end; ++at) own += one[at] ^ other[at];
+    total += own;
+  });
+  return total;
 }
 
 int masks_isa_count() {

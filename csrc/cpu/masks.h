@@ -8,7 +8,7 @@
 
 namespace twofour::cpu {
 
-enum class ScoreType { kFp32, kFp64 };
+enum class ScoreType { kFp32, kFp64, kBf16 };
 
 struct MaskArgs {
   const void* scores;  // [rows, columns] of `type`, rows `stride` elements apart
@@ -17,13 +17,14 @@ struct MaskArgs {
   int64_t rows;
   int64_t columns;
   int64_t stride;
+  bool magnitude = false;  // ranks |score|
 };
 
 // The best mask with two kept in every row and column of each 4x4 block. rows and columns are multiples of 4.
 //
 // The 90 masks of a block split into 19 kinds by how many places of each column the upper two rows keep. A half with
 // the sum ((x + y) + (z + w)), each pair in column order, is chosen for every kind and either half, then the kind whose
-// two halves have the largest sum. All sums are in double. Equal sums: in a half the one, then of the kinds the one,
+// two halves have the largest sum. All sums are in double, or exact. Equal sums: in a half the one, then of the kinds the one,
 // whose kept places come first in row order. Returns what ran, as "isa".
 const char* transposable_2_4(const MaskArgs& args, int threads, const char* isa);
 
@@ -50,6 +51,9 @@ struct GroupArgs {
 // The `keep` best of each group. Equal scores keep the lower index, NaN ranks below every number, -0.0 equals 0.0.
 const char* best_of_groups(const GroupArgs& args, int threads, const char* isa);
 
+// Places where two masks of `count` bytes, 0 or 1, differ.
+int64_t count_differences(const uint8_t* one, const uint8_t* other, int64_t count, int threads);
+
 int masks_isa_count();
 const char* masks_isa_name(int index);
 const char* default_masks_isa();
@@ -63,9 +67,9 @@ uint32_t transposable_2_4_of_any(const double (&block)[16]);
 
 constexpr double kLargestPlain = 0x1p1019;
 
-// Pure workers, called from several threads at once; [0] takes fp32 scores, [1] fp64.
+// Pure workers, called from several threads at once; [0] takes fp32 scores, [1] fp64, [2] bf16.
 struct MaskKernels {
-  void (*transposable_2_4[2])(const MaskArgs& args, int64_t band0, int64_t band1);  // bands of four rows
+  void (*transposable_2_4[3])(const MaskArgs& args, int64_t band0, int64_t band1);  // bands of four rows
   void (*best_of_groups[2])(const GroupArgs& args, int64_t band0, int64_t band1);   // bands of `shared` rows
 };
 

@@ -8,12 +8,13 @@ constexpr int kLanes = 4;  // doubles of a vector
 
 #include "cpu/linear_support.inl.h"
 #include "cpu/masks_halves.inl.h"
+#include "cpu/masks_rows.inl.h"
 #include "cpu/masks_blocks.inl.h"
 #include "cpu/masks_groups.inl.h"
 
 }  // namespace
 
-const MaskKernels masks_avx2 = {{transposable_2_4<float>, transposable_2_4<double>},
+const MaskKernels masks_avx2 = {{transposable_2_4<float>, transposable_2_4<double>, transposable_2_4<bf16>},
                                 {best_of_groups<float>, best_of_groups<double>}};
 
 }  // namespace twofour::cpu

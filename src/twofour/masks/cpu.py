@@ -14,22 +14,28 @@ def runs(scores: Tensor) -> bool:
 
     What a tracer or a compiler watches, or a subclass stands for, is left to torch.
     """
+    return runs_weights(scores) and scores.dtype != torch.bfloat16
+
+
+def runs_weights(scores: Tensor) -> bool:
+    """As `runs`, also for bfloat16, which `transposable_2_4` ranks."""
     return (
         native.LOADED is not None
         and type(scores) in (Tensor, torch.nn.Parameter)
         and scores.device.type == "cpu"
         and scores.layout == torch.strided
-        and scores.dtype in (torch.float32, torch.float64)
+        and scores.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(scores)
     )
 
 
-def transposable_2_4(scores: Tensor, *, isa: str | None = None) -> Tensor:
+def transposable_2_4(scores: Tensor, *, magnitude: bool = False, isa: str | None = None) -> Tensor:
     """The mask of `transposable_mask` for "2:4t".
 
     Args:
-        scores: [rows, columns] that `runs` took, both multiples of 4.
+        scores: [rows, columns] that `runs` took, or bfloat16, both multiples of 4.
+        magnitude: rank |scores|.
         isa: one of `native.module().masks_isas()`; None takes the best.
     Returns:
         bool [rows, columns].
@@ -44,10 +50,19 @@ def transposable_2_4(scores: Tensor, *, isa: str | None = None) -> Tensor:
         columns,
         scores.stride(0),
         scores.dtype.itemsize,
+        magnitude,
         torch.get_num_threads(),
         isa,
     )
     return mask
+
+
+def differences(one: Tensor, other: Tensor) -> int:
+    """In how many places two masks, bool, of one shape, without gaps in a CPU's memory, differ."""
+    found: int = native.module().count_differences(
+        one.data_ptr(), other.data_ptr(), one.numel(), torch.get_num_threads()
+    )
+    return found
 
 
 def transposable_blocks(scores: Tensor, pattern: Pattern) -> Tensor:

@@ -426,7 +426,7 @@ class MovingMasks:
         if changes:
             total = sum(each.weight.numel() for each in self._moved)
             steps = max(1, self.step - self._refreshed)
-            flips = 2 * sum(int(count) for count in changes)
+            flips = sum(int(count) for count in changes)
             self.curve.append({"step": self.step, "rule": self.phase.rule, "flip_rate": flips / total / steps})
             self._refreshed = self.step
 

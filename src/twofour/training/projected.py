@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..masks import magnitude, nm_mask, soft_threshold
+from ..masks import soft_threshold
+from ..masks.magnitude import differences, magnitude_mask
 from ..nn import observe
 from ..pattern import Pattern
 from .products import LayerProducts, weight_gradient
@@ -36,7 +37,7 @@ class Sparsity:
         mask: bool, the weight's shape: True where it is kept; None until a forward pass has seen the weight.
         stale: the mask is to be made anew in the next forward pass.
         copied: in a copy of the model, which no one tells when its weights change: its mask is made in every forward pass.
-        changes: how many places the last new mask kept that the one before did not; a tensor on the weight's device.
+        changes: in how many places the last new mask differs from the one before; on a GPU a tensor, so that no one waits.
         products: how Linear layers multiply by it.
     """
 
@@ -47,7 +48,7 @@ class Sparsity:
     mask: Tensor | None = None
     stale: bool = True
     copied: bool = False
-    changes: Tensor | None = None
+    changes: Tensor | int | None = None
     products: LayerProducts = field(default_factory=LayerProducts)
     _outside_of_graphs: ClassVar[Callable[..., None] | None] = None
 
@@ -95,7 +96,7 @@ class Sparsity:
             if not soft:
                 return weight, cast(Tensor, self.mask)
             found = weight.detach()
-            return soft_threshold(found, self.pattern).mul_(scale), nm_mask(magnitude(found), self.pattern)
+            return soft_threshold(found, self.pattern).mul_(scale), magnitude_mask(found, self.pattern)
 
         estimate = self.mvue and self.is_active
         token = None if soft else self.mask
@@ -105,12 +106,12 @@ class Sparsity:
     def refresh(self, module: nn.Module, weight: Tensor) -> None:
         """Makes the mask anew from the whole weight and counts what changed; at the first time the scale too."""
         matrix = observe.as_matrix(module, weight.detach())
-        mask = nm_mask(magnitude(matrix), self.pattern)
+        mask = magnitude_mask(matrix, self.pattern)
         mask = observe.from_matrix(module, mask, weight.shape).contiguous()
         if self.rule == "s-ste" and self.scale is None:
             self.scale = frozen_scale(matrix, self.pattern)
         if self.mask is not None:
-            self.changes = (mask & ~self.mask.to(mask.device)).sum()
+            self.changes = differences(mask, self.mask)
         self.mask, self.stale = mask, False
 
 
