@@ -29,7 +29,7 @@ from benchmarks.turns import in_turns, ratios_to
 
 import twofour
 from twofour.kernels import cpu
-from twofour.masks.magnitude import magnitude_mask
+from twofour.masks.of_weights import magnitude_mask
 from twofour.report.environment import environment
 from twofour.training import Phase
 

@@ -119,6 +119,13 @@ uint32_t transposable_2_4_of_any(const double (&block)[16]) {
   return static_cast<uint32_t>(best.bits);
 }
 
+void soft_2_4t(const SoftArgs& args, int threads, const char* isa) {
+  const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
+  const auto kernel = chosen.kernels->soft_2_4t[static_cast<int>(args.type)];
+  share_out(threads, args.rows / 4, 4 * args.columns,
+            [&](int64_t band0, int64_t band1) { kernel(args, band0, band1); });
+}
+
 int64_t count_differences(const uint8_t* one, const uint8_t* other, int64_t count, int threads) {
   constexpr int64_t kPiece = 255;  // a byte counts so far
   std::atomic<int64_t> total{0};

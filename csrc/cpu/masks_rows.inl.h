@@ -20,3 +20,11 @@ template <class V>
 TWOFOUR_INLINE inline bool store_rows(V, uint8_t*, int64_t) {
   return false;
 }
+// The way back of load_rows, rounded to float.
+template <class V>
+TWOFOUR_INLINE inline void store_soft(const V* x, float* row) {
+  constexpr int kAll = sizeof(V) / sizeof(V{}[0]);
+  unroll<4>([&](auto c) {
+    unroll<kAll>([&](auto lane) { row[4 * lane + c] = static_cast<float>(x[c][int{lane}]); });
+  });
+}

@@ -57,3 +57,24 @@ inline bool store_rows(RowF bits, uint8_t* mask, int64_t columns) {
   });
   return true;
 }
+
+inline void load_rows(const bf16* row, RowF* x) {
+  const __m512i all = _mm512_loadu_si512(row);
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  unroll<4>([&](auto c) {
+    const __m512i from = _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(c)), 16);
+    const __m512i scores = _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, all);
+    x[c] = (RowF)_mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_castsi512_ps(scores)));
+  });
+}
+
+inline void store_soft(const RowF* x, float* row) {
+  __m512 two[2];
+  unroll<2>([&](auto half) {
+    const __m256 low = _mm512_cvtpd_ps((__m512d)x[2 * half]), high = _mm512_cvtpd_ps((__m512d)x[2 * half + 1]);
+    two[half] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+  });
+  const __m512i places = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  _mm512_storeu_ps(row, _mm512_permutex2var_ps(two[0], places, two[1]));
+  _mm512_storeu_ps(row + 16, _mm512_permutex2var_ps(two[0], _mm512_add_epi32(places, _mm512_set1_epi32(4)), two[1]));
+}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twofour import ShapeError, UnsupportedError
-from twofour.masks import nm_mask, soft_threshold
+from twofour import ShapeError, UnsupportedError, native
+from twofour.masks import cpu, nm_mask, soft_threshold
 
 PATTERNS = ("2:4", "1:4", "3:4", "4:8", "2:4x2", "2:4x4", "2:4t")
 
@@ -103,3 +103,42 @@ def test_what_it_refuses() -> None:
         soft_threshold(torch.ones(4, 6), "2:4")
     with pytest.raises(ShapeError, match="out_features to be a multiple of 4"):
         soft_threshold(torch.ones(6, 8), "2:4t")
+
+
+NATIVE = native.LOADED
+ISAS = NATIVE.masks_isas() if NATIVE is not None else []
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 4), (8, 36), (12, 132), (20, 64)], ids=str)
+def test_blocks_in_cpp_are_those_of_torch(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+    whole = torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert torch.equal(cpu.soft_2_4t(whole, 2.0, isa=isa).double(), soft_threshold(whole.double(), "2:4t", scale=2.0))
+    real = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    wanted = soft_threshold(real.double(), "2:4t", scale=1.3).float()
+    assert torch.allclose(cpu.soft_2_4t(real, 1.3, isa=isa), wanted, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_in_cpp_with_numbers_that_are_none(isa: str) -> None:
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(6))
+    x[1, 2], x[6, 33] = float("nan"), float("-inf")
+    found = cpu.soft_2_4t(x, 1.0, isa=isa)
+    bad = torch.zeros(2, 10, dtype=torch.bool)
+    bad[0, 0] = bad[1, 8] = True
+    assert torch.equal(found.unflatten(0, (2, 4)).unflatten(2, (10, 4)).isnan().any(3).any(1), bad)
+    assert torch.equal(cpu.soft_2_4t(x[:, 4:], 1.0, isa=isa)[:4], found[:4, 4:])  # rows with gaps
+
+
+def test_scales_and_the_map_of_s_ste_for_any_numbers() -> None:
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    x[0, :4] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    x[1, :4] = 0.0
+    mask = nm_mask(x.abs(), "2:4")
+    dropped = torch.where(mask, 0.0, x.abs()).unflatten(1, (10, 4)).amax(2, keepdim=True).expand(6, 10, 4).flatten(1)
+    wanted = 1.5 * torch.where(mask, x.sign() * (x.abs() - dropped), 0.0)
+    assert torch.allclose(soft_threshold(x, "2:4", scale=1.5), wanted, rtol=1e-15, atol=1e-16)
+    for pattern in ("2:4x2", "3:4", "2:4t"):
+        two = soft_threshold(x[:4], pattern, scale=2.0)
+        assert torch.allclose(two, 2 * soft_threshold(x[:4], pattern))

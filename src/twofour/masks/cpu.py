@@ -57,6 +57,31 @@ def transposable_2_4(scores: Tensor, *, magnitude: bool = False, isa: str | None
     return mask
 
 
+def soft_2_4t(weight: Tensor, scale: float, *, isa: str | None = None) -> Tensor:
+    """`soft_threshold` for "2:4t", times `scale`, sums in float64.
+
+    Args:
+        weight: [rows, columns] float32 or bfloat16 that `runs_weights` took, both multiples of 4.
+    Returns:
+        float32 [rows, columns].
+    """
+    weight = _dense_rows(weight)
+    rows, columns = weight.shape
+    soft = torch.empty(rows, columns)
+    native.module().soft_2_4t(
+        weight.data_ptr(),
+        soft.data_ptr(),
+        rows,
+        columns,
+        weight.stride(0),
+        weight.itemsize,
+        scale,
+        torch.get_num_threads(),
+        isa,
+    )
+    return soft
+
+
 def differences(one: Tensor, other: Tensor) -> int:
     """In how many places two masks, bool, of one shape, without gaps in a CPU's memory, differ."""
     found: int = native.module().count_differences(

