@@ -48,7 +48,6 @@ COMMAND = "python benchmarks/training/bench_recovery.py --data DATA"
 FROM_SCRATCH = {
     "sr-ste 2:4": ("2:4", "sr-ste"),
     "fst 2:4t": ("2:4t", "fst"),
-    "fst 2:4t, dense tail": ("2:4t", "fst:83%, dense"),
     "fst 2:4t, mvue, dense tail": ("2:4t", "fst:83%, dense"),
     "s-ste 2:4": ("2:4", "s-ste"),
     "s-ste 2:4t": ("2:4t", "s-ste"),
@@ -135,7 +134,7 @@ def main(
     text: Annotated[str, typer.Option(help="File in DATA.")] = "tinyshakespeare.txt",
     json_path: Annotated[Path | None, typer.Option("--json", help="Where results go; what is there is kept.")] = None,
     seeds: Annotated[int, typer.Option()] = 3,
-    steps: Annotated[int, typer.Option()] = 3000,
+    steps: Annotated[int, typer.Option()] = 2500,
     size: Annotated[str, typer.Option(help=", ".join(SIZES))] = "small",
     only: Annotated[list[str] | None, typer.Option(help="Runs to make, by name.")] = None,
     decay: Annotated[float | None, typer.Option(help="Of sr-ste and fst.")] = None,

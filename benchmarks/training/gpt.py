@@ -21,11 +21,14 @@ class Size:
     context: int = 64
     batch: int = 8
     learning_rate: float = 1e-3
+    bf16: bool = False
+    """Products in bfloat16, by autocast."""
 
 
 SIZES = {
-    "small": Size(),
-    "gpt2": Size(layers=12, width=768, heads=12, context=512, batch=32, learning_rate=6e-4),
+    "small": Size(width=256, bf16=True),
+    "tiny": Size(),
+    "gpt2": Size(layers=12, width=768, heads=12, context=512, batch=32, learning_rate=6e-4, bf16=True),
     "smallest": Size(layers=1, width=32, heads=2, context=16, batch=8),
 }
 
@@ -56,6 +59,7 @@ class GPT(nn.Module):
 
     def __init__(self, size: Size, letters: int) -> None:
         super().__init__()
+        self.bf16 = size.bf16
         self.letters, self.places = nn.Embedding(letters, size.width), nn.Embedding(size.context, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, letters, bias=False)
@@ -96,7 +100,9 @@ class Text:
 
 def loss_of(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats for a letter."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=model.bf16):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
