@@ -235,17 +235,17 @@ void transposable_2_4(uintptr_t scores, uintptr_t mask, int64_t rows, int64_t co
   last_kernel = cpu::transposable_2_4(args, threads, isa ? isa->c_str() : nullptr);
 }
 
-void soft_2_4t(uintptr_t weight, uintptr_t soft, int64_t rows, int64_t columns, int64_t stride, int itemsize, double scale,
-               int threads, const std::optional<std::string>& isa) {
-  if (rows < 0 || columns < 0 || rows % 4 != 0 || columns % 4 != 0) {
-    throw std::invalid_argument("rows and columns must be multiples of 4");
+void soft_threshold(uintptr_t weight, uintptr_t soft, int64_t rows, int64_t columns, int64_t stride, int itemsize,
+                    double scale, bool transposable, int threads, const std::optional<std::string>& isa) {
+  if (rows < 0 || columns < 0 || columns % 4 != 0 || (transposable && rows % 4 != 0)) {
+    throw std::invalid_argument("axes with groups must be multiples of 4");
   }
   if (rows > 1 && stride < columns) throw std::invalid_argument("rows must not overlap");
   if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("weights have 2 or 4 bytes");
   const cpu::SoftArgs args = {at<const void>(weight), at<float>(soft),
                               itemsize == 2 ? cpu::ScoreType::kBf16 : cpu::ScoreType::kFp32, rows, columns, stride, scale};
   const nb::gil_scoped_release nogil;
-  cpu::soft_2_4t(args, threads, isa ? isa->c_str() : nullptr);
+  (transposable ? cpu::soft_2_4t : cpu::soft_2_4)(args, threads, isa ? isa->c_str() : nullptr);
 }
 
 int64_t count_differences(uintptr_t one, uintptr_t other, int64_t count, int threads) {
@@ -342,8 +342,8 @@ NB_MODULE(_native, m) {
   m.def("masks_isas", &masks_isas, "Instruction sets that choose masks and run here, plainest first.");
   m.def("transposable_2_4", &transposable_2_4, "scores"_a, "mask"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a,
         "magnitude"_a, "threads"_a, "isa"_a = nb::none());
-  m.def("soft_2_4t", &soft_2_4t, "weight"_a, "soft"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a, "scale"_a,
-        "threads"_a, "isa"_a = nb::none());
+  m.def("soft_threshold", &soft_threshold, "weight"_a, "soft"_a, "rows"_a, "columns"_a, "stride"_a, "itemsize"_a,
+        "scale"_a, "transposable"_a, "threads"_a, "isa"_a = nb::none());
   m.def("count_differences", &count_differences, "one"_a, "other"_a, "count"_a, "threads"_a);
   m.def("best_of_groups", &best_of_groups, "scores"_a, "mask"_a, "kept"_a, "rows"_a, "columns"_a, "stride"_a,
         "kept_stride"_a, "itemsize"_a, "keep"_a, "group"_a, "shared"_a, "magnitude"_a, "threads"_a,

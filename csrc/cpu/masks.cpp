@@ -119,6 +119,12 @@ uint32_t transposable_2_4_of_any(const double (&block)[16]) {
   return static_cast<uint32_t>(best.bits);
 }
 
+void soft_2_4(const SoftArgs& args, int threads, const char* isa) {
+  const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
+  const auto kernel = chosen.kernels->soft_2_4[static_cast<int>(args.type)];
+  share_out(threads, args.rows, args.columns, [&](int64_t row0, int64_t row1) { kernel(args, row0, row1); });
+}
+
 void soft_2_4t(const SoftArgs& args, int threads, const char* isa) {
   const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
   const auto kernel = chosen.kernels->soft_2_4t[static_cast<int>(args.type)];

@@ -52,7 +52,7 @@ struct GroupArgs {
 const char* best_of_groups(const GroupArgs& args, int threads, const char* isa);
 
 struct SoftArgs {
-  const void* weight;  // [rows, columns] of fp32 or bf16, rows `stride` elements apart; both multiples of 4
+  const void* weight;  // [rows, columns] of fp32 or bf16, rows `stride` elements apart; columns a multiple of 4
   float* soft;         // [rows, columns] without gaps
   ScoreType type;
   int64_t rows;
@@ -61,7 +61,10 @@ struct SoftArgs {
   double scale;  // of what is written
 };
 
-// The soft threshold of "2:4t": sign(w) * min(|w|, best sum of |w| of all masks - best of those without the place), sums in
+// The soft threshold of "2:4": what is left of each |w| above the second smallest of its four. NaN make their group NaN.
+void soft_2_4(const SoftArgs& args, int threads, const char* isa);
+
+// The soft threshold of "2:4t", rows a multiple of 4: sign(w) * min(|w|, best sum of |w| of all masks - best of those without the place), sums in
 // double, rounded once. NaN and infinities make their block NaN.
 void soft_2_4t(const SoftArgs& args, int threads, const char* isa);
 
@@ -84,6 +87,7 @@ constexpr double kLargestPlain = 0x1p1019;
 // Pure workers, called from several threads at once; [0] takes fp32 scores, [1] fp64, [2] bf16.
 struct MaskKernels {
   void (*transposable_2_4[3])(const MaskArgs& args, int64_t band0, int64_t band1);  // bands of four rows
+  void (*soft_2_4[3])(const SoftArgs& args, int64_t row0, int64_t row1);     // [1] is null
   void (*soft_2_4t[3])(const SoftArgs& args, int64_t band0, int64_t band1);  // [1] is null
   void (*best_of_groups[2])(const GroupArgs& args, int64_t band0, int64_t band1);   // bands of `shared` rows
 };

@@ -19,6 +19,7 @@ constexpr int kLanes = 8;  // doubles of a vector
 }  // namespace
 
 const MaskKernels masks_avx512 = {{transposable_2_4<float>, transposable_2_4<double>, transposable_2_4<bf16>},
+{soft_2_4<float>, nullptr, soft_2_4<bf16>},
 {soft_2_4t<float>, nullptr, soft_2_4t<bf16>},
                                   {best_of_groups<float>, best_of_groups<double>}};
 

@@ -1,5 +1,44 @@
-// Soft thresholds of transposable 2:4, kLanes blocks at a time (masks_blocks.inl.h).
-//
+// Soft thresholds of 2:4, kLanes groups at a time, and of transposable 2:4, kLanes blocks at a time (masks_blocks.inl.h).
+
+// What is left of four weights above the second smallest magnitude.
+TWOFOUR_INLINE inline void shrink(F (&x)[4], double scale) {
+  F size[4], nothing{};
+  unroll<4>([&](auto c) {
+    size[c] = magnitude(x[c]);
+    nothing = nothing + (x[c] != x[c] ? x[c] : F{});  // NaN where one is
+  });
+  const F dropped = lesser(larger(lesser(size[0], size[1]), lesser(size[2], size[3])),
+                           lesser(larger(size[0], size[1]), larger(size[2], size[3])));
+  unroll<4>([&](auto c) {
+    const F inside = lesser(larger(x[c], -dropped), dropped);
+    x[c] = (x[c] - inside) * scale + nothing;
+  });
+}
+
+template <class Score>
+void soft_2_4(const SoftArgs& args, int64_t row0, int64_t row1) {
+  for (int64_t row = row0; row < row1; ++row) {
+    const Score* weight = static_cast<const Score*>(args.weight) + row * args.stride;
+    float* soft = args.soft + row * args.columns;
+    for (int64_t column = 0; column < args.columns; column += 4 * kLanes) {
+      const int64_t now = smaller(4 * kLanes, args.columns - column);
+      F x[4];
+      if (now == 4 * kLanes) {
+        load_rows(weight + column, x);
+        shrink(x, args.scale);
+        store_soft(x, soft + column);
+        continue;
+      }
+      for (int c = 0; c < 4; ++c) {
+        x[c] = F{};
+        for (int64_t lane = 0; lane < now / 4; ++lane) x[c][lane] = widened(weight[column + 4 * lane + c]);
+      }
+      shrink(x, args.scale);
+      for (int64_t i = 0; i < now; ++i) soft[column + i] = static_cast<float>(x[i % 4][i / 4]);
+    }
+  }
+}
+
 // For each half, two rows with a pair of places kept in each, the best half that completes it; so for each pair of each row
 // the best mask that has it; and the best without a place is the best of the three pairs of its row that leave it out.
 

@@ -111,24 +111,32 @@ ISAS = NATIVE.masks_isas() if NATIVE is not None else []
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["2:4", "2:4t"])
 @pytest.mark.parametrize("shape", [(4, 4), (8, 36), (12, 132), (20, 64)], ids=str)
-def test_blocks_in_cpp_are_those_of_torch(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+def test_cpp_is_torch(shape: tuple[int, int], pattern: str, dtype: torch.dtype, isa: str) -> None:
+    turned = pattern == "2:4t"
     whole = torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(4)).to(dtype)
-    assert torch.equal(cpu.soft_2_4t(whole, 2.0, isa=isa).double(), soft_threshold(whole.double(), "2:4t", scale=2.0))
+    wanted = soft_threshold(whole.double(), pattern, scale=2.0)
+    assert torch.equal(cpu.soft_threshold(whole, 2.0, turned, isa=isa).double(), wanted)
     real = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
-    wanted = soft_threshold(real.double(), "2:4t", scale=1.3).float()
-    assert torch.allclose(cpu.soft_2_4t(real, 1.3, isa=isa), wanted, rtol=3e-7, atol=0)
+    wanted = soft_threshold(real.double(), pattern, scale=1.3).float()
+    assert torch.allclose(cpu.soft_threshold(real, 1.3, turned, isa=isa), wanted, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_blocks_in_cpp_with_numbers_that_are_none(isa: str) -> None:
+def test_cpp_with_numbers_that_are_none(isa: str) -> None:
     x = torch.randn(8, 40, generator=torch.Generator().manual_seed(6))
     x[1, 2], x[6, 33] = float("nan"), float("-inf")
-    found = cpu.soft_2_4t(x, 1.0, isa=isa)
+    found = cpu.soft_threshold(x, 1.0, True, isa=isa)
     bad = torch.zeros(2, 10, dtype=torch.bool)
     bad[0, 0] = bad[1, 8] = True
     assert torch.equal(found.unflatten(0, (2, 4)).unflatten(2, (10, 4)).isnan().any(3).any(1), bad)
-    assert torch.equal(cpu.soft_2_4t(x[:, 4:], 1.0, isa=isa)[:4], found[:4, 4:])  # rows with gaps
+    assert torch.equal(cpu.soft_threshold(x[:, 4:], 1.0, True, isa=isa)[:4], found[:4, 4:])  # rows with gaps
+    found = cpu.soft_threshold(x[:7], 1.0, False, isa=isa)
+    assert found[1, :4].isnan().all()
+    assert int(found.isnan().sum()) == 4
+    assert found[6, 33] == float("-inf")
+    assert torch.equal(found.nan_to_num(), soft_threshold(x[:7].double(), "2:4").float().nan_to_num())
 
 
 def test_scales_and_the_map_of_s_ste_for_any_numbers() -> None:

@@ -57,18 +57,18 @@ def transposable_2_4(scores: Tensor, *, magnitude: bool = False, isa: str | None
     return mask
 
 
-def soft_2_4t(weight: Tensor, scale: float, *, isa: str | None = None) -> Tensor:
-    """`soft_threshold` for "2:4t", times `scale`, sums in float64.
+def soft_threshold(weight: Tensor, scale: float, transposable: bool, *, isa: str | None = None) -> Tensor:
+    """`soft_threshold` for "2:4" or "2:4t", times `scale`, in float64 and rounded once.
 
     Args:
-        weight: [rows, columns] float32 or bfloat16 that `runs_weights` took, both multiples of 4.
+        weight: [rows, columns] float32 or bfloat16 that `runs_weights` took; columns a multiple of 4, and rows for "2:4t".
     Returns:
         float32 [rows, columns].
     """
     weight = _dense_rows(weight)
     rows, columns = weight.shape
     soft = torch.empty(rows, columns)
-    native.module().soft_2_4t(
+    native.module().soft_threshold(
         weight.data_ptr(),
         soft.data_ptr(),
         rows,
@@ -76,6 +76,7 @@ def soft_2_4t(weight: Tensor, scale: float, *, isa: str | None = None) -> Tensor
         weight.stride(0),
         weight.itemsize,
         scale,
+        transposable,
         torch.get_num_threads(),
         isa,
     )
