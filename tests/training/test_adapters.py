@@ -429,12 +429,12 @@ def test_hooks_see_what_the_adapted_layer_gives() -> None:
     model = pruned()
     seen: list[Tensor] = []
     handle = model[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    add_adapters(model, rank=2)
+    add_adapters(model, rank=2, masked=False)
     wake(model)
     x = torch.randn(2, 16)
     for _ in range(2):
         model(x)
-    assert len(seen) == 2
+    assert len(seen) == 2  # not once more for the base
     assert torch.equal(seen[0], model[0](x))
     assert not torch.equal(seen[0], model[0].base(x))
     seen.clear()
@@ -525,6 +525,8 @@ def test_what_cannot_be_added_is_told_and_nothing_has_changed() -> None:
     refused(ModelError, "masked=True adds the update to the weight", masked=True, dropout=0.1)
     refused(ModelError, "dense= begins with what pruning took", masked=True, dense=pruned())
     refused(ModelError, "calibration= says what dense= is to be near to", calibration=torch.randn(4, 16))
+    refused(ModelError, "moments='half': 'full' or 'diagonal'", moments="half")
+    refused(ModelError, "dtype=torch.int8: adapters are trained", dtype=torch.int8)
     refused(ModelError, r"include='7' matches no layer", include="7")
     refused(ModelError, r"dense= has no '0.weight'", dense={})
     refused(
@@ -619,6 +621,8 @@ def test_with_calibration_outputs_come_nearest() -> None:
     (row,) = (row for row in add_adapters(best, 4, dense=dense, calibration=[x[:100], x[100:]]).rows)
     assert row["error_pruned"] == pytest.approx(error(model), rel=1e-3)
     assert row["error"] == pytest.approx(error(best), rel=1e-3)
+    weighted = copy.deepcopy(model)
+    add_adapters(weighted, 4, dense=dense, calibration=x, moments="diagonal")
     # SLiM's: a diagonal of mean magnitudes in place of the root of the second moments
     scale = x.abs().mean(0)
     scale = scale + scale.min()
@@ -627,6 +631,7 @@ def test_with_calibration_outputs_come_nearest() -> None:
     slim[0].lora_a.data.copy_(s[:4, None] * vt[:4] / scale)
     slim[0].lora_b.data.copy_(u[:, :4])
     assert error(best) < 0.9 * error(slim) < 0.9 * error(plain) < 0.9 * error(model)
+    assert error(weighted) == pytest.approx(error(slim), rel=0.05)
     # No change of A and B makes the damped error smaller: its gradient is zero.
     hessian = Hessian(32)
     hessian.add(x)

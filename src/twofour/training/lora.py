@@ -120,10 +120,18 @@ class AdaptedLinear(nn.Module):
         matrix = matrix_of(self.base)
         if kept is None and self.masked:
             kept = matrix != 0
-        update = self.update()
-        wide = torch.promote_types(matrix.dtype, update.dtype)
-        total = (matrix.to(wide) + update.to(wide)).to(matrix.dtype)
-        return total if kept is None else torch.where(kept, total, 0.0)
+        wide = torch.promote_types(matrix.dtype, self.lora_a.dtype)
+        turned = observe.is_transposed(
+            self.base
+        )  # in the memory order of the weight, so that products give the same bits
+        one, other = (self.lora_a.T, self.lora_b.T) if turned else (self.lora_b, self.lora_a)
+        with torch.autocast(matrix.device.type, enabled=False):
+            total = torch.addmm(
+                (matrix.T if turned else matrix).to(wide), one.to(wide), other.to(wide), alpha=self.scale
+            )
+            total = total.T if turned else total
+        total = total.to(matrix.dtype)
+        return total if kept is None else total * kept  # torch.where takes 20 times as long
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], dtype of what the base gives."""

@@ -13,13 +13,13 @@ from ..errors import CalibrationError, ModelError, UnsupportedError
 from ..format import SparseMatrix
 from ..nn import QuantizedSparseLinear, SparseLinear, observe
 from ..nn.inputs import Batch
-from ..nn.survey import names_of, survey
+from ..nn.survey import survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
 from ..solvers import Hessian
 from ..solvers.hessian import output_error, statistics
 from ..solvers.refit import refit
-from .adapters import inside_of, owner_of, require_inside, unwrap
+from .adapters import named_adapters, owner_of, unwrap
 from .guard import masks_on
 from .lora import AdaptedLinear, kept_of, matrix_of, why_not_adaptable
 from .moments import hessians
@@ -90,13 +90,12 @@ def merge_adapters(
             " model will see."
         )
     pattern = None if pattern is None else Pattern.parse(pattern)
-    require_inside(model, inside_of(model))
+    named = named_adapters(model, replaceable=True)
     if masks_on(model) is not None:
         raise ModelError(
             "masks of this model are kept, which would not find their weights again: remove() them"
             " (twofour.training.masks_of finds them), merge, and keep_masks again."
         )
-    named = {names[0]: module for module, names in names_of(model).items() if isinstance(module, AdaptedLinear)}
     _require_mergeable(model, named)
     with torch.no_grad():
         merges = [_masked(name, module, pattern) for name, module in named.items()]
@@ -157,7 +156,8 @@ def _masked(name: str, module: AdaptedLinear, pattern: Pattern | None) -> _Merge
         row["reason"] = "its companion was masked from the start"
     elif kept is None:
         row["reason"] = "no zeros to keep" if pattern is None else f"does not hold {pattern}"
-    return _Merge(name, module, kept, module.effective(kept), row)
+    new = module.effective(kept)
+    return _Merge(name, module, kept, new if kept is None else new.masked_fill_(~kept, 0.0), row)  # no zero is negative
 
 
 def _measure(each: _Merge, hessian: Hessian, with_refit: bool) -> None:
@@ -189,8 +189,7 @@ def _refitted(each: _Merge, target: Tensor, hessian: Hessian) -> Tensor:
         raise CalibrationError(f"the inputs of '{each.name}': {error}") from None
     scale = found.scale.to(target.dtype)
     scaled = (found.matrix / torch.outer(found.scale, found.scale)).to(target.dtype)
-    new = refit(target * scale, each.kept, scaled, target * scale)
-    return (new / scale).masked_fill_(~each.kept, 0.0)
+    return refit(target * scale, each.kept, scaled, target * scale) / scale
 
 
 def _require_finite(name: str, numbers: Tensor, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, ModelError
 from ..nn import QuantizedSparseLinear, observe
 from ..solvers import Hessian
-from ..solvers.hessian import output_error, statistics
+from ..solvers.hessian import Statistics, output_error, statistics
 from .lora import matrix_of, shape_of
 
 
@@ -51,12 +52,20 @@ def dense_weights(dense: nn.Module | Mapping[str, Tensor], modules: Mapping[str,
     return found
 
 
-def recover(name: str, module: nn.Module, dense: Tensor, rank: int, scale: float, hessian: Hessian | None) -> Recovered:
+def recover(
+    name: str,
+    module: nn.Module,
+    dense: Tensor,
+    rank: int,
+    scale: float,
+    hessian: Hessian | None,
+    moments: Literal["full", "diagonal"],
+) -> Recovered:
     """A and B with scale * B A nearest to E = dense - weight: of all of this rank, in the Frobenius norm of E Rᵀ.
 
     With a Hessian of the layer's inputs, R Rᵀ is their damped second moments, and the norm is that of the outputs: with
-    U S Vᵀ the singular value decomposition of E R, B = U √S and A = √S Vᵀ R⁻¹, cut to the rank. Without, R = 1. SLiM has the
-    mean magnitudes of the inputs, a diagonal, in place of R.
+    U S Vᵀ the singular value decomposition of E R, B = U √S and A = √S Vᵀ R⁻¹, cut to the rank. "diagonal": R is a diagonal of
+    root mean squares, nearly as in SLiM, which has mean magnitudes. Without a Hessian, R = 1.
 
     Args:
         name: the layer's, for errors.
@@ -69,19 +78,23 @@ def recover(name: str, module: nn.Module, dense: Tensor, rank: int, scale: float
     work = torch.promote_types(torch.promote_types(weight.dtype, dense.dtype), torch.float32)
     dense = dense.to(weight.device, work)
     lost = dense - weight.to(work)
-    root: Tensor | None = None
+    found: Statistics | None = None
     if hessian is not None:
         try:
-            root = statistics(hessian).factor
+            found = statistics(hessian)
         except CalibrationError as error:
             raise CalibrationError(f"the inputs of '{name}': {error}") from None
-    seen = lost if root is None else (lost.double() @ root).to(work)
+    seen = lost
+    if found is not None:
+        seen = (lost.double() @ found.factor if moments == "full" else lost.double() * found.scale).to(work)
     u, s, vt = torch.linalg.svd(seen, full_matrices=False)
     some = min(rank, len(s))
     half = (s[:some].double() / scale).sqrt()
     rows = half[:, None] * vt[:some].double()
-    if root is not None:
-        rows = torch.linalg.solve_triangular(root, rows, upper=True, left=False)
+    if found is not None and moments == "full":
+        rows = torch.linalg.solve_triangular(found.factor, rows, upper=True, left=False)
+    elif found is not None:
+        rows = rows / found.scale
     a = rows.new_zeros(rank, lost.shape[1])
     b = rows.new_zeros(lost.shape[0], rank)
     a[:some] = rows
