@@ -66,7 +66,6 @@ class Stream:
                     f"the checkpoint was written after {taken} batches of pass {epoch + 1}, and data ends before: pass the same"
                     " data, from its beginning."
                 )
-        self.taken, self.random = taken, dict(random)
 
 
 class LastGood:
