@@ -57,7 +57,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bars.py $(RESULTS)/linear.json
 
 bench-smallest: $(VENV)/installed
-	for bench in benchmarks/kernels/bench_*.py benchmarks/masks/bench_*.py benchmarks/solvers/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done
+	for bench in benchmarks/kernels/bench_*.py benchmarks/masks/bench_*.py benchmarks/solvers/bench_*.py benchmarks/training/bench_distill.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done
 
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.
