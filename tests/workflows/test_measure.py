@@ -103,3 +103,24 @@ def test_outputs_that_are_not_numbers_are_named(mlp: Build) -> None:
     assert "batch 1 (dense and sparse)" in report.notes[0]
     assert math.isnan(report.summary["largest error"])
     assert math.isnan(report.summary["relative error"])
+
+
+def test_a_training_step_is_timed_and_leaves_gradients_as_they_were(mlp: Build) -> None:
+    model, dense = mlp(), mlp()
+    twofour.prune(model)
+    seen: list[bool] = []
+    model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    first = next(model.parameters())
+    first.grad = torch.full_like(first, 3.0)
+    x = torch.randn(8, next(m.in_features for m in model.modules() if isinstance(m, nn.Linear)))
+    report = twofour.measure(model, x, against=dense, backward=True, repeats=2, progress=False)
+    assert report.summary["speedup"] > 0
+    assert report.notes == ("times are of forward and backward",)
+    assert any(seen)
+    assert first.grad is not None
+    assert (first.grad == 3.0).all()
+    assert all(parameter.grad is None for parameter in list(model.parameters())[1:])
+    assert all(parameter.grad is None for parameter in dense.parameters())
+    model.requires_grad_(False)
+    with pytest.raises(ModelError, match="no output has a gradient: no parameter of the model requires one"):
+        twofour.measure(model, x, against=model, backward=True, repeats=2, progress=False)

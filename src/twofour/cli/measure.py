@@ -30,6 +30,9 @@ def run(
         Path | None,
         typer.Option(help="A text file whose lines are the inputs; default: Python's own documentation."),
     ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time a training step: forward, and backward to all parameters.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each model per batch.")] = 21,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -50,8 +53,10 @@ def run(
         raise TwofourError(f"{model} and {against} are not of one kind: compare two folders, or leave out --against.")
     loaded = models.open_model(model, wanted)
     if not model.is_dir():
-        if against is not None or text is not None:
-            raise TwofourError(f"{model} is a file without a model to run: --against and --text need a folder.")
+        if against is not None or text is not None or backward:
+            raise TwofourError(
+                f"{model} is a file without a model to run: --against, --text and --backward need a folder."
+            )
         found = compress(loaded, tokens=[size * length for size in sizes], dry_run=True, remeasure=True)
         timed = [row for row in found.rows if "speedup" in row]
         dense_us, sparse_us = (sum(row[key] for row in timed) for key in ("dense_us", "sparse_us"))
@@ -60,7 +65,7 @@ def run(
     else:
         dense = models.open_model(against, wanted) if against is not None else None
         inputs = [one_batch(model, loaded, size, length, text) for size in sizes]
-        found = measure(loaded, inputs, against=dense, repeats=repeats)
+        found = measure(loaded, inputs, against=dense, backward=backward, repeats=repeats)
         rows = tuple({**row, "batch": f"{size}x{length}"} for row, size in zip(found.rows, sizes, strict=True))
         columns = (Column("batch", "batch x length"), *found.columns[1:])
         report = replace(found, columns=columns, rows=rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,26 +25,31 @@ def measure(
     inputs: Batch | Sequence[Batch],
     *,
     against: nn.Module | None = None,
+    backward: bool = False,
     repeats: int = 21,
     progress: bool | None = None,
 ) -> Report:
     """Speed, bytes and output error of `model` against a dense model, as one record.
 
     The two models take turns in one process, batch by batch; medians and quartiles are kept. Both run in eval mode
-    without gradients and get their training flags back.
+    without gradients, unless `backward` asks for them, and get their training flags back.
 
     Args:
         model: the sparse model.
         inputs: a tensor, a tuple, a dict, or a list of these; each is one row of the report.
         against: the dense model to compare with. None takes a copy of `model` with every SparseLinear written out
             dense: the speed is then compared at equal weights, and the error is rounding alone.
+        backward: time a training step: forward, and backward from the sum of the outputs to every parameter that requires
+            gradients. Gradients that parameters had are there again afterwards. What follows an optimizer, such as a new mask,
+            is not in it: the report of `training.move_masks` has the times of layers with that.
         repeats: runs of each model per batch.
         progress: a progress bar; None shows one on a terminal only.
     Returns:
         Report with a row per batch (dense_us, sparse_us, quartiles, speedup, largest and mean absolute error of the
         outputs, and their error relative to the dense outputs' root mean square) and a summary (total speedup, bytes).
     Raises:
-        ModelError: no inputs, a model without floating point outputs, or outputs of different shapes.
+        ModelError: no inputs, a model without floating point outputs, or outputs of different shapes; with `backward`,
+            outputs that no parameter has a gradient of.
     """
     work = batches(inputs)
     if repeats < 1:
@@ -57,7 +63,7 @@ def measure(
             error = _error(dense_output, sparse_output)
             if math.isnan(error["largest_error"]):
                 unusual.append(f"batch {index} ({_who_is_not_finite(dense_output, sparse_output)})")
-            rows.append({"batch": index, **error, **_speed(model, dense, batch, repeats)})
+            rows.append({"batch": index, **error, **_speed(model, dense, batch, repeats, backward)})
     dense_us, sparse_us = sum(row["dense_us"] for row in rows), sum(row["sparse_us"] for row in rows)
     dense_bytes, sparse_bytes = model_bytes(dense), model_bytes(model)
     summary = {
@@ -79,7 +85,9 @@ def measure(
         )
     if against is None:
         notes.append("compared with a dense copy of the same weights; pass against= to compare with the original model")
-    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+    if backward:
+        notes.append("times are of forward and backward")
+    elif not any(isinstance(module, SparseLinear) for module in model.modules()):
         notes.append("no layer of the model is compressed: twofour.compress(model) makes it fast")
     columns = (
         Column("batch", "batch", "count"),
@@ -111,14 +119,40 @@ def _dense_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _speed(model: nn.Module, dense: nn.Module, batch: Batch, repeats: int) -> dict[str, Any]:
-    found = paired({"dense": lambda: call(dense, batch), "sparse": lambda: call(model, batch)}, repeats=repeats)
+def _speed(model: nn.Module, dense: nn.Module, batch: Batch, repeats: int, backward: bool) -> dict[str, Any]:
+    run = _step if backward else call
+    with _kept_gradients(model, dense):
+        found = paired({"dense": lambda: run(dense, batch), "sparse": lambda: run(model, batch)}, repeats=repeats)
     record: dict[str, Any] = {"speedup": found["dense"].median_us / found["sparse"].median_us}
     for name, timing in found.items():
         record[f"{name}_us"] = timing.median_us
         record[f"{name}_low_us"], record[f"{name}_high_us"] = timing.low_us, timing.high_us
         record[f"{name}_spread"] = timing.spread
     return record
+
+
+def _step(model: nn.Module, batch: Batch) -> None:
+    """Forward and backward; gradients do not add up."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.enable_grad():
+        outputs = [output for output in output_tensors(call(model, batch)) if output.requires_grad]
+        if not outputs:
+            raise ModelError(
+                "no output has a gradient: no parameter of the model requires one, so there is no step to time."
+            )
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+
+@contextlib.contextmanager
+def _kept_gradients(*models: nn.Module) -> Iterator[None]:
+    """Gradients come back when the block ends."""
+    kept = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 def _error(dense_output: Any, sparse_output: Any) -> dict[str, float]:
