@@ -150,6 +150,20 @@ def test_the_second_derivative_counts_kept_places(dtype: torch.dtype) -> None:
     assert_equal(hessian, torch.tensor([0.0, 2.0, 0.0, 2.0], dtype=dtype).diag())
 
 
+def test_anomaly_mode_finds_none_in_gradients_of_gradients() -> None:
+    x = torch.tensor([1.0, 2.0, -1.0, 3.0], requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True):
+        grad = torch.autograd.grad(squared_relu(x, "2:4").square().sum(), x, create_graph=True)[0]
+        assert torch.autograd.grad(grad.sum(), x)[0].tolist() == [0.0, 48.0, 0.0, 108.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tangents_pass_kept_places(dtype: torch.dtype) -> None:
+    x = torch.tensor([1.0, 2.0, -1.0, 3.0], dtype=dtype)
+    _, tangent = torch.func.jvp(lambda x: squared_relu(x, "2:4"), (x,), (torch.full_like(x, 0.5),))
+    assert_equal(tangent, torch.tensor([0.0, 2.0, 0.0, 3.0], dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_vmap_goes_over_any_axis(dtype: torch.dtype) -> None:
     x = hostile_tensor((6, 5, 8), dtype, finite=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import twofour
 from twofour import CalibrationError, ModelError, PatternError, ShapeError, UnsupportedError
 from twofour.masks import check_pattern
 from twofour.testing import integer_tensor
@@ -115,6 +116,16 @@ def test_what_cannot_be_switched_is_told_before_anything_changes() -> None:
     with pytest.raises(ModelError, match="a list is not a model"):
         sparsify_activations([])  # type: ignore[arg-type]
     assert net[0].act.pattern is None
+
+
+def test_permuting_channels_leaves_the_groups_of_activations_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), SquaredReLU("2:4"), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = torch.randn(5, 16)
+    before = net(x)
+    report = twofour.permute(net, (x,))
+    assert report.summary["channels permuted"] == 32  # of the ReLU
+    torch.testing.assert_close(net(x), before)
 
 
 def test_statistics_are_those_of_plain_loops() -> None:

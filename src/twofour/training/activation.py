@@ -200,7 +200,8 @@ def rows_at_once(rows: Tensor) -> int:
 def times_slope(grad: Tensor, y: Tensor) -> Tensor:
     """2 √y grad, 0 where y is: what arrives before the square, of what arrives at y."""
     if torch.is_grad_enabled():
-        root = torch.where(y == 0, 1, y).sqrt()  # the root has no derivative at 0
+        # The root's derivative at 0 would be NaN. It goes nowhere, but anomaly mode finds it.
+        root = torch.where(y == 0, 1, y).sqrt()
     else:
         root = y.sqrt()
     return where_positive(2 * root * grad, y)

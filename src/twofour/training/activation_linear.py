@@ -64,8 +64,11 @@ def squared_relu_linear(
         ShapeError: x and weight do not fit, or no whole groups.
         PatternError: as in `squared_relu`.
         UnsupportedError: backend="cpu" where it cannot run; says why.
-    Cost: measured with 4096 -> 1024 features and 2048 tokens on one thread of a 2-core AMD EPYC (Zen 5) that others used too,
-        in turns with `F.linear(x.relu().square(), weight)`. float32: TODO
+    Cost: 4096 -> 1024 features, 2048 tokens, one thread of a 2-core AMD EPYC (Zen 5) that others kept busy, in turns with
+        `linear(x.relu().square(), weight, bias)`. float32: 0.44 of its time forward and backward (499 ms against 1141), 0.40
+        forward, and there 0.76 of the time of oneDNN with its packing. bfloat16: 0.82 forward and backward (269 ms against
+        329), but 1.15 forward. Packing is 32 ms of each. Smaller shapes lose a third and more in bfloat16, so that
+        there the kernel runs on request only.
     Source: Haziza et al. 2025, arXiv:2503.16672, who make activations 2:4 a second time for the weight gradient, along the
         tokens; here it is exact.
 
@@ -111,18 +114,18 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern | 
         return f"x is {x.dtype}, the weight {weight.dtype}: the kernel runs float32 or bfloat16, one for all"
     if not all(_is_plain(tensor) for tensor in tensors) or forward_ad._current_level >= 0:
         return "a compiler, a transform of torch.func or a subclass of Tensor watches"
-    if cpu.available() is not None:
-        return cpu.available()
-    if sys.byteorder != "little":
-        return "packing is written for little-endian machines"
     if x.shape[-1] % 8:
         return f"{x.shape[-1]} features are not a multiple of 8"
-    return None if x.numel() and weight.numel() else "there is nothing to multiply"
+    if not x.numel() or not weight.numel():
+        return "there is nothing to multiply"
+    if sys.byteorder != "little":
+        return "packing is written for little-endian machines"
+    return cpu.available()
 
 
 def _why_slower(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype == torch.bfloat16:
-        return "in bfloat16 packing costs what the kernel gains"
+        return "in bfloat16 packing costs what the kernel gains, or more: backend='cpu' takes it all the same"
     if x.numel() < _LEAST_NUMBERS:
         return f"x has {x.numel()} numbers: below {_LEAST_NUMBERS} packing costs what the kernel gains"
     if len(weight) < _LEAST_OUTPUTS:
