@@ -25,7 +25,8 @@ from .restart import Checkpoint, LastGood, Stream, random_state, set_random_stat
 from .teacher import Distillation
 from .terms import Term, device_of
 
-LR = 2e-4
+LR = 1e-3
+"""all-MiniLM-L6-v2, 100 steps of 64 texts: the loss of other texts is 0.37 with 1e-4, 0.27 with 3e-4, 0.22 with 1e-3."""
 DATA_ENDED = "data ended"
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
@@ -72,7 +73,7 @@ def distill(
         steps, seconds: the budget; where both are given, what comes first. A step that is expected to end after `seconds`
             is not begun.
             Neither: one pass over `data`, whose length must be known.
-        lr: of AdamW without weight decay, 2e-4 if None; not together with `optimizer`.
+        lr: of AdamW without weight decay, 1e-3 if None (large models want less); not together with `optimizer`.
         optimizer: over parameters of `model`. The learning rates of its groups are the peaks of the schedule, and are there
             again afterwards.
         pattern: what is masked, by `keep_masks`, unless masks of the model are kept already. None masks nothing, for models
