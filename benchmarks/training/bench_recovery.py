@@ -47,7 +47,7 @@ COMMAND = "python benchmarks/training/bench_recovery.py --data DATA"
 
 FROM_SCRATCH = {
     "sr-ste 2:4": ("2:4", "sr-ste"),
-    "fst 2:4t": ("2:4t", "fst"),
+    "fst 2:4t, dense tail": ("2:4t", "fst:83%, dense"),
     "fst 2:4t, mvue, dense tail": ("2:4t", "fst:83%, dense"),
     "s-ste 2:4": ("2:4", "s-ste"),
     "s-ste 2:4t": ("2:4t", "s-ste"),
