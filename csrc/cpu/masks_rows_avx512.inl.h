@@ -20,7 +20,7 @@ inline void load_rows(const double* row, RowF* x) {
     const __m512i from = _mm512_add_epi64(places, _mm512_set1_epi64(c));
     const __m512d low = _mm512_permutex2var_pd(_mm512_loadu_pd(row), from, _mm512_loadu_pd(row + 8));
     const __m512d high = _mm512_permutex2var_pd(_mm512_loadu_pd(row + 16), from, _mm512_loadu_pd(row + 24));
-    x[c] = (RowF)_mm512_shuffle_f64x2(low, high, 0x44);
+    x[c] = (RowF)_mm512_shuffle_f32x4(_mm512_castpd_ps(low), _mm512_castpd_ps(high), 0x44);
   });
 }
 

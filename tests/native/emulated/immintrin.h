@@ -60,6 +60,46 @@ inline __m512 permute_by_constant(__m512 v, int control) {
   for (int i = 0; i < 16; ++i) set<float>(result, i, get<float>(v, i / 4 * 4 + (control >> 2 * (i % 4) & 3)));
   return result;
 }
+// Lane `from[i]` of two vectors side by side, where the bit is set; 0 elsewhere.
+template <class Element, class Index, class Vector>
+Vector permute_two(uint64_t mask, const Vector& low, __m512i from, const Vector& high) {
+  constexpr int kCount = static_cast<int>(sizeof(Vector) / sizeof(Element));
+  Vector result;
+  for (int i = 0; i < kCount; ++i) {
+    const int place = static_cast<int>(get<Index>(from, i)) & (2 * kCount - 1);
+    set<Element>(result, i, !(mask >> i & 1) ? Element{} : get<Element>(place < kCount ? low : high, place % kCount));
+  }
+  return result;
+}
+inline __m512i compressed(unsigned mask, __m512i v) {
+  __m512i result = simde_mm512_setzero_si512();
+  int count = 0;
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) set<int32_t>(result, count++, get<int32_t>(v, i));
+  }
+  return result;
+}
+template <class Element, class Vector, class Half>
+Half half_of(const Vector& v, int which) {
+  Half result;
+  std::memcpy(&result, reinterpret_cast<const char*>(&v) + which * static_cast<int>(sizeof result), sizeof result);
+  return result;
+}
+template <class Vector, class Half>
+Vector with_half(Vector v, const Half& half, int which) {
+  std::memcpy(reinterpret_cast<char*>(&v) + which * static_cast<int>(sizeof half), &half, sizeof half);
+  return v;
+}
+inline unsigned different(__m512i a, __m512i b) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(get<int32_t>(a, i) != get<int32_t>(b, i)) << i;
+  return mask;
+}
+inline int64_t or_of(__m512i v) {
+  int64_t result = 0;
+  for (int i = 0; i < 8; ++i) result |= get<int64_t>(v, i);
+  return result;
+}
 inline unsigned largest(__m512i v) {
   unsigned most = 0;
   for (int i = 0; i < 16; ++i) most = get<uint32_t>(v, i) > most ? get<uint32_t>(v, i) : most;
@@ -97,6 +137,43 @@ inline unsigned largest(__m512i v) {
   (static_assert_nearest<(rounding)>(),                                 \
    twofour_emulated::map<int32_t, float, __m512i>(v, [](float x) { return static_cast<int32_t>(std::nearbyint(x)); }))
 #define _mm512_reduce_max_epu32(v) (twofour_emulated::largest(v))
+#undef _mm512_reduce_or_epi64
+#define _mm512_reduce_or_epi64(v) (twofour_emulated::or_of(v))
+#undef _mm512_cvtps_pd
+#define _mm512_cvtps_pd(v) \
+  (twofour_emulated::map<double, float, __m512d>(v, [](float x) { return static_cast<double>(x); }))
+#undef _mm512_cvtpd_ps
+#define _mm512_cvtpd_ps(v) \
+  (twofour_emulated::map<float, double, __m256>(v, [](double x) { return static_cast<float>(x); }))
+#undef _mm512_cvttps_epi32
+#define _mm512_cvttps_epi32(v) \
+  (twofour_emulated::map<int32_t, float, __m512i>(v, [](float x) { return static_cast<int32_t>(x); }))
+#undef _mm512_cvttpd_epi32
+#define _mm512_cvttpd_epi32(v) \
+  (twofour_emulated::map<int32_t, double, __m256i>(v, [](double x) { return static_cast<int32_t>(x); }))
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps(v, which) (twofour_emulated::half_of<float, __m512, __m256>(v, which))
+#undef _mm512_insertf32x8
+#define _mm512_insertf32x8(v, half, which) (twofour_emulated::with_half(v, half, which))
+#undef _mm512_cmpneq_epi32_mask
+#define _mm512_cmpneq_epi32_mask(a, b) (twofour_emulated::different(a, b))
+#undef _mm512_maskz_compress_epi32
+#define _mm512_maskz_compress_epi32(mask, v) (twofour_emulated::compressed(mask, v))
+#undef _mm512_permutex2var_ps
+#define _mm512_permutex2var_ps(low, from, high) (twofour_emulated::permute_two<float, int32_t>(~0ull, low, from, high))
+#undef _mm512_permutex2var_pd
+#define _mm512_permutex2var_pd(low, from, high) (twofour_emulated::permute_two<double, int64_t>(~0ull, low, from, high))
+#undef _mm512_permutex2var_epi32
+#define _mm512_permutex2var_epi32(low, from, high) \
+  (twofour_emulated::permute_two<int32_t, int32_t>(~0ull, low, from, high))
+#undef _mm512_permutex2var_epi16
+#define _mm512_permutex2var_epi16(low, from, high) \
+  (twofour_emulated::permute_two<int16_t, int16_t>(~0ull, low, from, high))
+#undef _mm512_maskz_permutex2var_epi16
+#define _mm512_maskz_permutex2var_epi16(mask, low, from, high) \
+  (twofour_emulated::permute_two<int16_t, int16_t>(mask, low, from, high))
+#undef _mm512_maskz_permutexvar_epi16
+#define _mm512_maskz_permutexvar_epi16(mask, from, v) (twofour_emulated::permute_two<int16_t, int16_t>(mask, v, from, v))
 
 template <int kRounding>
 inline void static_assert_nearest() {
