@@ -7,4 +7,5 @@ set -eu
 cxx=${CXX:-c++}
 export ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0"
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so)" \
-  exec build/sanitize-venv/bin/python -m pytest -q -x -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py
+  exec build/sanitize-venv/bin/python -m pytest -q -x -n auto -p no:cacheprovider tests/kernels/test_cpu_native.py \
+  tests/kernels/test_pack_masked.py tests/masks/test_of_weights.py tests/masks/test_soft.py
