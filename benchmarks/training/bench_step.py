@@ -91,7 +91,7 @@ def milliseconds(function: Callable[[], object], repeats: int, between: Callable
     return statistics.median(times) * 1e3
 
 
-def packing(width: int, hidden: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def packing(hidden: int, width: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Mask and pack of W and W.T, against two copies of W."""
     weight = torch.randn(hidden, width).to(dtype)
     mask = magnitude_mask(weight, "2:4t")
@@ -143,13 +143,13 @@ def main(
                 print(
                     f"{row['dtype']:<9} {count} threads  {name:<28} {row['ms']:8.1f} ms  {row['times dense']:.3f} x dense"
                 )
-            if count == 1:
-                packs.append(packing(width, hidden, dtype, repeats))
-                for name in ("warm", "cold"):
-                    print(
-                        f"{packs[-1]['dtype']:<9} {name}: "
-                        + ", ".join(f"{k} {v:.2f}" for k, v in packs[-1][name].items())
-                    )
+    torch.set_num_threads(1)
+    for shape in ((hidden, width),) if smallest else ((hidden, width), (14336, 4096)):
+        for dtype in (torch.bfloat16, torch.float32):
+            packs.append(packing(*shape, dtype, repeats))
+            for name in ("warm", "cold"):
+                times_ = ", ".join(f"{key} {value:.2f}" for key, value in packs[-1][name].items())
+                print(f"{packs[-1]['dtype']:<9} {shape[0]}x{shape[1]} {name}: {times_}")
     if json_path is not None:
         record = {
             "environment": environment(),

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import native
 from ..errors import PatternError, ShapeError, UnsupportedError
 from ..masks.rows import WINDOW_ROWS
+from ..native import empty as empty
 
 TILE_ROWS = 16
 """Output rows of a tile of the CPU layout."""
@@ -32,7 +33,6 @@ _TYPES = {  # of the values and of x
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.bfloat16, torch.float32): 2,
 }
-_HUGE_BYTES = 4 << 20  # below, hardly a whole huge page lies inside
 _FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _SHARED = {TILE_ROWS // 2 // rows: rows for rows in (1, 2, 4)}  # by the bytes of metadata of a tile's group
@@ -220,14 +220,6 @@ def pack(
     return packed
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for packed weights: on huge pages where it is large and the system has them."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= _HUGE_BYTES:
-        _module().ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 def copy(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
     """Both, in memory as `pack` takes it."""
     return empty(tuple(values.shape), values.dtype).copy_(values), empty(tuple(metadata.shape), metadata.dtype).copy_(
@@ -302,7 +294,7 @@ def pack_masked(
 
 def _empty_packed(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     values, metadata = packed_shapes(out_features, in_features, dtype)
-    return torch.empty(values, dtype=dtype), torch.empty(metadata, dtype=torch.uint8)
+    return empty(values, dtype), empty(metadata, torch.uint8)
 
 
 def unpack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

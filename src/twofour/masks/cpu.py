@@ -42,7 +42,7 @@ def transposable_2_4(scores: Tensor, *, magnitude: bool = False, isa: str | None
     """
     scores = _dense_rows(scores)
     rows, columns = scores.shape
-    mask = torch.empty(rows, columns, dtype=torch.bool)
+    mask = native.empty((rows, columns), torch.bool)
     native.module().transposable_2_4(
         scores.data_ptr(),
         mask.data_ptr(),
@@ -67,7 +67,7 @@ def soft_threshold(weight: Tensor, scale: float, transposable: bool, *, isa: str
     """
     weight = _dense_rows(weight)
     rows, columns = weight.shape
-    soft = torch.empty(rows, columns)
+    soft = native.empty((rows, columns), torch.float32)
     native.module().soft_threshold(
         weight.data_ptr(),
         soft.data_ptr(),
@@ -95,7 +95,7 @@ def transposable_blocks(scores: Tensor, pattern: Pattern) -> Tensor:
     """The mask of `transposable_mask` for any pattern but "2:4t", of [rows, columns] that `runs` took."""
     scores = _dense_rows(scores)
     rows, columns = scores.shape
-    mask = torch.empty(rows, columns, dtype=torch.bool)
+    mask = native.empty((rows, columns), torch.bool)
     native.module().transposable_blocks(
         scores.data_ptr(),
         mask.data_ptr(),
@@ -120,7 +120,7 @@ def best_of_groups(scores: Tensor, pattern: Pattern, *, isa: str | None = None) 
         bool, the shape of `scores`.
     """
     rows = _dense_rows(scores.reshape(-1, scores.shape[-1]) if scores.numel() else scores.new_empty(0, pattern.group))
-    mask = torch.empty(scores.shape, dtype=torch.bool)
+    mask = native.empty(tuple(scores.shape), torch.bool)
     _best_of_groups(rows, mask.data_ptr(), None, pattern, False, isa)
     return mask
 
