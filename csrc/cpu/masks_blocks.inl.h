@@ -6,8 +6,8 @@
 // below, and the best of each of the 19 kinds, 72; of whole masks, 19. A mask is carried along as the number that its
 // bits make (transposable_2_4_of_any), in the type of the sums, so that one kind of vector does.
 //
-// Sums are in double. Those of bf16 scores are exact in float too, with twice the lanes, where the scores of a block lie
-// close enough together: kFloatSpread.
+// Sums are in double. Those of bf16 scores are exact in 32-bit integers too, with twice the lanes, where the scores of a
+// block lie close enough together: best_masks_of_integers.
 
 using F = double __attribute__((vector_size(8 * kLanes)));
 using Bits = int64_t __attribute__((vector_size(8 * kLanes)));
@@ -137,25 +137,85 @@ void transposable_2_4(const MaskArgs& args, int64_t band0, int64_t band1) {
   }
 }
 
-// A bf16 score has 8 bits. Eight of them, none more than 2^13 times another but zeros, are multiples of one number of which
-// they make up less than 2^24: every sum is exact in float.
-constexpr float kFloatSpread = 0x1p13f, kFloatLargest = 0x1p100f, kFloatSmallest = 0x1p-100f;
+// A bf16 score has 8 bits: in units of the last bit of the least that is no zero, scores of up to 2^13 times it are whole
+// numbers below 2^20, and eight of them below 2^23. Six bits beside the sum say which half it is: 35 - (6 * p + q), so that of
+// equal sums the larger number is the half whose kept places come first. One maximum does for both.
+constexpr int kCodeBits = 6, kCodes = 1 << kCodeBits;
+constexpr int kLargestExponent = 227, kSmallestExponent = 27, kExponents = 12;  // of the float, and between two scores
 
-inline bool are_close(const Narrow (&x)[16]) {
-  Narrow most{}, least = Narrow{} + kFloatLargest;
+constexpr int packed_pair_bits() {
+  int bits = 0;
+  for (int p = 0; p < kPairs; ++p) bits |= kPairBits[p] << (4 * p);
+  return bits;
+}
+
+inline bool any_lane(NarrowBits v) {
+  uint64_t words[sizeof(NarrowBits) / 8], found = 0;
+  __builtin_memcpy(words, &v, sizeof v);
+  for (const uint64_t word : words) found |= word;
+  return found != 0;
+}
+
+// The scores as whole numbers times kCodes; false where they do not lie close enough together, or are no numbers.
+TWOFOUR_INLINE inline bool to_integers(const Narrow (&x)[16], NarrowBits (&whole)[16]) {
+  using Unsigned = uint32_t __attribute__((vector_size(8 * kLanes)));
+  NarrowBits most{};
+  Unsigned least = Unsigned{} - 1;  // one less than the least: zeros, which wrap around, do not count
   unroll<16>([&](auto place) {
-    const Narrow size = magnitude(x[place]);
+    const NarrowBits size = (NarrowBits)x[place] & INT32_MAX;
     most = larger(size, most);
-    least = lesser(size == Narrow{} ? Narrow{} + kFloatLargest : size, least);
+    least = lesser((Unsigned)size - 1, least);
   });
-  // NaN are not above anything and no number is above them: the sum of all tells.
-  Narrow sum{};
-  unroll<16>([&](auto place) { sum = sum + magnitude(x[place]); });
-  const auto fine = (most <= least * kFloatSpread) & (least >= Narrow{} + kFloatSmallest) & (most < Narrow{} + kFloatLargest) &
-                    (sum == sum);
-  int all = -1;
-  for (int lane = 0; lane < 2 * kLanes; ++lane) all &= fine[lane];
-  return all != 0;
+  const NarrowBits most_exponent = most >> 23, zeros = most == 0;
+  const NarrowBits exponent = zeros ? NarrowBits{} + 127 : (NarrowBits)((least + 1) >> 23);
+  const NarrowBits far = (most_exponent >= kLargestExponent) |
+                         (~zeros & ((exponent < kSmallestExponent) | (most_exponent - exponent > kExponents)));
+  if (__builtin_expect(any_lane(far), 0)) return false;
+  const Narrow scale = (Narrow)((127 + 127 + 7 + kCodeBits - exponent) << 23);
+  unroll<16>([&](auto place) { whole[place] = __builtin_convertvector(x[place] * scale, NarrowBits); });
+  return true;
+}
+
+TWOFOUR_INLINE inline void best_halves(const NarrowBits* upper, const NarrowBits* lower, NarrowBits (&best)[kKinds]) {
+  unroll<kHalves>([&](auto half) {
+    constexpr int kind = kHalf.kind[decltype(half){}];
+    const NarrowBits sum = upper[half / kPairs] + lower[half % kPairs];
+    if constexpr (kHalf.first[decltype(half){}]) {
+      best[kind] = sum;
+    } else {
+      best[kind] = larger(sum, best[kind]);
+    }
+  });
+}
+
+// The bits of the two rows of a half, the upper above the lower.
+TWOFOUR_INLINE inline NarrowBits bits_of_code(NarrowBits code) {
+  const NarrowBits half = kHalves - 1 - code, p = (half * 43) >> 8, q = half - 6 * p;  // a sixth, exactly below 36
+  const NarrowBits table = NarrowBits{} + packed_pair_bits();
+  return ((table >> (4 * p)) & 15) << 4 | ((table >> (4 * q)) & 15);
+}
+
+TWOFOUR_INLINE inline NarrowBits best_masks_of_integers(const NarrowBits (&x)[16]) {
+  NarrowBits pairs[4][kPairs];
+  unroll<4>([&](auto row) {
+    const NarrowBits a = x[4 * row], b = x[4 * row + 1], c = x[4 * row + 2], d = x[4 * row + 3];
+    constexpr int step = decltype(row){} % 2 == 0 ? 6 : 1;
+    pairs[row][0] = a + b + 5 * step;
+    pairs[row][1] = a + c + 4 * step;
+    pairs[row][2] = a + d + 3 * step;
+    pairs[row][3] = b + c + 2 * step;
+    pairs[row][4] = b + d + 1 * step;
+    pairs[row][5] = c + d;
+  });
+  NarrowBits above[kKinds], below[kKinds];
+  best_halves(pairs[0], pairs[1], above);
+  best_halves(pairs[2], pairs[3], below);
+  // The sum of both halves and the code of the upper one, which tells the kind.
+  unroll<kKinds>([&](auto kind) { above[kind] = above[kind] + (below[kHalf.rest[kind]] & -kCodes); });
+  NarrowBits best = above[0], rest{};
+  unroll<kKinds>([&](auto kind) { best = larger(above[kind], best); });
+  unroll<kKinds>([&](auto kind) { rest = above[kind] == best ? below[kHalf.rest[kind]] : rest; });
+  return bits_of_code(best & (kCodes - 1)) << 8 | bits_of_code(rest & (kCodes - 1));
 }
 
 template <>
@@ -167,10 +227,11 @@ void transposable_2_4<bf16>(const MaskArgs& args, int64_t band0, int64_t band1) 
     for (int64_t block = 0; block < blocks; block += 2 * kLanes) {
       const int64_t now = smaller(2 * kLanes, blocks - block);
       Narrow x[16];
+      NarrowBits whole[16];
       load_blocks(scores + 4 * block, args.stride, now, x);
       if (args.magnitude) to_magnitudes(x);
-      if (__builtin_expect(are_close(x), 1)) {
-        store_masks(best_masks(x), now, mask + 4 * block, args.columns);
+      if (__builtin_expect(to_integers(x, whole), 1)) {
+        store_masks(best_masks_of_integers(whole), now, mask + 4 * block, args.columns);
         continue;
       }
       for (int64_t first = 0; first < now; first += kLanes) {

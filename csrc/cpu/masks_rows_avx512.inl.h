@@ -2,6 +2,7 @@
 
 using RowF = double __attribute__((vector_size(64)));
 using RowNarrow = float __attribute__((vector_size(64)));
+using RowBits = int32_t __attribute__((vector_size(64)));
 
 // Lane l of x[c] is the score 4 * l + c of the row.
 inline void load_rows(const float* row, RowF* x) {
@@ -44,9 +45,8 @@ inline __m512i row_words(__m512i bits, int row) {
   return _mm512_permutexvar_epi32(own, _mm512_load_si512(kRowWords));
 }
 
-inline bool store_rows(RowNarrow bits, uint8_t* mask, int64_t columns) {
-  const __m512i whole = _mm512_cvttps_epi32((__m512)bits);
-  unroll<4>([&](auto row) { _mm512_storeu_si512(mask + row * columns, row_words(whole, row)); });
+inline bool store_rows(RowBits bits, uint8_t* mask, int64_t columns) {
+  unroll<4>([&](auto row) { _mm512_storeu_si512(mask + row * columns, row_words((__m512i)bits, row)); });
   return true;
 }
 

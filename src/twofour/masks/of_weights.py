@@ -19,7 +19,7 @@ def magnitude_mask(weight: Tensor, pattern: Pattern | str) -> Tensor:
         weight: [out_features, in_features] as `nm_mask` asks, floating point.
     Returns:
         bool, shape and device of `weight`.
-    Cost: "2:4t" of a 4096x1024 bfloat16 weight in 1.4 ms on a core of Zen 5.
+    Cost: "2:4t" of a 4096x1024 bfloat16 weight in 0.9 ms on a core of Zen 5.
 
     >>> magnitude_mask(torch.tensor([[3.0, -4.0, 1.0, 2.0]]), "2:4").tolist()
     [[True, True, False, False]]
