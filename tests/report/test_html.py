@@ -248,6 +248,47 @@ def test_a_large_report_draws_its_lowest_ratios_only() -> None:
     assert "from 1.00x (layer.0) to 1.47x (layer.47)" in text
 
 
+def run_of(steps: int) -> Report:
+    columns = (
+        Column("step", "step", "count"),
+        Column("lr", "learning rate", "error"),
+        Column("loss", "loss", "loss"),
+        Column("validation_loss", f"validation {HOSTILE}", "loss"),
+        Column("density", "density", "share"),
+    )
+    rows = [{"step": i, "lr": 1e-4 * i, "loss": 2 / i, "density": 0.5} for i in range(1, steps + 1)]
+    return Report("finetune", columns, (*rows[:-1], {**rows[-1], "validation_loss": 0.25}))
+
+
+def test_a_report_of_steps_gets_curves() -> None:
+    pytest.importorskip("altair", reason="needs altair (twofour[report])")
+    pytest.importorskip("vl_convert", reason="needs vl-convert (twofour[report])")
+    text = report_page(run_of(10))
+    found = require_self_contained(text)
+    assert text.count("<figure") == 3
+    assert "Loss. The last: loss 0.2, validation" in found.text
+    assert "Density. The last: density 50.0 %." in found.text
+    assert report_page(run_of(1)).count("<figure") == 3
+    assert "Curves" not in report_page(report())
+
+
+def test_a_table_of_many_steps_has_every_nth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twofour.report.plots.available", lambda: False)
+    text = report_page(run_of(1001))
+    assert text.count("<tr>") <= 203
+    assert "one of 6 rows, and the last" in text
+    assert '<th scope="row">1,001</th>' in text
+    assert "row by row" in report_page(run_of(200))
+
+
+def test_a_page_of_a_report_that_grows_loads_itself_anew() -> None:
+    text = report_page(report(), refresh=5)
+    require_self_contained(text)
+    assert text.count('<meta http-equiv="refresh" content="5">') == 1
+    assert "Still running: the page loads itself anew every 5 seconds." in text
+    assert "refresh" not in report_page(report())
+
+
 def test_an_empty_report_is_a_page() -> None:
     found = require_self_contained(Report("check", COLUMNS, ()).to_html())
     assert "twofour check" in found.text

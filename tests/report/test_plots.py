@@ -22,6 +22,7 @@ BARS = {
     "64": {"dense, torch": 300.0, "2:4 sparse": 1910.0},
 }
 LINES = {"384x384": [(1, 1.2), (16, 0.7), (1024, 1.5)], "1536x384": [(1, 1.1), (1024, 1.6)]}
+CURVES = {"loss": [(i, 3 - i / 20) for i in range(40)], "validation loss": [(0, 3.0), (39, math.nan), (40, 2.0)]}
 RATIOS = {"0 query": 0.62, "0 key": 1.25, "0 <b>&": None}
 
 draw = {
@@ -31,6 +32,9 @@ draw = {
     "horizontal bars": lambda: plots.grouped_bars(BARS, horizontal=True),
     "lines": lambda: plots.ratio_lines(LINES, ideals={"half the products": 2.0, "fewer bytes": 1.88}),
     "ratios": lambda: plots.ratio_bars(RATIOS),
+    "curves": lambda: plots.curves(CURVES, y_title="loss <b>&", end=50),
+    "shares": lambda: plots.curves({"density": [(1, 1.0), (9, 0.5)]}, kind="share"),
+    "steep curves": lambda: plots.curves({"loss": [(i, 10.0**-i) for i in range(1, 4)]}),
 }
 
 
@@ -141,3 +145,31 @@ def test_missing_extras_name_the_way_out(missing: str, monkeypatch: pytest.Monke
         plots.ratio_bars({"a": 1.0})
     with pytest.raises(UnsupportedError, match="twofour\\[report\\]"):
         plots.require()
+
+
+@pytest.mark.usefixtures("_drawing")
+def test_curves_have_a_key_where_there_are_several_and_axes_of_their_kind() -> None:
+    said = texts(draw["curves"]())
+    assert {"loss", "validation loss", "step", "loss <b>&", "50"} <= set(said)
+    said = texts(draw["shares"]())
+    assert "density" not in said
+    assert {"0%", "100%"} <= set(said)
+    said = texts(draw["steep curves"]())
+    assert {"0.1", "0.01", "0.001"} <= set(said)
+    assert "0.05" in said
+    few = texts(plots.curves({"rate": [(0, 0.0), (1, 2e-4)]}, kind="error"))
+    assert "2e-4" in few or "2.0e-4" in few
+
+
+@pytest.mark.usefixtures("_drawing")
+def test_long_curves_are_thinned_and_keep_their_ends() -> None:
+    points = [(float(i), float(i % 7 + 1)) for i in range(10_000)]
+    found = plots._thinned(points)
+    assert len(found) <= 301
+    assert found[0] == points[0]
+    assert found[-1] == points[-1]
+    assert plots._thinned(points[:1]) == points[:1]
+    assert plots._thinned([]) == []
+    assert len(plots.curves({"loss": points})) < 30_000
+    with pytest.raises(TwofourError, match="at least one number"):
+        plots.curves({"loss": [(1, math.inf)]})

@@ -31,7 +31,7 @@ from twofour.training import (
     mse_loss,
     relative_loss,
 )
-from twofour.training.distill import _Budget
+from twofour.training.budget import Budget
 
 
 @pytest.fixture(autouse=True)
@@ -712,7 +712,7 @@ def test_a_budget_of_seconds_is_kept() -> None:
     assert report.summary["stopped by"] == "seconds"
     assert report.summary["steps"] >= 2
     assert report.rows[-1]["lr"] < max(row["lr"] for row in report.rows)
-    budget = _Budget(100, 10.0, "linear", 0.1)
+    budget = Budget(100, 10.0, "linear", 0.1)
     assert budget.why_over(100, 0.0, 0.1) == "steps"
     assert budget.why_over(50, 9.5, 0.6) == "seconds"
     assert budget.why_over(50, 9.5, 0.4) is None

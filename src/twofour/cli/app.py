@@ -9,7 +9,7 @@ import sys
 import typer
 
 from ..errors import TwofourError
-from . import check, compress, demo, explain, info, measure, permute, prune, sensitivity
+from . import check, compress, demo, explain, finetune, info, measure, permute, prune, sensitivity
 
 app = typer.Typer(
     name="twofour",
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (permute, prune, check, sensitivity, compress, explain, measure, info, demo):
+for module in (permute, prune, check, sensitivity, finetune, compress, explain, measure, info, demo):
     app.command(module.NAME)(module.run)
 
 

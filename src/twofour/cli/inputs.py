@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def one_batch(folder: Path, model: nn.Module, size: int, length: int, text: Path
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         raise ModelError(f"--length {length} is more than the {longest} positions the model has.")
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         if text is not None:
             raise ModelError(f"{folder} has no tokenizer, so --text cannot be used.")
@@ -70,17 +71,15 @@ def calibration_batches(
             f"--calibration {source}: no such file. Name a text file, or '{PYTHON}' for its documentation."
         )
     text = read_text(path if path.is_file() else None)
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ModelError(
             f"{folder} has no tokenizer, so texts cannot be its inputs: pass a .safetensors file of input tensors, named"
             " as the model's arguments."
         )
-    config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(model.config, "max_position_embeddings", None)
     length = min(length, longest) if isinstance(longest, int) and longest > 0 else length
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    if not encoder_decoder and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if is_causal(model):
         return _running_text(tokenizer, text, samples, length, size)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
@@ -88,20 +87,27 @@ def calibration_batches(
     step = max(1, len(lines) // samples)  # from all over the file
     rows = [tokenizer(line, truncation=True, max_length=length)["input_ids"] for line in lines[::step][:samples]]
     rows.sort(key=len)  # little padding
-    batches: list[Batch] = []
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        width = max(map(len, part))
-        ids = torch.zeros(len(part), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if encoder_decoder:
-            batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-        batches.append(batch)
-    return batches
+    return [padded(rows[first : first + size], model) for first in range(0, len(rows), size)]
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True for decoders with a head that predicts the next token: they read running text."""
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    return not encoder_decoder and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def padded(rows: Sequence[Sequence[int]], model: nn.Module) -> dict[str, Tensor]:
+    """Token ids of different lengths as one batch for `model`, with the mask of what is no padding."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return batch
 
 
 def _running_text(tokenizer: Any, text: str, samples: int, length: int, size: int) -> list[Batch]:
@@ -131,7 +137,8 @@ def _tensor_batches(path: Path, samples: int, size: int) -> list[Batch]:
     return [{name: x[i : min(i + size, count)] for name, x in tensors.items()} for i in range(0, count, size)]
 
 
-def _tokenizer(folder: Path) -> Any | None:
+def tokenizer_of(folder: Path) -> Any | None:
+    """The tokenizer of a model folder; None where it has none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
     from transformers import AutoTokenizer

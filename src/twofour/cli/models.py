@@ -91,13 +91,7 @@ def write_compressed(model: nn.Module, source: Path, target: Path, overwrite: bo
 
 def require_target(source: Path, target: Path, overwrite: bool) -> None:
     """Checks, before any work is done, that the result can go to `target`."""
-    here, there = source.resolve(), target.resolve()
-    if here == there:
-        raise TwofourError(f"{target} is the model itself: give the result another name.")
-    if here in there.parents or there in here.parents:
-        raise TwofourError(f"{target} and the model {source} lie inside each other: put the result elsewhere.")
-    if target.name in ("", ".."):
-        raise TwofourError(f"{target} does not name the result's folder: write its name out, as in {there}.")
+    require_apart(source, target)
     _require_free(target, overwrite)
     if source.is_dir() and target.is_file():
         raise TwofourError(f"{target} is a file: the result of a folder is a folder. Give it another name.")
@@ -105,12 +99,23 @@ def require_target(source: Path, target: Path, overwrite: bool) -> None:
         raise TwofourError(f"{target} is a folder: the result of a .safetensors file is a file. Name one in it.")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise TwofourError(f"{target} holds other things than a model: --overwrite replaces model folders only.")
-    if not target.absolute().parent.is_dir():
-        raise TwofourError(f"{target.absolute().parent}: no such folder. Make it first.")
     if source.is_file() and target.suffix != ".safetensors":
         raise TwofourError(
             f"{target}: the result of a .safetensors file is one too. Name it {target.name}.safetensors."
         )
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Checks that `target` names a place in a folder that is there, and neither lies in the other."""
+    here, there = source.resolve(), target.resolve()
+    if here == there:
+        raise TwofourError(f"{target} is the model itself: give the result another name.")
+    if here in there.parents or there in here.parents:
+        raise TwofourError(f"{target} and the model {source} lie inside each other: put the result elsewhere.")
+    if target.name in ("", ".."):
+        raise TwofourError(f"{target} does not name the result's folder: write its name out, as in {there}.")
+    if not target.absolute().parent.is_dir():
+        raise TwofourError(f"{target.absolute().parent}: no such folder. Make it first.")
 
 
 def _open_folder(path: Path) -> nn.Module:

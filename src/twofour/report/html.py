@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _SVG_FRAMES = {"svg", "g", "defs", "symbol", "marker", "mask", "pattern", "clipP
 _SVG_PAINTS = {"linearGradient", "radialGradient", "stop"}
 _SVG_TAGS = _SVG_SHAPES | _SVG_FRAMES | _SVG_PAINTS
 _MOST_BARS = 48
+_MOST_ROWS = 200
 _LABEL = 36
 """Letters of a name that fit beside a plot."""
 
@@ -144,7 +146,9 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section], *, footer: str = "") -> str:
+def page(
+    title: str, subtitle: str, sections: Sequence[Section], *, footer: str = "", refresh: int | None = None
+) -> str:
     """One HTML document as text. All texts are escaped; styles and plots are inside; a policy forbids fetching.
 
     Args:
@@ -152,10 +156,13 @@ def page(title: str, subtitle: str, sections: Sequence[Section], *, footer: str 
         subtitle: one or two sentences below it.
         sections: the content, in order.
         footer: a line at the end, for instance when and where the numbers were made.
+        refresh: seconds after which a browser loads the page anew; None: never.
     Raises:
         FormatError: a plot that is not harmless SVG.
     """
-    return _template("page.html").render(title=title, subtitle=subtitle, sections=sections, footer=footer)
+    return _template("page.html").render(
+        title=title, subtitle=subtitle, sections=sections, footer=footer, refresh=refresh
+    )
 
 
 def table_html(report: Report) -> str:
@@ -165,8 +172,15 @@ def table_html(report: Report) -> str:
     return _template("fragment.html").render(table=table, facts=facts, notes=report.notes)
 
 
-def report_page(report: Report) -> str:
-    """A report as a page: summary, notes, bars of its first ratio column (where altair is installed), rows, machine."""
+def report_page(report: Report, *, refresh: int | None = None) -> str:
+    """A report as a page: summary, notes, pictures (where altair is installed), rows, machine.
+
+    Pictures are bars of the first ratio column, or the curves of a report whose rows are steps. Of very many steps the table
+    has every n-th.
+
+    Args:
+        refresh: of a report that still grows, see `page`.
+    """
     sections = []
     overview: list[Block] = []
     if report.summary:
@@ -179,14 +193,20 @@ def report_page(report: Report) -> str:
     picture = _ratio_plot(report) or _loss_plot(report)
     if picture is not None:
         layers.append(picture)
+    curves = _curve_plots(report)
+    if curves:
+        sections.append(Section("Curves", tuple(curves)))
     if report.rows:
-        layers.append(Table(report.columns, report.rows, f"twofour {report.verb}, row by row"))
+        layers.append(_row_table(report))
         sections.append(Section("Layers" if report.columns[0].key == "layer" else "Rows", tuple(layers)))
     if report.environment:
         sections.append(Section("Where this was made", (Facts(report.environment),)))
     version = report.environment.get("twofour")
     footer = f"Made by twofour {version}." if version else "Made by twofour."
-    return page(f"twofour {report.verb}", _count(len(report.rows), "row"), sections, footer=footer)
+    subtitle = _count(len(report.rows), "row")
+    if refresh is not None:
+        subtitle += f". Still running: the page loads itself anew every {_count(refresh, 'second')}."
+    return page(f"twofour {report.verb}", subtitle, sections, footer=footer, refresh=refresh)
 
 
 def safe_svg(svg: str, prefix: str, alt: str) -> str:
@@ -293,6 +313,46 @@ def _loss_plot(report: Report) -> Plot | None:
         return Plot(svg, alt, caption, wide=True)
     except UnsupportedError:  # installed, but it cannot be imported
         return None
+
+
+def _curve_plots(report: Report) -> list[Plot]:
+    """All losses in one plot, every share and rate in one of its own, over the steps that are the rows."""
+    if not report.rows or report.columns[0].key != "step" or not plots.available():
+        return []
+    losses = [column for column in report.columns if column.kind == "loss"]
+    several = [losses, *([column] for column in report.columns if column.kind in ("share", "error"))]
+    found = []
+    for columns in several:
+        lines = {
+            column.title: [
+                (float(row["step"]), float(row[column.key]))
+                for row in report.rows
+                if isinstance(row.get(column.key), int | float) and math.isfinite(row[column.key])
+            ]
+            for column in columns
+        }
+        lines = {name: points for name, points in lines.items() if points}
+        if not lines:
+            continue
+        name = "loss" if columns is losses else columns[0].title
+        last = ", ".join(f"{line} {format_value(points[-1][1], columns[0].kind)}" for line, points in lines.items())
+        caption = f"{name[:1].upper()}{name[1:]}. The last: {last}."
+        try:
+            svg = plots.curves(lines, y_title=name, kind=columns[0].kind, end=float(report.rows[-1]["step"]))
+        except UnsupportedError:  # installed, but it cannot be imported
+            return []
+        found.append(Plot(svg, f"{caption} Over {_count(len(report.rows), 'row')} of steps.", caption))
+    return found
+
+
+def _row_table(report: Report) -> Table:
+    caption = f"twofour {report.verb}, row by row"
+    rows = report.rows
+    every = -(-len(rows) // _MOST_ROWS)
+    if every > 1 and report.columns[0].key == "step":
+        rows = (*rows[:-1:every], rows[-1])
+        caption = f"twofour {report.verb}, one of {every} rows, and the last"
+    return Table(report.columns, rows, caption)
 
 
 def _labels(names: Sequence[str]) -> tuple[list[str], str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TwofourError, UnsupportedError
-from .record import format_value, write_text
+from .record import Kind, format_value, write_text
 
 GREY, BLUE, VERMILION, GREEN, PURPLE, OCHRE = "#8a929c", "#3d8fc6", "#d8622a", "#1d9a78", "#b9749f", "#b98a12"
 PALETTE = (GREY, BLUE, VERMILION)
@@ -28,6 +28,8 @@ COMPUTE_BOUND = 2.0
 
 _INK = "currentColor"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+_POINTS, _DOTS = 300, 40
+"""The most points of a curve, and the most that are marked each."""
 _WIDTH = 400  # axis and words included; narrow, so that text stays readable on a phone
 
 
@@ -252,6 +254,53 @@ def ratio_bars(
     return _svg(alt.layer(*layers), 18 * len(rows))
 
 
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_title: str = "step",
+    y_title: str = "",
+    kind: Kind = "loss",
+    end: float | None = None,
+) -> str:
+    """SVG text: numbers over the steps of something that goes on, one line each; what is not finite leaves no point.
+
+    The axis is logarithmic where losses span more than a factor of 20. Of long lines every n-th point is drawn, and the last.
+
+    Args:
+        lines: {name: [(step, value), ...]}; a name alone has no key.
+        kind: how values are written: "share" in percent, "error" with an exponent.
+        end: where the axis of steps ends; None: at the last.
+    Raises:
+        UnsupportedError: altair or vl-convert is not installed.
+        TwofourError: there is nothing to draw.
+    """
+    alt = _altair()
+    rows: list[dict[str, Any]] = [
+        {"line": name, "x": x, "y": y} for name, points in lines.items() for x, y in _thinned(points) if _finite(y)
+    ]
+    _require(rows)
+    names = [name for name in lines if any(row["line"] == name for row in rows)]
+    values = [row["y"] for row in rows]
+    wide = kind == "loss" and min(values) > 0 and max(values) > 20 * min(values)
+    written = {"share": ".3~p", "error": ".1~e"}.get(kind, ".3~g")
+    scale = alt.Scale(type="log", nice=False) if wide else alt.Scale(zero=kind != "loss", nice=True)
+    key = alt.Legend(orient="top", title=None, columns=_legend_columns(names)) if len(names) > 1 else None
+    colour = alt.Color(
+        "line:N", sort=names, scale=alt.Scale(domain=names, range=_cycle(LINE_PALETTE, names)), legend=key
+    )
+    steps = alt.Scale(domain=[0, max(row["x"] for row in rows) if end is None else end], nice=False)
+    x = alt.X("x:Q", title=x_title, scale=steps, axis=alt.Axis(grid=False, tickCount=6, format=",d"))
+    ticks = {"values": _decades(min(values), max(values))} if wide else {"tickCount": 5}
+    y = alt.Y("y:Q", title=y_title or None, scale=scale, axis=alt.Axis(format=written, **ticks))
+    chart = alt.Chart(alt.Data(values=rows))
+    layers = [chart.mark_line(strokeWidth=1.8).encode(x=x, y=y, color=colour)]
+    few = [name for name in names if sum(row["line"] == name for row in rows) <= _DOTS]
+    if few:
+        dots = chart.transform_filter(alt.FieldOneOfPredicate("line", few)).mark_point(filled=True, size=26, opacity=1)
+        layers.append(dots.encode(x=x, y=y, color=colour))
+    return _svg(alt.layer(*layers), 200)
+
+
 def svg_file(path: str | os.PathLike[str], svg: str) -> Path:
     """Writes the text of a plot to `path` (by way of a temporary file) and returns the path."""
     write_text(path, svg if svg.endswith("\n") else svg + "\n")
@@ -317,6 +366,18 @@ def _svg(chart: Any, height: int) -> str:
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 of every power of ten between; 1 alone where there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    leading = (1, 2, 5) if len(powers) <= 4 else (1,)
+    return [x for power in powers for digit in leading if low <= (x := digit * 10.0**power) <= high]
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    every = -(-len(points) // _POINTS) or 1
+    return [*points[: len(points) - 1 : every], *points[-1:]]
 
 
 def _cycle(items: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from .adapters import load_adapter_state_dict as load_adapter_state_dict
 from .adapters import remove_adapters as remove_adapters
 from .distill import distill as distill
 from .estimate import mvue as mvue
+from .finetune import finetune as finetune
 from .fixed import FixedMasks as FixedMasks
 from .fixed import keep_masks as keep_masks
 from .fixed import masks_of as masks_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,14 @@ class LastGood:
 
 
 class Checkpoint:
-    """The file of a run that goes on where it was."""
+    """The file of a run, of the verb of that name, that goes on where it was."""
 
-    def __init__(self, path: Path, every: float) -> None:
+    def __init__(self, path: Path, every: float, verb: str) -> None:
         if not every >= 0:
             raise ModelError(f"save_seconds={every}: 0 or more.")
         if not path.absolute().parent.is_dir():
             raise TrainingError(f"the checkpoint {path} would lie in a folder that is not there: make it first.")
-        self.path, self._every, self._saved = path, every, time.monotonic()
+        self.path, self._every, self._verb, self._saved = path, every, verb, time.monotonic()
 
     @property
     def is_due(self) -> bool:
@@ -119,13 +120,7 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Writes it by way of a temporary file."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(dict(state), temporary)
-            os.replace(temporary, self.path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise TwofourError(f"cannot write the checkpoint {self.path}: {error}.") from error
+        write_state(self.path, state)
         self._saved = time.monotonic()
 
     def load(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -143,7 +138,7 @@ class Checkpoint:
             theirs = state["settings"]
         except Exception as error:
             raise TrainingError(
-                f"{self.path} is no checkpoint of distill ({type(error).__name__}). {way_out}"
+                f"{self.path} is no checkpoint of {self._verb} ({type(error).__name__}). {way_out}"
             ) from error
         for key, value in settings.items():
             if theirs.get(key) != value:
@@ -151,6 +146,35 @@ class Checkpoint:
                     f"the checkpoint {self.path} was made with {key}={theirs.get(key)!r}, this run has {value!r}. {way_out}"
                 )
         return state
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes tensors, numbers and texts to `path` by way of a temporary file, for `torch.load(weights_only=True)`.
+
+    Raises:
+        TwofourError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(dict(state), temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise TwofourError(f"cannot write the checkpoint {path}: {error}.") from error
+
+
+def digest(model: nn.Module) -> int:
+    """A checksum of the bytes of all parameters that are here, not on the meta device. Cost: one pass over them.
+
+    >>> digest(nn.Linear(2, 2)) == digest(nn.Linear(2, 2))
+    False
+    """
+    found = 0
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            data = parameter.detach().cpu().flatten().view(torch.uint8).numpy().data
+            found = zlib.crc32(data, found)
+    return found
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
