@@ -7,7 +7,7 @@ that has happened already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -89,14 +90,23 @@ def whole_of(part: Tensor, like: Tensor) -> Tensor:
 
 def anywhere(flag: bool, like: Tensor) -> bool:
     """True on every process that holds a part of `like` where `flag` is True on one of them; a collective as `full` is."""
-    spread = _spread(like)
-    if spread is None:
-        return flag
-    mesh = spread.device_mesh
-    found = torch.tensor(int(flag), device=mesh.device_type)
-    for axis in range(mesh.ndim):
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, mesh.get_group(axis))
-    return bool(found)
+    return anywhere_each([flag], [like])[0]
+
+
+def anywhere_each(flags: Sequence[bool], like: Sequence[Tensor]) -> list[bool]:
+    """`anywhere` of each flag with its tensor, by one collective for all tensors of the same mesh."""
+    found = list(flags)
+    of_mesh: dict[DeviceMesh, list[int]] = {}
+    for i, tensor in enumerate(like):
+        if (spread := _spread(tensor)) is not None:
+            of_mesh.setdefault(spread.device_mesh, []).append(i)
+    for mesh, places in of_mesh.items():
+        told = torch.tensor([int(flags[i]) for i in places], device=mesh.device_type)
+        for axis in range(mesh.ndim):
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, mesh.get_group(axis))
+        for i, flag in zip(places, told.tolist(), strict=True):
+            found[i] = bool(flag)
+    return found
 
 
 def layout(tensor: Tensor) -> Hashable:

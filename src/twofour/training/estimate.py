@@ -51,7 +51,9 @@ def mvue(x: Tensor, *, dim: int = -1, generator: torch.Generator | None = None) 
     drawn = torch.where(sure, sizes / torch.where(rest == 0, 1.0, rest), 2 * sizes / (1 + rest))
     chance = torch.where(sure & top, 1.0, drawn)
     sums = chance.cumsum(-1)
-    sums[..., -1:] = sums[..., -1:].round()  # 2, or 1 or 0 where fewer are not zero: rounding must not lose the last
+    total = sums[..., -1:].round()  # 2, or 1 or 0 where fewer are not zero
+    sums[..., -1:] = total  # rounding must not lose the last place,
+    sums = torch.minimum(sums, total)  # nor let a third in
     u = torch.rand((*sums.shape[:-1], 1), dtype=sums.dtype, device=sums.device, generator=generator)
     marks = torch.ceil(sums - u)  # how many of u, u + 1 lie below
     taken = torch.diff(marks, dim=-1, prepend=torch.zeros_like(u)) > 0

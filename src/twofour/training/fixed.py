@@ -124,8 +124,16 @@ def keep_masks(
 
 
 def fixed_masks(model: nn.Module, pattern: Pattern, masks: Sequence[tuple[Layer, Tensor]]) -> FixedMasks:
-    """Keeps masks of whole weights that were chosen elsewhere; the weights are zero where they are False already."""
+    """Keeps masks of whole weights that were chosen elsewhere.
+
+    Raises:
+        PatternError: a weight is not zero where its mask drops it. Nothing has changed then.
+    """
+    put_back(model)
     kept = [Kept(layer, cast(nn.Parameter, layer.weight), ~mask) for layer, mask in masks]
+    for each in kept:
+        if (broken := each.not_zero(each.weight)) is not None:
+            raise PatternError(f"{broken} Load the weights that belong to the masks first.")
     return FixedMasks(model, pattern, kept, [{**layer.identity(), "action": "kept"} for layer, _ in masks])
 
 
@@ -174,6 +182,7 @@ class FixedMasks:
                 f" '{self._kept[0].layer.name}': make it from the parameters of this model."
             )
         self._before(optimizer)
+        self._with_gradients(optimizer)
 
     def apply(self) -> None:
         """Zeroes what is dropped, of weights and gradients: for changes that no optimizer made, such as a merged LoRA."""
@@ -277,7 +286,6 @@ class FixedMasks:
         own = [each for each in self._kept if id(each.weight) in trained]
         for each in own:
             self._watch(each)  # if it was frozen when the masks were made
-            each.mask_gradient(each.weight)  # it may have come by other ways than `backward`: DDP puts sums back
         if own and optimizer not in self._clean:
             for each in own:
                 if several_processes() and (broken := each.not_zero(each.weight)) is not None:
@@ -287,6 +295,13 @@ class FixedMasks:
             if optimizer not in self._loading:
                 hook = _forgetting(weakref.ref(self))
                 self._loading[optimizer] = optimizer.register_load_state_dict_post_hook(hook)
+
+    def _with_gradients(self, optimizer: Optimizer) -> None:
+        """They may have come by other ways than `backward`: DDP puts sums back."""
+        trained = _trained(optimizer)
+        for each in self._kept:
+            if id(each.weight) in trained:
+                each.mask_gradient(each.weight)
 
     def _after(self, optimizer: Optimizer) -> None:
         trained = _trained(optimizer)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
@@ -16,13 +14,14 @@ from ..errors import ModelError, PatternError, TwofourError
 from ..nn.survey import Layer, survey
 from ..pattern import Pattern
 from ..report import Column, Report, environment
-from .distributed import full, local, local_part, put_back, unwrapped
+from .distributed import full, layout, put_back, several_processes, unwrapped
 from .fixed import FixedMasks, fixed_masks
 from .guard import masks_on
 from .kept import packed, unpacked
+from .moved import Moved, require_numbers
 from .products import LayerProducts, Wanted
-from .projected import Projected, Sparsity, projected_class, restore, why_not_projected
-from .schedule import Phase, Schedule
+from .projected import Projected, Sparsity, project, restore, why_not_projected
+from .schedule import Phase, Rule, Schedule
 from .steps import unwatch, watch
 
 
@@ -85,7 +84,10 @@ def move_masks(
     if products not in get_args(Wanted):
         raise TwofourError(f"products={products!r}: it is one of {', '.join(get_args(Wanted))}.")
     model = unwrapped(model)
-    if masks_on(model) is not None or any(isinstance(module, Projected) for module in model.modules()):
+    projected = [module for module in model.modules() if isinstance(module, Projected)]
+    if projected and all(module.sparsity.copied for module in projected):
+        raise ModelError("this model is a copy of one whose masks are moved: finish_copy(model) first.")
+    if projected or masks_on(model) is not None:
         raise ModelError(
             "masks of this model are kept or moved already: remove() them first; twofour.training.masks_of(model) finds"
             " those that are kept."
@@ -93,7 +95,7 @@ def move_masks(
     for phase in schedule.phases:
         if phase.rule == "s-ste" and pattern.transposable and (pattern.keep, pattern.group) != (2, 4):
             raise PatternError(f"'s-ste' with {pattern}: of transposable patterns it knows 2:4t alone. Use 'fst'.")
-    moved: list[_Moved] = []
+    moved: list[Moved] = []
     rows: list[dict[str, Any]] = []
     for layer in survey(model, pattern, include, exclude):
         row = layer.identity()
@@ -107,7 +109,7 @@ def move_masks(
             shared.layers.append(layer)
             row.update(action="left", reason=f"its weight is that of '{shared.layer.name}'")
             continue
-        moved.append(_Moved([layer], Sparsity(pattern, products=LayerProducts(products))))
+        moved.append(Moved([layer], Sparsity(pattern, products=LayerProducts(products))))
         row.update(action="moved")
     if not moved:
         raise ModelError(f"no layer of the model can be made {pattern}, so there is nothing to train sparse.")
@@ -121,26 +123,6 @@ def move_masks(
     return masks
 
 
-@dataclass(eq=False)
-class _Moved:
-    """A weight, the layers that have it, and how it is made sparse."""
-
-    layers: list[Layer]
-    sparsity: Sparsity
-
-    @property
-    def layer(self) -> Layer:
-        return self.layers[0]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """What the layer has now: `fully_shard` puts another parameter in its place."""
-        return cast(nn.Parameter, self.layer.module._parameters["weight"])
-
-    def refresh(self) -> None:
-        self.sparsity.refresh(self.layer.module, full(self.weight.detach()))
-
-
 class MovingMasks:
     """Moves the masks of a model through the phases of a schedule; made by `move_masks`."""
 
@@ -149,7 +131,7 @@ class MovingMasks:
         model: nn.Module,
         pattern: Pattern,
         schedule: Schedule,
-        moved: list[_Moved],
+        moved: list[Moved],
         rows: list[dict[str, Any]],
     ) -> None:
         self.pattern, self.schedule = pattern, schedule
@@ -157,19 +139,27 @@ class MovingMasks:
         """Optimizer steps so far."""
         self.curve: list[dict[str, Any]] = []
         """One record for each refresh: step, rule, flip_rate."""
-        self._model = weakref.ref(model)
+        self._model = model
         self._moved = moved
         self._rows = rows
-        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._refreshed = 0
+        self._index = 0  # of the phase in force
+        self._round: set[Moved] = set()  # what optimizers have stepped over since the step began
+        self._usual = set(moved)  # and what they did in the one before
+        self._adopted = False
+        self._is_waiting = False  # for the rest of the round, with what comes after the step
+        self._is_renewed = False  # the masks are of after this step
+        self._refreshed = self._since = 0  # the steps from which the next refresh, and the next flip rate, are counted
         self._fixed: FixedMasks | None = None
         self._handles: list[RemovableHandle] = []
-        for each in moved:
-            for layer in each.layers:
-                layer.module.__class__ = projected_class(cast(Any, type(layer.module)))
-                layer.module.sparsity = each.sparsity  # type: ignore[assignment]
-        self._handles.append(model.register_load_state_dict_post_hook(_Outdating(self)))
-        self._begin_phase()
+        try:
+            for each in moved:
+                for layer in each.layers:
+                    project(layer.module, each.sparsity)
+                    self._handles.append(layer.module.register_load_state_dict_post_hook(_Loading(self, each)))
+            self._begin_phase(0)
+        except BaseException:
+            self.remove()
+            raise
         watch(self)
 
     @property
@@ -179,7 +169,11 @@ class MovingMasks:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> bool, shape of its whole weight: True where the mask in force keeps it. Empty in a dense phase."""
+        """Layer name -> bool, shape of its whole weight: True where the mask in force keeps it. Empty in a dense phase.
+
+        With `fully_shard` a collective.
+        """
+        self._settle()
         if not self.phase.is_sparse:
             return {}
         if self._fixed is not None:
@@ -193,12 +187,14 @@ class MovingMasks:
         ||m_t - m_(t-1)||_1 / D of Hu et al. 2024, arXiv:2404.01847, section 3. It should rise early and then fade: where it
         does not fade, a larger decay makes it.
         """
+        self._settle()
         self._note()
         return self.curve[-1]["flip_rate"] if self.curve else None
 
     @property
     def report(self) -> Report:
         """A row for each layer, and where the schedule is."""
+        self._settle()
         self._note()
         columns = (
             Column("layer", "layer"),
@@ -224,23 +220,34 @@ class MovingMasks:
         return Report("move_masks", columns, tuple(rows), summary, (), environment())
 
     def adopt(self, optimizer: Optimizer) -> None:
-        """Checks that `optimizer` trains what is made sparse.
+        """Checks that `optimizer` trains what is made sparse. Of several, adopt each: then the first step waits for all.
 
         Raises:
-            ModelError: it trains none of it.
+            ModelError: it trains none of it, or is no torch.optim.Optimizer, whose steps can be counted.
         """
-        if not self._handles:
-            raise ModelError("these masks were finished or removed: move_masks(model, optimizer) makes new ones.")
-        if not self._own(optimizer):
+        self._require_on()
+        if not isinstance(optimizer, Optimizer):
+            raise ModelError(
+                f"a {type(optimizer).__name__} is no torch.optim.Optimizer: nobody is told of its steps, so that phases"
+                " and masks would stand still."
+            )
+        own = set(self._own(optimizer))
+        if not own:
             raise ModelError(
                 f"the {type(optimizer).__name__} trains none of the {len(self._moved)} weights that are made sparse, such as"
                 f" '{self._moved[0].layer.name}': make it from the parameters of this model."
             )
+        self._usual = self._usual | own if self._adopted else own
+        self._adopted = True
 
     def refresh(self) -> None:
-        """Makes all masks anew now: after weights were changed by other means than an optimizer."""
+        """Makes all masks anew now, of the parameters that the layers have now: after weights were changed or replaced by
+        other means than an optimizer and `load_state_dict`. With `fully_shard` a collective."""
+        self._settle()
         for each in self._moved:
+            each.take_up()
             if each.sparsity.is_active:
+                self._forget_scale(each)
                 each.refresh()
 
     def finish(self) -> Report:
@@ -250,8 +257,11 @@ class MovingMasks:
         """
         report = self.report
         if self._handles:
-            self._put_back()
-            self._write_sparse_weights()
+            put_back(self._model)
+            with torch.no_grad():
+                for each in self._moved:
+                    if each.sparsity.is_active:
+                        each.write(each.sparsity.sparse_weight(each.layer.module, full(each.weight)))
             self.remove()
         return report
 
@@ -281,29 +291,42 @@ class MovingMasks:
         """Where the schedule is, the masks in force in one bit per weight, and frozen scales: for a checkpoint.
 
         A run that loads the model, the optimizer, this, and torch's random state (for `mvue`) goes on as if it had not
-        stopped.
+        stopped. Masks are whole, and the same for any number of processes; the keys and shapes are the same at every step,
+        as `torch.distributed.checkpoint` wants them.
         """
+        self._settle()
         self._note()
-        made = [each for each in self._moved if each.sparsity.mask is not None]
+        masks = {each.layer.name: each.sparsity.mask for each in self._moved}
         return {
             "pattern": str(self.pattern),
             "schedule": str(self.schedule),
             "step": self.step,
-            "refreshed": self._refreshed,
-            "curve": [dict(point) for point in self.curve],
+            "refreshed": [self._refreshed, self._since],
+            "curve": [[point["step"], point["rule"], point["flip_rate"]] for point in self.curve],
             "layers": [each.layer.name for each in self._moved],
-            "masks": {each.layer.name: packed(cast(Tensor, each.sparsity.mask)) for each in made},
+            "masks": {
+                each.layer.name: packed(
+                    torch.zeros(each.weight.shape, dtype=torch.bool)
+                    if each.sparsity.mask is None
+                    else each.sparsity.mask
+                )
+                for each in self._moved
+            },
+            "masked": [name for name, mask in masks.items() if mask is not None],
+            "stale": [each.layer.name for each in self._moved if each.sparsity.stale],
             "scales": {each.layer.name: each.sparsity.scale for each in self._moved},
             "products": {each.layer.name: each.sparsity.products.state() for each in self._moved},
-            "fixed": None if self._fixed is None else self._fixed.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`; the weights must be loaded already.
 
         Raises:
-            ModelError: of another pattern, schedule or model. Nothing has changed then.
+            ModelError: of another pattern, schedule or model; or these masks were finished.
+            PatternError: it is of a fixed phase, and a weight is not zero where its mask drops it.
+                Nothing has changed then.
         """
+        self._require_on()
         for what, own in (("pattern", str(self.pattern)), ("schedule", str(self.schedule))):
             if state[what] != own:
                 raise ModelError(
@@ -315,108 +338,154 @@ class MovingMasks:
             raise ModelError(
                 f"the checkpoint is of other layers: '{odd[0]}' is on one side only. Is it the same model?"
             )
+        put_back(self._model)
+        masks: dict[Moved, Tensor | None] = {}
         for each in self._moved:
-            found = state["masks"].get(each.layer.name)
-            if found is not None and len(found) != -(-each.weight.numel() // 8):
+            each.take_up()
+            bits = state["masks"][each.layer.name]
+            if len(bits) != -(-each.weight.numel() // 8):
                 raise ModelError(f"'{each.layer.name}' has another shape in the checkpoint. Is it the same model?")
-        self.step = state["step"]
-        self._stepped.clear()
-        self._begin_phase(write=False)
-        self.curve, self._refreshed = [dict(point) for point in state["curve"]], state["refreshed"]
-        for each in self._moved:
-            sparsity = each.sparsity
-            sparsity.scale = state["scales"][each.layer.name]
-            sparsity.products.load(state["products"][each.layer.name])
-            found = state["masks"].get(each.layer.name)
-            sparsity.mask = None if found is None else unpacked(found, each.weight.shape).to(each.weight.device)
-            sparsity.stale, sparsity.changes = found is None, None
-        if state["fixed"] is not None and self._fixed is not None:
-            self._fixed.load_state_dict(state["fixed"])
+            is_masked = each.layer.name in state["masked"]
+            masks[each] = unpacked(bits, each.weight.shape).to(each.weight.device) if is_masked else None
+        index = self.schedule.index(state["step"])
+        phase, fixed = self.schedule.phases[index], None
+        if phase.rule == "fixed":
+            fixed = fixed_masks(self._model, self.pattern, [(e.layer, m) for e, m in masks.items() if m is not None])
+        if self._fixed is not None:
+            self._fixed.remove()
+        self._fixed, self._index, self.step = fixed, index, state["step"]
+        self._round.clear()
+        self._is_waiting = self._is_renewed = False
+        self._refreshed, self._since = state["refreshed"]
+        self.curve = [{"step": step, "rule": rule, "flip_rate": rate} for step, rule, rate in state["curve"]]
+        for each, mask in masks.items():
+            sparsity, name = each.sparsity, each.layer.name
+            sparsity.rule, sparsity.mvue, sparsity.scale = phase.rule, phase.mvue, state["scales"][name]
+            sparsity.mask, sparsity.stale, sparsity.changes = mask, name in state["stale"], None
+            sparsity.products.load(state["products"][name])
 
     # ---- what happens at the steps of optimizers ---------------------------------------------------------------------
+    #
+    # A step is a round: it begins with the first optimizer that steps over a weight again. What comes after it, new masks or
+    # the next phase, waits until every weight that was trained in the round before has had its turn, so that the gradients of
+    # one backward pass meet one rule and one mask, whichever optimizer comes first. At the latest it comes when the next
+    # round begins, or when someone looks.
 
-    def _own(self, optimizer: Optimizer) -> list[_Moved]:
-        trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    def _own(self, optimizer: Optimizer) -> list[Moved]:
+        trained = _trained(optimizer)
         return [each for each in self._moved if id(each.weight) in trained]
 
     def _before(self, optimizer: Optimizer) -> None:
-        self._put_back()
-        own = self._own(optimizer)
-        phase = self.phase
-        if not own or phase.rule in ("dense", "fixed"):
+        self._require_as_they_were(optimizer)
+        if any(each in self._round for each in self._own(optimizer)):
+            self._settle()
+            self._usual = set(self._round)
+            self._round.clear()
+
+    def _with_gradients(self, optimizer: Optimizer) -> None:
+        own, phase = self._own(optimizer), self.schedule.phases[self._index]
+        if not own or not _is_active(phase):
             return
-        for each in own:
-            sparsity = each.sparsity
-            if sparsity.mask is not None and sparsity.mask.shape != each.weight.shape:
-                raise ModelError(
-                    f"the weight of '{each.layer.name}' is {list(each.weight.shape)} now, its mask"
-                    f" {list(sparsity.mask.shape)}: remove() these masks before layers are resized. Nothing has changed."
-                )
+        unused = next((each for each in own if each.weight.grad is not None and not each.sparsity.used), None)
+        if unused is not None:
+            raise ModelError(
+                f"the weight of '{unused.layer.name}' has a gradient, but the layer was not called since move_masks: the model"
+                " reads its weight past it, and would train it dense. Leave it out by exclude=, or zero the gradient if it is"
+                " from before. Nothing has changed."
+            )
         if getattr(optimizer, "found_inf", None) is None:  # else GradScaler looks after it
-            _require_numbers(own)
+            require_numbers(own)
         if phase.lasting_decay:
-            scale = getattr(optimizer, "grad_scale", None)  # the optimizer divides by it
             with torch.no_grad():
                 for each in own:
                     if each.weight.grad is not None:
-                        _decay(each, phase.lasting_decay, scale)
+                        each.decay(self._mask(each), optimizer, phase.lasting_decay)
 
     def _after(self, optimizer: Optimizer) -> None:
-        if not self._own(optimizer):
+        own = self._own(optimizer)
+        skipped = getattr(
+            optimizer, "found_inf", None
+        )  # by optimizers that leave it to themselves what GradScaler found
+        if not own or (skipped is not None and bool(skipped)):
             return
-        for each in self._moved:
+        for each in own:
             each.sparsity.products.forget()
-        if not self._stepped or optimizer in self._stepped:  # of several optimizers each steps once for a step
-            self._stepped.clear()
-            self._next_step()
-        elif self.phase.rule not in ("dense", "fixed"):
-            self._outdate()
-        self._stepped.add(optimizer)
+        if not self._round:
+            self._note()
+            self.step += 1
+            self._is_waiting = True
+        self._round.update(own)
+        if self._is_waiting:
+            if all(each in self._round for each in self._usual if each.weight.requires_grad):
+                self._settle()
+        elif self._is_renewed:
+            self._outdate(own)
 
-    def _put_back(self) -> None:
-        """Sharded parameters in the places of those that a forward pass has gathered."""
-        model = self._model()
-        if model is not None:
-            put_back(model)
+    def _settle(self) -> None:
+        """What comes after a step, if that is still to come."""
+        if not self._is_waiting:
+            return
+        self._is_waiting = False
+        index = self.schedule.index(self.step)
+        phase = self.schedule.phases[index]
+        is_new = index != self._index
+        self._is_renewed = _is_active(phase) and (is_new or self._is_due(phase))
+        if is_new:
+            self._begin_phase(index)
+        elif self._is_renewed:
+            self._refreshed = self.step
+            self._outdate(self._moved)
 
-    def _next_step(self) -> None:
-        self._note()
-        before = self.schedule.index(self.step)
-        self.step += 1
-        if self.schedule.index(self.step) != before:
-            self._begin_phase()
-        elif self.phase.rule not in ("dense", "fixed") and self.step - self._refreshed >= self.phase.interval:
-            self._outdate()
+    def _is_due(self, phase: Phase) -> bool:
+        return self.step - self._refreshed >= phase.interval
 
-    def _outdate(self) -> None:
+    def _is_early(self) -> bool:
+        """True while DistributedDataParallel may still put the weights of the first process into the others."""
+        return self.step == 0 and several_processes()
+
+    def _outdate(self, moved: Iterable[Moved]) -> None:
         """Masks are made anew: now, or in the next forward pass where only that sees the whole weight."""
-        for each in self._moved:
-            if local(each.weight) is each.weight and not each.weight.is_meta:
+        for each in moved:
+            each.sparsity.stale = True
+            each.sparsity.products.forget()
+            if layout(each.weight) is None and not each.weight.is_meta and not self._is_early():
                 each.refresh()
-            else:
-                each.sparsity.stale = True
 
-    def _begin_phase(self, write: bool = True) -> None:
-        phase = self.phase
+    def _begin_phase(self, index: int) -> None:
+        phase = self.schedule.phases[index]
         if phase.rule == "fixed":
-            kept = [(each.layer, self._mask(each)) for each in self._moved]
-            if write:
-                self._write_sparse_weights()
-            model = self._model()
-            if model is not None and self._fixed is None:
-                self._fixed = fixed_masks(model, self.pattern, kept)
+            if self._fixed is None:
+                self._fix()
         elif self._fixed is not None:
             self._fixed.remove()
             self._fixed = None
+        self._note()
         for each in self._moved:
             sparsity = each.sparsity
-            sparsity.rule, sparsity.mvue = phase.rule, phase.mvue
-            sparsity.scale, sparsity.stale = None, True
+            sparsity.rule, sparsity.mvue, sparsity.scale = phase.rule, phase.mvue, None
             if not phase.is_sparse:
                 sparsity.mask = None
-        self._refreshed = self.step
-        if phase.rule not in ("dense", "fixed"):
-            self._outdate()
+        self._index, self._refreshed = index, self.step
+        if not phase.is_sparse or self._moved[0].sparsity.mask is None:
+            self._since = self.step
+        if _is_active(phase):
+            self._outdate(self._moved)
+
+    def _fix(self) -> None:
+        """Writes the sparse weights, as `finish` would, and keeps their zeros from here on."""
+        ended = self.schedule.phases[self._index]
+        put_back(self._model)
+        kept: list[tuple[Layer, Tensor]] = []
+        with torch.no_grad():
+            for each in self._moved:
+                sparsity, whole = each.sparsity, full(each.weight)
+                if sparsity.mask is None or sparsity.stale or sparsity.rule == "s-ste" or self._is_due(ended):
+                    sparsity.refresh(each.layer.module, whole)
+                mask = cast(Tensor, sparsity.mask)
+                sparse = sparsity.sparse_weight(each.layer.module, whole)
+                each.write(torch.where(mask.to(sparse.device), sparse, 0.0))
+                kept.append((each.layer, mask))
+        self._fixed = fixed_masks(self._model, self.pattern, kept)
 
     def _note(self) -> None:
         """Puts what changed at the last refresh into the curve."""
@@ -425,10 +494,11 @@ class MovingMasks:
             each.sparsity.changes = None
         if changes:
             total = sum(each.weight.numel() for each in self._moved)
-            steps = max(1, self.step - self._refreshed)
+            steps = max(1, self.step - self._since)
             flips = sum(int(count) for count in changes)
-            self.curve.append({"step": self.step, "rule": self.phase.rule, "flip_rate": flips / total / steps})
-            self._refreshed = self.step
+            rule = self.schedule.phases[self._index].rule
+            self.curve.append({"step": self.step, "rule": rule, "flip_rate": flips / total / steps})
+            self._since = self.step
 
     def _products(self, name: str) -> dict[str, Any]:
         """How the layer multiplied the last kind of batch that it measured."""
@@ -442,47 +512,102 @@ class MovingMasks:
             return {"tokens": last.tokens, "dense_us": last.dense_us, "sparse_us": last.sparse_us, "products": chosen}
         return {} if products.why_dense is None else {"products": "dense", "reason": products.why_dense}
 
-    def _mask(self, each: _Moved) -> Tensor:
+    def _mask(self, each: Moved) -> Tensor:
         """The mask in force, of the whole weight."""
-        if each.sparsity.mask is None or each.sparsity.stale:
-            each.refresh()
-        assert each.sparsity.mask is not None
-        return each.sparsity.mask
+        sparsity, phase = each.sparsity, self.schedule.phases[self._index]
+        follows = sparsity.rule == "s-ste"  # the forward pass has no other mask than that of the weight
+        if sparsity.mask is not None and not sparsity.stale and (not follows or phase.interval == 1):
+            return sparsity.mask
+        if follows or self._is_early():
+            return sparsity.mask_of(each.layer.module, full(each.weight))
+        each.refresh()
+        return cast(Tensor, sparsity.mask)
 
-    def _write_sparse_weights(self) -> None:
-        """Into the parameters: what the forward pass sees."""
-        with torch.no_grad():
-            for each in self._moved:
-                if each.sparsity.is_active:
-                    whole = full(each.weight.detach())
-                    sparse = each.sparsity.sparse_weight(each.layer.module, whole)
-                    local(each.weight).copy_(local_part(sparse, each.weight))
+    def _loaded(self, each: Moved) -> None:
+        """Other weights were loaded into a layer: the mask of the old ones says nothing of them."""
+        each.take_up()
+        if each.sparsity.is_active:
+            each.sparsity.mask = None
+            self._forget_scale(each)
+            self._outdate([each])
+
+    def _forget_scale(self, each: Moved) -> None:
+        """It is of the weights with which the phase begins, and they are others, unless it has begun."""
+        if self.step == self.schedule.starts()[self._index]:
+            each.sparsity.scale = None
+
+    def _require_on(self) -> None:
+        if not self._handles:
+            raise ModelError("these masks were finished or removed: move_masks(model, optimizer) makes new ones.")
+
+    def _require_as_they_were(self, optimizer: Optimizer) -> None:
+        if self._fixed is not None:
+            return  # it looks itself
+        lost = [(each, why) for each in self._moved if (why := each.why_lost(self._model)) is not None]
+        twice = {id(each.weight): each for each in self._moved}
+        for each in self._moved:
+            if (other := twice[id(each.weight)]) is not each:
+                lost.append((each, f"the weight of '{each.layer.name}' has become that of '{other.layer.name}'"))
+        if not lost:
+            return
+        trained = _trained(optimizer)
+        of_model = any(id(parameter) in trained for parameter in self._model.parameters())
+        if of_model or any(id(each.weight) in trained for each, _ in lost):
+            raise ModelError(
+                f"{lost[0][1]}, so that its mask would be that of another: call refresh() of the masks if it was replaced;"
+                " remove() them, and move_masks again, if layers were resized, tied or untied. Nothing has changed."
+            )
 
 
-def finish_copy(model: nn.Module) -> nn.Module:
+def finish_copy(model: nn.Module, *, rule: Rule | None = None) -> nn.Module:
     """Writes the sparse weights of a copy of a model (an EMA, for instance) into it and makes its layers plain again.
 
     Args:
         model: a copy that was made while `move_masks` was in force on the original.
+        rule: by which they are sparse. None takes the one that was in force when the copy was made, as its forward pass
+            does. An EMA that has gone through several phases wants that of the original, `masks.phase.rule`: "s-ste" with its
+            scales, "fixed" with its masks; "dense" leaves the weights as they are.
     Returns:
         `model`, changed in place.
     Raises:
-        ModelError: it is no copy: the handle of `move_masks` finishes the original.
+        ModelError: it is no copy: the handle of `move_masks` finishes the original; the original has gone on to another
+            phase, and no rule is given; "fixed", and the original is in no fixed phase. Nothing has changed then.
     """
     layers = [module for module in model.modules() if isinstance(module, Projected)]
+    if not layers:
+        raise ModelError("no layer of this model is under move_masks: it was copied before, or is finished already.")
     for module in layers:
-        if not module.sparsity.copied:
+        sparsity, origin = module.sparsity, module.sparsity.origin
+        if not sparsity.copied:
             raise ModelError("this is the model that trains, not a copy: call finish() of what move_masks returned.")
-    done: set[int] = set()
+        if rule is None and origin is not None and origin.rule != sparsity.rule:
+            raise ModelError(
+                f"the copy was made in a phase '{sparsity.rule}', and the model is in '{origin.rule}' now: say by which its"
+                f" weights are sparse, finish_copy(model, rule='{origin.rule}')."
+            )
+        if rule == "fixed" and sparsity.rule != "fixed" and (origin is None or origin.rule != "fixed"):
+            raise ModelError("rule='fixed', and the model that was copied is in no fixed phase: it has no such masks.")
     with torch.no_grad():
+        done: set[int] = set()
         for module in layers:
             weight = cast(Tensor, module.weight)
             if id(weight) not in done:
-                weight.copy_(module.sparse_weight())
+                weight.copy_(_sparse_copy(module, weight, rule))
                 done.add(id(weight))
     for module in layers:
         restore(module)
     return model
+
+
+def _sparse_copy(module: Projected, weight: Tensor, rule: Rule | None) -> Tensor:
+    sparsity, origin = module.sparsity, module.sparsity.origin
+    if rule is None or rule == sparsity.rule:
+        return sparsity.sparse_weight(module, weight)
+    same = origin if origin is not None and origin.rule == rule else None
+    if rule == "fixed" and same is not None and same.mask is not None:
+        return torch.where(same.mask.to(weight.device), weight, 0.0)
+    asked = Sparsity(sparsity.pattern, rule, scale=None if same is None else same.scale)
+    return asked.sparse_weight(module, weight)
 
 
 def _why_left(layer: Layer) -> str | None:
@@ -499,46 +624,27 @@ def _why_left(layer: Layer) -> str | None:
     return why_not_projected(layer.module)
 
 
-def _require_numbers(own: Sequence[_Moved]) -> None:
-    gradients = [each for each in own if each.weight.grad is not None]
-    if not gradients:
-        return
-    sums = torch.stack([local(cast(Tensor, each.weight.grad)).sum().float().cpu() for each in gradients])
-    if bool(sums.isfinite().all()):
-        return
-    bad = next((each for each in gradients if not bool(local(cast(Tensor, each.weight.grad)).isfinite().all())), None)
-    if bad is not None:
-        raise ModelError(
-            f"the gradient of '{bad.layer.name}' is not finite, and masks would follow it: lower the learning rate, clip, or"
-            " skip the step. Nothing has changed."
-        )
+def _is_active(phase: Phase) -> bool:
+    """True where the forward pass sees other weights than the parameters."""
+    return phase.rule not in ("dense", "fixed")
 
 
-def _decay(each: _Moved, decay: float, scale: Tensor | None) -> None:
-    """g + decay * w where the mask drops w, in place, before the optimizer makes anything of it."""
-    if each.sparsity.mask is None:
-        return
-    weight, grad = local(each.weight), local(cast(Tensor, each.weight.grad))
-    mask = local_part(each.sparsity.mask, each.weight).to(weight.device)
-    lost = torch.where(mask, 0.0, weight).to(grad.dtype)
-    if scale is not None:
-        lost = lost * scale.to(lost.device)
-    grad.add_(lost, alpha=decay)
+def _trained(optimizer: Optimizer) -> set[int]:
+    return {id(weight) for group in optimizer.param_groups for weight in group["params"]}
 
 
-class _Outdating:
-    """A hook after which masks are made anew: other weights were loaded. Copies of it, with those of the model, do nothing."""
+class _Loading:
+    """A hook after which a mask is made anew: other weights were loaded. Copies of it, with those of the model, do nothing."""
 
-    def __init__(self, masks: MovingMasks | None) -> None:
-        self._masks = masks
+    def __init__(self, masks: MovingMasks | None = None, moved: Moved | None = None) -> None:
+        self._masks, self._moved = masks, moved
 
     def __call__(self, *_: Any) -> None:
-        if self._masks is not None:
-            for each in self._masks._moved:
-                each.sparsity.stale = True
+        if self._masks is not None and self._moved is not None:
+            self._masks._loaded(self._moved)
 
-    def __deepcopy__(self, _: object) -> _Outdating:
-        return _Outdating(None)
+    def __deepcopy__(self, _: object) -> _Loading:
+        return _Loading()
 
-    def __reduce__(self) -> tuple[type[_Outdating], tuple[None]]:
-        return (_Outdating, (None,))
+    def __reduce__(self) -> tuple[type[_Loading], tuple[()]]:
+        return (_Loading, ())

@@ -14,11 +14,14 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from ..errors import UnsupportedError
 from ..masks import soft_threshold
 from ..masks.of_weights import differences, magnitude_mask
 from ..nn import observe
 from ..pattern import Pattern
+from .distributed import layout
 from .products import LayerProducts, weight_gradient
 from .schedule import Rule
 
@@ -37,8 +40,11 @@ class Sparsity:
         mask: bool, the weight's shape: True where it is kept; None until a forward pass has seen the weight.
         stale: the mask is to be made anew in the next forward pass.
         copied: in a copy of the model, which no one tells when its weights change: its mask is made in every forward pass.
-        changes: in how many places the last new mask differs from the one before; on a GPU a tensor, so that no one waits.
+        changes: in how many places new masks differ from the ones before them, summed since it was None; on a GPU a tensor,
+            so that no one waits.
         products: how Linear layers multiply by it.
+        used: the layer was called.
+        origin: in a copy, that of the model it was made from; None where it was unpickled.
     """
 
     pattern: Pattern
@@ -50,6 +56,8 @@ class Sparsity:
     copied: bool = False
     changes: Tensor | int | None = None
     products: LayerProducts = field(default_factory=LayerProducts)
+    used: bool = False
+    origin: Sparsity | None = None
     _outside_of_graphs: ClassVar[Callable[..., None] | None] = None
 
     def __post_init__(self) -> None:
@@ -57,10 +65,14 @@ class Sparsity:
             Sparsity._outside_of_graphs = torch.compiler.disable(Sparsity.refresh)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsity:
-        found = Sparsity(self.pattern, self.rule, self.mvue, self.scale, copied=True)
+        found = Sparsity(self.pattern, self.rule, self.mvue, self.scale, copied=True, origin=self.origin or self)
         found.products = LayerProducts(self.products.wanted)
         memo[id(self)] = found
         return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        products = LayerProducts(self.products.wanted)
+        return Sparsity, (self.pattern, self.rule, self.mvue, self.scale, None, True, True, None, products)
 
     @property
     def is_active(self) -> bool:
@@ -102,17 +114,25 @@ class Sparsity:
         token = None if soft else self.mask
         return self.products.linear(x, weight, bias, self.pattern, kept, token, scale=scale, estimate=estimate)
 
-    @torch.no_grad()
     def refresh(self, module: nn.Module, weight: Tensor) -> None:
         """Makes the mask anew from the whole weight and counts what changed; at the first time the scale too."""
-        matrix = observe.as_matrix(module, weight.detach())
-        mask = magnitude_mask(matrix, self.pattern)
-        mask = observe.from_matrix(module, mask, weight.shape).contiguous()
-        if self.rule == "s-ste" and self.scale is None:
-            self.scale = frozen_scale(matrix, self.pattern)
-        if self.mask is not None:
-            self.changes = differences(mask, self.mask)
-        self.mask, self.stale = mask, False
+        with torch.inference_mode(False), torch.no_grad():  # an evaluation may come first, and training goes on with it
+            mask = self.mask_of(module, weight)
+            if self.rule == "s-ste" and self.scale is None:
+                self.scale = frozen_scale(observe.as_matrix(module, weight.detach()), self.pattern)
+            if self.mask is not None:
+                self.changes = differences(mask, self.mask) + (0 if self.changes is None else self.changes)
+            self.mask, self.stale = mask, False
+
+    def mask_of(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The best mask of a whole weight: bool, its shape."""
+        if layout(weight) is not None:
+            raise UnsupportedError(
+                f"a {type(module).__name__} computes with a weight that is spread over processes: masks move with"
+                " fully_shard and DistributedDataParallel, not with tensor parallelism. Use keep_masks."
+            )
+        mask = magnitude_mask(observe.as_matrix(module, weight.detach()), self.pattern)
+        return observe.from_matrix(module, mask, weight.shape).contiguous()
 
 
 def frozen_scale(weight: Tensor, pattern: Pattern) -> float:
@@ -167,6 +187,7 @@ class _EstimatedLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
@@ -201,6 +222,12 @@ class Projected(nn.Module):
     def sparse_weight(self) -> Tensor:
         """The weight that `forward` multiplies by."""
         return self.sparsity.sparse_weight(self, cast(Tensor, self.weight))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        found = super().__reduce_ex__(protocol)
+        if "plain" not in vars(type(self)) or not isinstance(found, tuple):
+            return found
+        return (_empty, (self.plain,), *found[2:])  # classes that are made on the way have no place to be found in
 
 
 class ProjectedLinear(Projected, nn.Linear):
@@ -251,13 +278,11 @@ class ProjectedConv3d(Projected, nn.Conv3d):
 class _ProjectedConv1D(Projected):
     """transformers' Conv1D under a rule: y = x @ weight + bias, the weight [in_features, out_features]."""
 
-    bias: nn.Parameter
-
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.sparse_weight()
+        weight, bias = self.sparse_weight(), cast("Tensor | None", getattr(self, "bias", None))
         if self.sparsity.mvue and self.sparsity.is_active:
-            return _estimated(x, weight.T, self.bias)
-        return F.linear(x, weight.T, self.bias)
+            return _estimated(x, weight.T, bias)
+        return F.linear(x, weight.T, bias)
 
 
 _CLASSES: dict[type[nn.Module], type[Projected]] = {
@@ -273,27 +298,62 @@ def projected_class(kind: type[nn.Module]) -> type[Projected]:
     """The subclass of `kind` that makes its weight sparse in `forward`."""
     if kind in _CLASSES:
         return _CLASSES[kind]
-    base = ProjectedLinear if issubclass(kind, nn.Linear) else _ProjectedConv1D
+    base = next((own for plain, own in _CLASSES.items() if issubclass(kind, plain)), _ProjectedConv1D)
     return cast(
         type[Projected], type(f"Projected{kind.__name__}", (base, kind), {"__module__": __name__, "plain": kind})
     )
 
 
+def project(module: nn.Module, sparsity: Sparsity) -> None:
+    """From here on the layer computes with a sparse weight.
+
+    The hook that it gets says that it was called, and makes torch call it: an nn.TransformerEncoderLayer without hooks
+    inside reads the weights of its linear layers itself when it evaluates.
+    """
+    module.__class__ = projected_class(cast(Any, type(module)))
+    module.sparsity = sparsity  # type: ignore[assignment]
+    module.register_forward_pre_hook(_note_use)
+
+
 def restore(module: Projected) -> None:
-    """Gives the layer its class back. Where something else has changed it since (`fully_shard`), it stays, as plain layer."""
-    if "plain" in vars(type(module)):
-        module.__class__ = cast(Any, type(module).plain)
-        del module.sparsity
-    else:
-        module.sparsity = Sparsity(module.sparsity.pattern)
+    """Gives the layer its class back; of a class that something else made since (`fully_shard`), what it would have made."""
+    module.__class__ = cast(Any, _without(cast(Any, type(module))))
+    del module.sparsity
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _note_use:
+            del module._forward_pre_hooks[key]
 
 
 def why_not_projected(module: nn.Module) -> str | None:
     """Why a layer cannot be put under a rule; None where it can."""
     if "forward" in vars(module):
         return "its forward was replaced on the object"
-    if type(module) in _CLASSES or observe.is_transposed(module):
-        return None
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return None
-    return f"{type(module).__name__} does not compute what a Linear or convolution does"
+    kind = type(module)
+    if observe.is_transposed(module):
+        plain: type[nn.Module] | None = next(each for each in kind.__mro__ if each.__name__ == "Conv1D")
+    else:
+        plain = next((each for each in _CLASSES if isinstance(module, each)), None)
+    if plain is None or any(getattr(kind, name, None) is not getattr(plain, name, None) for name in _COMPUTING):
+        return f"{kind.__name__} does not compute what a Linear or convolution does"
+    return None
+
+
+_COMPUTING = ("forward", "_conv_forward")
+
+
+def _note_use(module: nn.Module, _: Any) -> None:
+    cast(Projected, module).sparsity.used = True
+
+
+def _empty(plain: type[nn.Module]) -> nn.Module:
+    kind = projected_class(cast(Any, plain))
+    return kind.__new__(kind)
+
+
+@cache
+def _without(kind: type[Projected]) -> type[nn.Module]:
+    if "plain" in vars(kind):
+        return kind.plain
+    bases = tuple(_without(cast(Any, base)) if issubclass(base, Projected) else base for base in kind.__bases__)
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return cast(type[nn.Module], type(kind.__name__.replace("Projected", "", 1), bases, own))

@@ -14,6 +14,7 @@ RULES: tuple[str, ...] = get_args(Rule)
 
 _DECAY = {"sr-ste": 2e-4, "fst": 2e-4}
 _REFRESH = {"sr-ste": 1, "fst": 40, "s-ste": 1}
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Phase:
         steps: optimizer steps; None: all that come (the last phase only).
         decay: lambda of what dropped weights add to their gradient, lambda * w, before the optimizer sees it; None: 2e-4.
             Not for the other rules.
-        refresh: steps between two masks; None: 40 for "fst", 1 for the others.
+        refresh: steps between two masks; None: 40 for "fst", 1 for the others. The forward pass of "s-ste" follows the
+            weights at every step: there it is the steps between two looks at how many places have changed.
         mvue: the weight gradient of Linear layers is the product of the inputs with an unbiased estimate of the output
             gradient that holds 2:4 along tokens (`twofour.training.mvue`).
     Raises:
@@ -94,6 +96,11 @@ class Schedule:
         object.__setattr__(self, "phases", tuple(self.phases))
         if not self.phases:
             raise TwofourError("a schedule of no phases: give at least one, as in Schedule.parse('s-ste').")
+        for phase in self.phases:
+            if not isinstance(phase, Phase):
+                raise TwofourError(
+                    f"{phase!r} in a schedule: give phases, Phase('s-ste', 800), or one text of them all."
+                )
         for phase in self.phases[:-1]:
             if phase.steps is None:
                 raise TwofourError(
@@ -118,8 +125,15 @@ class Schedule:
         if isinstance(text, Phase):
             return Schedule((text,))
         if not isinstance(text, str):
-            return Schedule(tuple(text))
-        return Schedule(tuple(_phase(part.strip(), text, steps) for part in text.split(",")))
+            return Schedule(tuple(text) if isinstance(text, Iterable) else (text,))
+        parts = [part.strip() for part in text.split(",")]
+        found = Schedule(tuple(_phase(part, text, steps) for part in parts))
+        shares = sum(float(part.rpartition(":")[2][:-1]) for part in parts if part.endswith("%"))
+        if shares > 100 + _ROUNDING:
+            raise TwofourError(
+                f"the shares in the schedule '{text}' add up to {shares:g}%: the last of it would not come."
+            )
+        return found
 
     def starts(self) -> list[int]:
         """The first step of each phase, counted from 0."""
@@ -159,7 +173,7 @@ def _phase(part: str, text: str, steps: int | None) -> Phase:
     if colon:
         try:
             count = int(amount) if not amount.endswith("%") else _share(float(amount[:-1]), text, steps)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise TwofourError(
                 f"'{part}' in the schedule '{text}': write rule:steps or rule:share%, as in 's-ste:800' or 's-ste:80%'."
             ) from None
@@ -169,4 +183,7 @@ def _phase(part: str, text: str, steps: int | None) -> Phase:
 def _share(percent: float, text: str, steps: int | None) -> int:
     if steps is None:
         raise TwofourError(f"the schedule '{text}' has shares: say of how many steps, Schedule.parse(text, steps=...).")
-    return max(1, round(percent / 100 * steps))
+    count = max(1, round(percent / 100 * steps))
+    if percent <= 0 or steps < 1:
+        raise ValueError
+    return count
