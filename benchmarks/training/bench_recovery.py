@@ -174,16 +174,18 @@ def main(
 
 
 def summary(record: dict[str, Any]) -> None:
-    """Mean losses and what they lose, in percent, to the dense model that was trained as long."""
-    losses = {
-        name: statistics.fmean(run["loss"] for run in own.values()) for name, own in record["runs"].items() if own
-    }
-    for name, loss in losses.items():
-        rival = losses.get("again" if name in ("again", "prune again") else "dense", loss)
+    """Mean losses, and what they lose, in percent, to the dense model that was trained as long from the same seeds."""
+    for name, own in record["runs"].items():
+        rivals = record["runs"].get("again" if name in ("again", "prune again") else "dense", {})
+        seeds = [seed for seed in own if seed in rivals]
+        if not seeds:
+            continue
+        loss, rival = (statistics.fmean(runs[seed]["loss"] for seed in seeds) for runs in (own, rivals))
         bar = {"prune again": 0.5}.get(name, 1.5 if name in FROM_SCRATCH else None)
         lost = 100 * (loss / rival - 1)
         verdict = "" if bar is None else "met" if lost <= bar else "MISSED"
-        print(f"{name:<28} {loss:.4f}  {lost:+.2f} %  {'' if bar is None else f'at most {bar} %'}  {verdict}")
+        limit = "" if bar is None else f"at most {bar} %"
+        print(f"{name:<28} {loss:.4f}  {lost:+.2f} %  {limit}  {verdict}  ({len(seeds)} seeds)")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python benchmarks/training/bench_step.py --json benchmarks/results/<machine>/step.json
 
-A step is forward, backward to inputs and weights, and what the rule does after the optimizer: a new mask (or, between two,
-none), and packing both ways. The optimizer itself takes as long for either and is left out. Dense is torch's own layer, which
-runs oneDNN. Both run in turns, in one process. "mask and pack" is held against two copies of the weight: into memory that
-is there already, once with the caches warm and once cold.
+A step is forward, backward to inputs and weights, plain SGD, and what the rule does after it: a new mask (or, between two,
+none), and packing both ways. Dense is torch's own layer, which runs oneDNN. Both run in turns, in one process. "mask and
+pack" is held against two copies of the weight into memory that is there already, with the caches warm and cold.
 """
 
 from __future__ import annotations
@@ -43,28 +42,21 @@ def block(width: int, hidden: int, dtype: torch.dtype) -> nn.Sequential:
 
 
 class Stepper:
-    """Forward and backward of a block, and a step that changes its weights so that they are packed anew."""
+    """Forward, backward and a step of a block, after which its weights are packed anew."""
 
     def __init__(self, width: int, hidden: int, tokens: int, dtype: torch.dtype, phase: Phase | None) -> None:
         self.model = block(width, hidden, dtype)
         self.x = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
         self.grad = torch.randn(tokens, width, dtype=dtype)
-        self.masks = None
         if phase is not None:
             self.masks = twofour.training.move_masks(self.model, None, "2:4t", phase, products="sparse")
-        self.biases = torch.optim.SGD([layer.bias for layer in self.model[::2]], 0.0)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-6)
 
     def __call__(self) -> None:
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         self.x.grad = None
         self.model(self.x).backward(self.grad)
-        if self.masks is not None:  # what follows a step of the weights, without the optimizer's own time
-            with torch.no_grad():
-                for layer in self.model[::2]:
-                    torch._C._autograd._unsafe_set_version_counter((layer.weight,), (layer.weight._version + 1,))
-            for each in self.masks._moved:
-                each.sparsity.products.forget()
-            self.masks._next_step()
+        self.optimizer.step()
 
 
 def copies(weight: Tensor) -> Callable[[], None]:

@@ -47,7 +47,7 @@ def adam(model: nn.Module) -> torch.optim.AdamW:
 
 def sparse(weight: Tensor, rule: str, pattern: str, scale: float = 1.0) -> Tensor:
     if rule == "s-ste":
-        return soft_threshold(weight, pattern) * scale
+        return soft_threshold(weight, pattern, scale=scale)
     return torch.where(nm_mask(weight.abs(), pattern), weight, 0.0)
 
 
