@@ -310,6 +310,8 @@ def test_what_is_refused(gpt2: Path, bert: Path, text: Path, tmp_path: Path, run
         ("no such folder. Make it first", (gpt2, text, "--out", tmp_path / "a" / "b")),
         ("which is replaced as a whole at the end", (gpt2, text, "--out", there, "--report", there / "page.html")),
         ("--device strange cannot be used here", (gpt2, text, "--out", out, "--device", "strange")),
+        ("unknown --products 'magic': it is auto, sparse, dense", (gpt2, text, "--out", out, "--products", "magic")),
+        ("lr=0.0: a number above 0", (gpt2, text, "--out", out, "--lr", 0)),
         ("2:5", (gpt2, text, "--out", out, "--pattern", "2:5:3")),
     ]  # fmt: skip
     for words, arguments in cases:

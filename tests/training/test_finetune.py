@@ -135,6 +135,18 @@ def test_masks_that_move_are_there_at_the_end(schedule: str) -> None:
         assert [row["density"] for row in report.rows] == [1.0] * 11 + [0.5] * 49
 
 
+def test_looking_at_what_is_held_out_changes_nothing() -> None:
+    found = []
+    for held in (None, batches(2, seed=1)):
+        model = Net()
+        torch.manual_seed(1)
+        finetune(
+            model, batches(5), schedule="s-ste", products="dense", steps=8, lr=0.01, validation=held, validate_every=2
+        )
+        found.append(weights(model))
+    assert_same(*found)
+
+
 def test_a_teacher_with_masks_that_stay_and_move() -> None:
     dense = Net()
     data = [batch["x"] for batch in batches(10)]
@@ -179,7 +191,6 @@ def test_what_is_refused() -> None:
         (TwofourError, r"has shares: say of how many steps", {"schedule": "s-ste:9%, fixed", "steps": None, "seconds": 9}),
         (ModelError, r"the loss is a tensor of \[32, 4\]: it must be one", {"loss": lambda m, b: m(**b)["logits"]}),
         (ModelError, r"the loss is a float", {"loss": lambda m, b: 0.5}),
-        (ModelError, r"the loss has no gradient", {"loss": lambda m, b: m(**b)["loss"].detach()}),
         (ModelError, r"no weight of the model holds 1:4", {"pattern": "1:4"}),
         (ModelError, r"the loss of the first batch is 0", {"teacher": copy.deepcopy(model), "terms": Outputs("logits", "mse")}),
         (ModelError, r"lr=0: a number above 0", {"lr": 0}),
@@ -192,10 +203,15 @@ def test_what_is_refused() -> None:
         assert type(model.up) is nn.Linear
     with pytest.raises(ModelError, match=r"the Net returned no loss for this batch: give it batches with labels"):
         finetune(model, [{"x": batch["x"]} for batch in data], steps=2)
+    with pytest.raises(ModelError, match=r"the loss has no gradient: no parameter that is trained"):
+        finetune(pruned(), data, loss=lambda m, b: m(**b)["loss"].detach(), steps=2)
     with pytest.raises(TrainingError, match=r"data has no batch"):
         finetune(model, [], steps=2)
-    with move_masks(Net()) as moving, pytest.raises(ModelError, match="kept or moved already"):
-        finetune(moving._model(), data, schedule="s-ste", steps=2)  # type: ignore[arg-type]
+    other = Net()
+    with move_masks(other), pytest.raises(ModelError, match="kept or moved already"):
+        finetune(other, data, schedule="s-ste", steps=2)
+    with pytest.raises(ModelError, match=r"a list is not a model: pass a torch\.nn\.Module"):
+        finetune([], data, steps=2)  # type: ignore[arg-type]
     assert_same(before, weights(model))
 
 

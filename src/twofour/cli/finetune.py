@@ -6,9 +6,10 @@ import copy
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import torch
 import typer
@@ -125,6 +126,8 @@ def run(
     """
     parsed = Pattern.parse(pattern)
     phases = _phases(method, schedule, steps, minutes)
+    if products not in get_args(Wanted):
+        raise TwofourError(f"unknown --products {products!r}: it is {', '.join(get_args(Wanted))}.")
     _require_page(report, out)
     target = _device(device)
     _claim(model, out, resume, overwrite)
@@ -167,23 +170,28 @@ def run(
     if not resume:
         (out / CHECKPOINT).unlink(missing_ok=True)
     torch.manual_seed(seed)
-    done = finetune(
-        loaded,
-        found.train,
-        schedule=phases,
-        pattern=parsed,
-        include=include if phases is not None else None,
-        exclude=exclude if phases is not None else None,
-        products=cast(Wanted, products),  # move_masks refuses any other
-        teacher=dense,
-        validation=found.validation or None,
-        steps=steps,
-        seconds=None if minutes is None else 60 * minutes,
-        lr=lr,
-        checkpoint=out / CHECKPOINT,
-        settings=settings,
-        page=report,
-    )
+    try:
+        done = finetune(
+            loaded,
+            found.train,
+            schedule=phases,
+            pattern=parsed,
+            include=include if phases is not None else None,
+            exclude=exclude if phases is not None else None,
+            products=cast(Wanted, products),
+            teacher=dense,
+            validation=found.validation or None,
+            steps=steps,
+            seconds=None if minutes is None else 60 * minutes,
+            lr=lr,
+            checkpoint=out / CHECKPOINT,
+            settings=settings,
+            page=report,
+        )
+    except BaseException:
+        with suppress(OSError):
+            out.rmdir()  # if it is empty: no checkpoint was written
+        raise
     loaded.to("cpu")
     _to(loaded, dtypes)
     models.write_dense(loaded, model, out, overwrite=True)

@@ -26,6 +26,8 @@ class Supervised:
     """
 
     def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"a {type(model).__name__} is not a model: pass a torch.nn.Module.")
         if loss is not None and not callable(loss):
             raise ModelError(f"loss is a {type(loss).__name__}: pass a function of the model and a batch, or None.")
         self._model, self._loss = model, loss
