@@ -1092,3 +1092,14 @@ def test_patterns_other_than_two_of_four_are_kept() -> None:
     assert twofour.check(model, "1:4", include="blocks.*").summary["holds"]
     with pytest.raises(PatternError):
         keep_masks(model, None, "1:4", include="unused")
+
+
+def test_the_learning_rate_falls_with_the_width_of_layers() -> None:
+    from twofour.training.distill import lr_for
+
+    rates = [
+        lr_for(nn.Sequential(*(nn.Linear(width, width) for width in widths)))
+        for widths in ([64], [384], [768, 8, 3840])
+    ]
+    assert rates == [1e-3, 1e-3, 5e-4]
+    assert lr_for(nn.ReLU()) == 1e-3

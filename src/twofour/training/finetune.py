@@ -17,7 +17,7 @@ from ..pattern import Pattern
 from ..report import Report
 from ..report.live import LivePage
 from .budget import Budget
-from .distill import LR, SAME, distillation_of
+from .distill import SAME, distillation_of, lr_for
 from .loop import Loop, Objective, Plan
 from .masking import Phases, masked
 from .moving import move_masks
@@ -143,7 +143,7 @@ def finetune(
         page=None if page is None else LivePage(page),
     )
     file = None if checkpoint is None else Checkpoint(Path(checkpoint), save_seconds, plan.verb)
-    optimizer = optimizer_for(model, optimizer, lr, _LR if distillation is None else LR)
+    optimizer = optimizer_for(model, optimizer, lr, _LR if distillation is None else lr_for(model))
     require_own(optimizer, model, None if distillation is None else distillation.teacher, plan.verb)
     stream = Stream(data)
     optimizer.zero_grad()
