@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 import twofour
 from twofour import ModelError, PatternError, UnsupportedError
 from twofour.training import FixedMasks, keep_masks, masks_of
-from twofour.training.distributed import anywhere, full, layout, local, local_part, put_back, whole_of
+from twofour.training.distributed import anywhere, anywhere_each, full, layout, local, local_part, put_back, whole_of
 
 SAMPLES = 12
 PATTERNS = ("2:4", "2:4t", "2:4x4")
@@ -181,6 +181,13 @@ def helpers(_: Path) -> None:
     assert anywhere(last, tensor)
     assert not anywhere(False, tensor)
     assert anywhere(last, numbers) == last
+    other = distribute_tensor(numbers, mesh, [Shard(0)])
+    assert anywhere_each([last, False, last, rank() == 0], [tensor, tensor, numbers, other]) == [
+        True,
+        False,
+        last,
+        True,
+    ]
 
 
 def as_alone(_: Path) -> None:

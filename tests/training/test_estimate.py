@@ -60,6 +60,14 @@ def test_two_or_fewer_come_back_as_they_are(dtype: torch.dtype) -> None:
         assert torch.equal(mvue(x, generator=torch.Generator().manual_seed(seed)), x)
 
 
+def test_rounding_lets_no_third_place_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 1e-9
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape, dtype=options["dtype"]))
+    found = mvue(x)
+    assert int((found != 0).sum(1).max()) == 2
+
+
 def test_axes_seeds_and_extremes() -> None:
     x = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0))
     one = mvue(x, dim=0, generator=torch.Generator().manual_seed(1))

@@ -562,6 +562,15 @@ def test_checkpoints_of_something_else() -> None:
         (lambda: Schedule.parse("fst, dense"), "phase 'fst' has no number of steps and others come after it"),
         (lambda: Schedule.parse("fixed"), "the first phase is 'fixed', and there is no mask yet"),
         (lambda: Schedule.parse("fst:80%, dense"), "has shares: say of how many steps"),
+        (lambda: Schedule.parse("fst:1e999%, dense", steps=10), "'fst:1e999%' in the schedule"),
+        (lambda: Schedule.parse("fst:-5%, dense", steps=10), "'fst:-5%' in the schedule"),
+        (lambda: Schedule.parse("fst:5%, dense", steps=0), "'fst:5%' in the schedule"),
+        (
+            lambda: Schedule.parse("dense:50%, fst:60%, dense", steps=10),
+            "add up to 110%: the last of it would not come",
+        ),
+        (lambda: Schedule.parse(["fst:5", "dense"]), "'fst:5' in a schedule: give phases, .* or one text of them all"),  # type: ignore[list-item]
+        (lambda: Schedule.parse(None), "None in a schedule: give phases"),  # type: ignore[arg-type]
         (lambda: Schedule.parse("fst:many, dense"), "'fst:many' in the schedule .* write rule:steps or rule:share%"),
     ],
 )

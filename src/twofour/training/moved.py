@@ -97,6 +97,10 @@ class Moved:
         part.add_(lost, alpha=-rate if ascends else rate)
         self._decayed = (weakref.ref(grad), part._version)
 
+    def forget_gradient(self) -> None:
+        """The step is made. What refers to a gradient, however weakly, keeps `module.to(dtype)` from swapping it."""
+        self._decayed = None
+
     def _is_in(self, group: dict[str, Any]) -> bool:
         return any(weight is self.weight for weight in group["params"])
 
@@ -114,14 +118,14 @@ def require_numbers(own: Sequence[Moved]) -> None:
     Raises:
         ModelError: it names the first of them.
     """
-    sums: dict[int, Tensor] = {}
-    for i, each in enumerate(own):
-        if each.weight.grad is not None:
-            sums[i] = local(each.weight.grad).sum().float()
+    gradients = {i: local(each.weight.grad) for i, each in enumerate(own) if each.weight.grad is not None}
+    sums: dict[torch.device, list[Tensor]] = {}
+    for grad in gradients.values():
+        sums.setdefault(grad.device, []).append(grad.sum().float())
     broken = [False] * len(own)
-    if sums and not bool(torch.stack([total.cpu() for total in sums.values()]).isfinite().all()):
-        for i in sums:  # one by one: a sum may be too large although no number is
-            broken[i] = not bool(local(cast(Tensor, own[i].weight.grad)).isfinite().all())
+    if not all(bool(torch.stack(each).isfinite().all()) for each in sums.values()):
+        for i, grad in gradients.items():  # one by one: a sum may be too large although no number is
+            broken[i] = not bool(grad.isfinite().all())
     broken = anywhere_each(broken, [each.weight for each in own])
     if any(broken):
         name = own[broken.index(True)].layer.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
 
@@ -22,7 +23,7 @@ from .moved import Moved, require_numbers
 from .products import LayerProducts, Wanted
 from .projected import Projected, Sparsity, project, restore, why_not_projected
 from .schedule import Phase, Rule, Schedule
-from .steps import unwatch, watch
+from .steps import is_rehearsal, unwatch, watch
 
 
 def move_masks(
@@ -39,15 +40,21 @@ def move_masks(
 
     The forward pass sees weights that hold `pattern`; all of each weight keeps learning, so that a weight that was dropped
     may come back. What does that is the rule of the phase that the schedule is in: "s-ste", "sr-ste" or "fst"
-    (`twofour.training.Phase`). Steps of any optimizer over these weights are counted, and move the schedule on. `finish()`
-    writes the sparse weights into the model and lets go.
+    (`twofour.training.Phase`). `finish()` writes the sparse weights into the model and lets go.
+
+    Steps of any optimizer over these weights are counted, and move the schedule on: with closures, of several optimizers
+    that share the weights out (one step, whichever comes first), of optimizers that are made anew. A step that GradScaler
+    skips is none. A weight that was replaced, resized or tied, and a model that reads a weight past its layer, are errors
+    at the next step, before anything has changed.
 
     Parameters, their names and state dicts stay those of the dense model: a checkpoint holds the weights that learn.
     Layers are the same objects; their classes are subclasses for the time being. `state_dict()` has what a resumed run
     needs besides. Evaluation sees the sparse weights too; copies of the model (`copy.deepcopy`, EMA) follow their own
     weights under the rule that was in force, until `finish_copy`.
 
-    Masks are of whole weights: with DDP and `fully_shard` (called before or after) every rank has the same.
+    Masks are of whole weights: inside or around DistributedDataParallel, and before or after
+    `torch.distributed.fsdp.fully_shard`, every process has the same, and trains as one alone would. With `fully_shard` masks
+    are made by the forward pass, which has the whole weight; `masks`, `refresh` and `finish` are collectives.
 
     Args:
         model: dense. Linear layers and convolutions of its inside are made sparse; the report says why others are not.
@@ -63,8 +70,10 @@ def move_masks(
         MovingMasks, a context manager: finishes at its end, or lets go without a change where an error leaves it.
     Raises:
         ModelError: nothing can be made sparse; the optimizer trains none of it; masks of the model are kept already.
+        UnsupportedError: a FullyShardedDataParallel; in the first forward pass, weights of tensor parallelism.
         TwofourError: a schedule that is none.
-    Cost: a byte for each weight; a mask for each refresh, and two passes over the weights in each forward pass.
+    Cost: a byte for each weight, on every process, and with `fully_shard` the sparse weights from forward to backward, unless
+        activations are checkpointed; a mask for each refresh, and two passes over the weights in each forward pass.
     Source: Zhou et al. 2021 (SR-STE), arXiv:2102.04010, equation 9; Hu et al. 2024 (FST), arXiv:2404.01847, equation 10;
         Hu et al. 2024 (S-STE), arXiv:2409.09099.
 
@@ -136,7 +145,7 @@ class MovingMasks:
     ) -> None:
         self.pattern, self.schedule = pattern, schedule
         self.step = 0
-        """Optimizer steps so far."""
+        """Optimizer steps so far, without those that GradScaler skipped."""
         self.curve: list[dict[str, Any]] = []
         """One record for each refresh: step, rule, flip_rate."""
         self._model = model
@@ -146,7 +155,8 @@ class MovingMasks:
         self._round: set[Moved] = set()  # what optimizers have stepped over since the step began
         self._usual = set(moved)  # and what they did in the one before
         self._adopted = False
-        self._is_waiting = False  # for the rest of the round, with what comes after the step
+        self._rehearsing: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._is_waiting = False  # for the others of the round, with what comes after the step
         self._is_renewed = False  # the masks are of after this step
         self._refreshed = self._since = 0  # the steps from which the next refresh, and the next flip rate, are counted
         self._fixed: FixedMasks | None = None
@@ -231,6 +241,7 @@ class MovingMasks:
                 f"a {type(optimizer).__name__} is no torch.optim.Optimizer: nobody is told of its steps, so that phases"
                 " and masks would stand still."
             )
+        self._require_as_they_were(optimizer)
         own = set(self._own(optimizer))
         if not own:
             raise ModelError(
@@ -243,6 +254,7 @@ class MovingMasks:
     def refresh(self) -> None:
         """Makes all masks anew now, of the parameters that the layers have now: after weights were changed or replaced by
         other means than an optimizer and `load_state_dict`. With `fully_shard` a collective."""
+        self._require_on()
         self._settle()
         for each in self._moved:
             each.take_up()
@@ -274,6 +286,7 @@ class MovingMasks:
         if self._fixed is not None:
             self._fixed.remove()
         for each in self._moved:
+            each.sparsity.products.forget()
             for layer in each.layers:
                 if isinstance(layer.module, Projected):
                     restore(layer.module)
@@ -377,14 +390,18 @@ class MovingMasks:
 
     def _before(self, optimizer: Optimizer) -> None:
         self._require_as_they_were(optimizer)
-        if any(each in self._round for each in self._own(optimizer)):
+        own = self._own(optimizer)
+        self._rehearsing.discard(optimizer)
+        if own and is_rehearsal(optimizer):
+            self._rehearsing.add(optimizer)
+        elif any(each in self._round for each in own):
             self._settle()
             self._usual = set(self._round)
             self._round.clear()
 
     def _with_gradients(self, optimizer: Optimizer) -> None:
         own, phase = self._own(optimizer), self.schedule.phases[self._index]
-        if not own or not _is_active(phase):
+        if not own or not _is_active(phase) or optimizer in self._rehearsing:
             return
         unused = next((each for each in own if each.weight.grad is not None and not each.sparsity.used), None)
         if unused is not None:
@@ -403,10 +420,12 @@ class MovingMasks:
 
     def _after(self, optimizer: Optimizer) -> None:
         own = self._own(optimizer)
+        for each in own:
+            each.forget_gradient()
         skipped = getattr(
             optimizer, "found_inf", None
         )  # by optimizers that leave it to themselves what GradScaler found
-        if not own or (skipped is not None and bool(skipped)):
+        if not own or (skipped is not None and bool(skipped)) or optimizer in self._rehearsing:
             return
         for each in own:
             each.sparsity.products.forget()
@@ -419,7 +438,7 @@ class MovingMasks:
             if all(each in self._round for each in self._usual if each.weight.requires_grad):
                 self._settle()
         elif self._is_renewed:
-            self._outdate(own)
+            self._outdate(own, again=True)
 
     def _settle(self) -> None:
         """What comes after a step, if that is still to come."""
@@ -443,13 +462,20 @@ class MovingMasks:
         """True while DistributedDataParallel may still put the weights of the first process into the others."""
         return self.step == 0 and several_processes()
 
-    def _outdate(self, moved: Iterable[Moved]) -> None:
-        """Masks are made anew: now, or in the next forward pass where only that sees the whole weight."""
+    def _outdate(self, moved: Iterable[Moved], again: bool = False) -> None:
+        """Masks are made anew: now, or in the next forward pass where only that sees the whole weight.
+
+        Args:
+            again: for the same step.
+        """
         for each in moved:
-            each.sparsity.stale = True
-            each.sparsity.products.forget()
+            sparsity = each.sparsity
+            is_first = again and sparsity.changes is None  # there was no mask before the step
+            sparsity.stale = True
+            sparsity.products.forget()
             if layout(each.weight) is None and not each.weight.is_meta and not self._is_early():
                 each.refresh()
+                sparsity.changes = None if is_first else sparsity.changes
 
     def _begin_phase(self, index: int) -> None:
         phase = self.schedule.phases[index]
@@ -515,19 +541,20 @@ class MovingMasks:
     def _mask(self, each: Moved) -> Tensor:
         """The mask in force, of the whole weight."""
         sparsity, phase = each.sparsity, self.schedule.phases[self._index]
-        follows = sparsity.rule == "s-ste"  # the forward pass has no other mask than that of the weight
-        if sparsity.mask is not None and not sparsity.stale and (not follows or phase.interval == 1):
-            return sparsity.mask
-        if follows or self._is_early():
-            return sparsity.mask_of(each.layer.module, full(each.weight))
-        each.refresh()
+        is_made = sparsity.mask is not None and not sparsity.stale
+        if (self._is_early() and not is_made) or (is_made and sparsity.rule == "s-ste" and phase.interval > 1):
+            return sparsity.mask_of(
+                each.layer.module, full(each.weight)
+            )  # what a forward pass would have, not to be kept
+        if not is_made:
+            each.refresh()
         return cast(Tensor, sparsity.mask)
 
     def _loaded(self, each: Moved) -> None:
         """Other weights were loaded into a layer: the mask of the old ones says nothing of them."""
         each.take_up()
         if each.sparsity.is_active:
-            each.sparsity.mask = None
+            each.sparsity.mask = each.sparsity.changes = None
             self._forget_scale(each)
             self._outdate([each])
 

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .distributed import anywhere_each, local
 
 
 class Watcher(Protocol):
@@ -38,6 +41,16 @@ def watch(watcher: Watcher) -> None:
 def unwatch(watcher: Watcher) -> None:
     """No more of it."""
     _WATCHERS.discard(watcher)
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """True for the step that `torch.distributed.checkpoint` makes so that there is a state to load into: of an optimizer that
+    remembers nothing, with gradients and learning rates of zero. A collective where they are sharded."""
+    if optimizer.state or any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups):
+        return False
+    weights: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moving = [weight.grad is not None and bool(local(weight.grad).any()) for weight in weights]
+    return not any(anywhere_each(moving, weights)) and any(weight.grad is not None for weight in weights)
 
 
 @cache
