@@ -130,25 +130,34 @@ def momentary(_: Path) -> None:
 
 def steps_in_backward(_: Path) -> None:
     """Optimizers of one parameter each, that step as soon as its gradient is there, while others are still whole."""
-    alone, model = dense(), dense()
-    fully_shard(model[5])  # it steps before the backward of '3', which needs its whole weight
-    fully_shard(model)
-    told = []
-    for each in (alone, model):
-        told.append(move_masks(each, None, "2:4", (Phase("sr-ste", 2, decay=0.1), Phase("s-ste"))))
-        optimizers = {weight: SGD([weight], 0.1, momentum=0.9) for weight in each.parameters()}
+    for when in ("before", "after"):
+        alone, model = dense(), dense()
+        schedule = (Phase("dense", 1), Phase("sr-ste", 2, decay=0.1), Phase("s-ste"))
+        told = [move_masks(alone, None, "2:4", schedule)]
+        if when == "before":
+            told.append(move_masks(model, None, "2:4", schedule))
+        fully_shard(model[5])  # it steps before the backward of '3', which needs its whole weight
+        fully_shard(model)
+        if when == "after":
+            told.append(move_masks(model, None, "2:4", schedule))
+        for each in (alone, model):
+            in_backward(each)
+        for step in range(5):
+            loss_of(model, step, mine()).backward()  # before any other step tells of what is sharded now
+            loss_of(alone, step).backward()
+            assert_same(model, alone)
+        assert_masks(told[1], told[0])
 
-        def step(weight: Tensor, optimizers: dict[nn.Parameter, SGD] = optimizers) -> None:
-            optimizers[weight].step()  # type: ignore[index]
-            optimizers[weight].zero_grad()  # type: ignore[index]
 
-        for weight in optimizers:
-            weight.register_post_accumulate_grad_hook(step)
-    for step_ in range(4):
-        loss_of(alone, step_).backward()
-        loss_of(model, step_, mine()).backward()
-        assert_same(model, alone)
-    assert_masks(told[1], told[0])
+def in_backward(model: nn.Module) -> None:
+    optimizers = {weight: SGD([weight], 0.1, momentum=0.9) for weight in model.parameters()}
+
+    def step(weight: Tensor) -> None:
+        optimizers[weight].step()  # type: ignore[index]
+        optimizers[weight].zero_grad()  # type: ignore[index]
+
+    for weight in optimizers:
+        weight.register_post_accumulate_grad_hook(step)
 
 
 def numbers(_: Path) -> None:

@@ -59,10 +59,14 @@ class Moved:
             if now is self.weight or self._stands_in(now):
                 continue
             if layer is self.layer and now is not None and is_sharded(model):
-                put_back(model)
+                in_backward = torch._C._current_graph_task_id() != -1  # which may need the whole weights of others
+                if not in_backward:
+                    put_back(model)
                 sharded = _held(layer)
                 if sharded is not None and layout(sharded) is not None and sharded.shape == self.weight.shape:
                     self.weight = sharded
+                    continue
+                if in_backward:
                     continue
             if now is None:
                 return f"the weight of '{layer.name}' is no parameter of its own any more"

@@ -195,16 +195,14 @@ class MovingMasks:
         """The share of places that the last new mask dropped or took up, for each step since the one before; None at first.
 
         ||m_t - m_(t-1)||_1 / D of Hu et al. 2024, arXiv:2404.01847, section 3. It should rise early and then fade: where it
-        does not fade, a larger decay makes it.
+        does not fade, a larger decay makes it. With `fully_shard` the last new mask is that of the last forward pass.
         """
-        self._settle()
         self._note()
         return self.curve[-1]["flip_rate"] if self.curve else None
 
     @property
     def report(self) -> Report:
         """A row for each layer, and where the schedule is."""
-        self._settle()
         self._note()
         columns = (
             Column("layer", "layer"),
@@ -267,6 +265,8 @@ class MovingMasks:
 
         After a dense phase the weights stay dense. Call it after all of training; `prune` and `keep_masks` are for going on.
         """
+        if self._handles:
+            self._settle()
         report = self.report
         if self._handles:
             put_back(self._model)
@@ -304,8 +304,8 @@ class MovingMasks:
         """Where the schedule is, the masks in force in one bit per weight, and frozen scales: for a checkpoint.
 
         A run that loads the model, the optimizer, this, and torch's random state (for `mvue`) goes on as if it had not
-        stopped. Masks are whole, and the same for any number of processes; the keys and shapes are the same at every step,
-        as `torch.distributed.checkpoint` wants them.
+        stopped. Masks are whole, and the same for any number of processes; ask all of them. Keys and shapes are the same at
+        every step, as `torch.distributed.checkpoint` wants them.
         """
         self._settle()
         self._note()
@@ -382,7 +382,7 @@ class MovingMasks:
     # A step is a round: it begins with the first optimizer that steps over a weight again. What comes after it, new masks or
     # the next phase, waits until every weight that was trained in the round before has had its turn, so that the gradients of
     # one backward pass meet one rule and one mask, whichever optimizer comes first. At the latest it comes when the next
-    # round begins, or when someone looks.
+    # round begins, or when someone asks for the masks.
 
     def _own(self, optimizer: Optimizer) -> list[Moved]:
         trained = _trained(optimizer)
