@@ -36,6 +36,7 @@ def run(module: str, processes: int, checks: Sequence[str], folder: Path) -> dic
     logs = [folder / f"{processes}-processes.{rank}.log" for rank in range(processes)]
     meeting = Path(tempfile.mkdtemp(dir=folder)) / "store"
     started: list[subprocess.Popen[bytes]] = []
+    ends: list[int | None] = []
     try:
         for rank, log in enumerate(logs):
             environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
@@ -45,6 +46,7 @@ def run(module: str, processes: int, checks: Sequence[str], folder: Path) -> dic
                     subprocess.Popen(command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT)
                 )
         _wait(started)
+        ends = [process.poll() for process in started]
     finally:
         for process in started:
             process.kill()
@@ -59,7 +61,7 @@ def run(module: str, processes: int, checks: Sequence[str], folder: Path) -> dic
             found[check] = None
         else:
             first = check
-            found[check] = "\n".join(_told(said, check))
+            found[check] = "\n".join((*_told(said, check), f"exit states, None where it was still running: {ends}"))
     return found
 
 
