@@ -10,7 +10,7 @@ from twofour import PatternError, ShapeError, SparseMatrix, UnsupportedError, na
 from twofour.kernels import cpu
 from twofour.masks import nm_mask
 
-pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+pytestmark = pytest.mark.usefixtures("native")
 ISAS = native.LOADED.pack_masked_isas() if native.LOADED is not None else []
 SHAPES = [(4, 4), (16, 16), (16, 48), (20, 36), (64, 32), (12, 16), (100, 52), (48, 100)]
 

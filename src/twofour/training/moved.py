@@ -40,11 +40,9 @@ class Moved:
     def write(self, whole: Tensor) -> None:
         """Puts what lies there of a whole weight into this process's part."""
         local(self.weight).copy_(local_part(whole, self.weight))
-        self.sparsity.products.forget()
 
     def take_up(self) -> None:
         """From here on the weight is what the layers hold now, where they hold the same; its numbers may be others."""
-        self.sparsity.products.forget()
         now = [_held(layer) for layer in self.layers]
         if now[0] is not None and all(each is now[0] for each in now) and not self._stands_in(now[0]):
             self.weight = now[0]

@@ -286,7 +286,6 @@ class MovingMasks:
         if self._fixed is not None:
             self._fixed.remove()
         for each in self._moved:
-            each.sparsity.products.forget()
             for layer in each.layers:
                 if isinstance(layer.module, Projected):
                     restore(layer.module)
@@ -427,8 +426,6 @@ class MovingMasks:
         )  # by optimizers that leave it to themselves what GradScaler found
         if not own or (skipped is not None and bool(skipped)) or optimizer in self._rehearsing:
             return
-        for each in own:
-            each.sparsity.products.forget()
         if not self._round:
             self._note()
             self.step += 1
@@ -472,7 +469,6 @@ class MovingMasks:
             sparsity = each.sparsity
             is_first = again and sparsity.changes is None  # there was no mask before the step
             sparsity.stale = True
-            sparsity.products.forget()
             if layout(each.weight) is None and not each.weight.is_meta and not self._is_early():
                 each.refresh()
                 sparsity.changes = None if is_first else sparsity.changes

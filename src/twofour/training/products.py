@@ -39,7 +39,10 @@ class StepTime:
 
 @dataclass(eq=False)
 class LayerProducts:
-    """How one layer multiplies: what was asked for, what was measured, and the weight packed for this step.
+    """How one layer multiplies: what was asked for, and what was measured.
+
+    The weight is packed in every forward pass. Packed weights that are kept would have to know of every change, and torch does
+    not tell of all: not of `weight.data.copy_`, as many an EMA swaps weights in.
 
     Args:
         wanted: "auto" measures at the first batch of each size and takes what is faster, or dense where torch is told to be
@@ -51,11 +54,6 @@ class LayerProducts:
     wanted: Wanted = "auto"
     times: dict[tuple[Any, ...], StepTime] = field(default_factory=dict)
     why_dense: str | None = None
-    _packed: tuple[tuple[Any, ...], Tensor | None, Packed] | None = None
-
-    def forget(self) -> None:
-        """The weight has changed, or may have."""
-        self._packed = None
 
     def linear(
         self,
@@ -64,7 +62,6 @@ class LayerProducts:
         bias: Tensor | None,
         pattern: Pattern,
         kept: Callable[[], tuple[Tensor, Tensor]],
-        token: Tensor | None,
         *,
         scale: float,
         estimate: bool,
@@ -74,8 +71,7 @@ class LayerProducts:
         Args:
             x: [..., in_features].
             weight: [out_features, in_features], the parameter: it gets the gradient, times `scale`.
-            kept: gives a dense tensor like `weight` and the mask, bool, under which it counts; called when they are packed.
-            token: packed anew where it is another one; so for every change of `weight`.
+            kept: gives a dense tensor like `weight` and the mask, bool, under which it counts.
             estimate: make the weight gradient of a 2:4 estimate of the output gradient.
         """
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -92,43 +88,24 @@ class LayerProducts:
             return None
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        packed = self._pack(row, weight, kept, token, dtype, pattern.transposable)
-        if self.wanted == "auto" and not self._pays(row, x, packed, bias):
+        key = (dtype_name(dtype), bucket(x.numel() // x.shape[-1]), torch.get_num_threads(), x.requires_grad)
+        if self.wanted == "auto" and torch.are_deterministic_algorithms_enabled():
             return None
-        with torch.autocast(x.device.type, enabled=False):
-            found: Tensor = _SparseLinear.apply(x, weight, bias, packed, scale, estimate)  # type: ignore[no-untyped-call]
-        return found
-
-    def _pack(
-        self,
-        row: Products,
-        weight: Tensor,
-        kept: Callable[[], tuple[Tensor, Tensor]],
-        token: Tensor | None,
-        dtype: torch.dtype,
-        both_ways: bool,
-    ) -> Packed:
-        version = None if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, dtype, both_ways)
-        if self._packed is not None and self._packed[0] == key and self._packed[1] is token and version is not None:
-            return self._packed[2]
+        if self.wanted == "auto" and key in self.times and not self.times[key].pays:
+            return None
         with torch.no_grad():
             values, mask = kept()
             values = values.detach().to(dtype)
-        packed = Packed(row, *row.pack(values, mask, both_ways), values, mask)
-        self._packed = (key, token, packed)
-        return packed
-
-    def _pays(self, row: Products, x: Tensor, packed: Packed, bias: Tensor | None) -> bool:
-        """Measures once for each kind of batch: on its own inputs, in turns."""
-        if torch.are_deterministic_algorithms_enabled():
-            return False
-        tokens = bucket(x.numel() // x.shape[-1])
-        key = (dtype_name(x.dtype), tokens, torch.get_num_threads(), x.requires_grad)
-        if key not in self.times:
+        if self.wanted == "auto" and key not in self.times:
             with torch.no_grad():
-                self.times[key] = _measured(row, x.detach(), packed, bias, x.requires_grad)
-        return self.times[key].pays
+                self.times[key] = _measured(row, x.detach(), values, mask, bias, pattern.transposable, x.requires_grad)
+            if not self.times[key].pays:
+                return None
+        with torch.autocast(x.device.type, enabled=False):
+            found: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, values, mask, row, pattern.transposable, scale, estimate
+            )
+        return found
 
     def state(self) -> list[list[Any]]:
         """The measurements, for a checkpoint: a run that goes on takes the same kernels."""
@@ -137,38 +114,22 @@ class LayerProducts:
     def load(self, state: list[list[Any]]) -> None:
         """Takes the measurements of `state`."""
         self.times = {tuple(entry[:-3]): StepTime(*entry[-3:]) for entry in state}
-        self.forget()
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A weight as its products want it.
-
-    Args:
-        turned: of the transpose; None where the mask is not transposable.
-        kept: the dense weight of which it was made: its values count only where `mask` keeps them.
-    """
-
-    row: Products
-    own: Operands
-    turned: Operands | None
-    kept: Tensor
-    mask: Tensor
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ W.T + bias."""
-        return self.row.linear(x, self.own, bias, *self.kept.shape)
-
-    def grad_input(self, grad: Tensor) -> Tensor:
-        """grad @ W."""
-        if self.turned is None:
-            return grad @ torch.where(self.mask, self.kept, 0.0)
-        return self.row.linear(grad, self.turned, None, self.kept.shape[1], self.kept.shape[0])
+def _grad_input(row: Products, grad: Tensor, turned: Operands | None, shape: torch.Size, *of_dense: Tensor) -> Tensor:
+    """grad @ W, W of `shape`: by the packed transpose, or, where the mask has none, dense from the values and the mask."""
+    if turned is None:
+        values, mask = of_dense
+        return grad @ torch.where(mask, values, 0.0)
+    return row.linear(grad, turned, None, shape[1], shape[0])
 
 
-def _measured(row: Products, x: Tensor, packed: Packed, bias: Tensor | None, with_gradient: bool) -> StepTime:
-    grad = x.new_ones(*x.shape[:-1], packed.kept.shape[0])  # no random numbers: they would shift those of the training
-    dense = torch.where(packed.mask, packed.kept, 0.0)
+def _measured(
+    row: Products, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, both_ways: bool, with_gradient: bool
+) -> StepTime:
+    """On its own inputs, in turns."""
+    grad = x.new_ones(*x.shape[:-1], len(values))  # no random numbers: they would shift those of the training
+    dense = torch.where(mask, values, 0.0)
 
     def by_dense() -> None:
         F.linear(x, dense, bias)
@@ -176,10 +137,10 @@ def _measured(row: Products, x: Tensor, packed: Packed, bias: Tensor | None, wit
             _ = grad @ dense
 
     def by_sparse() -> None:
-        again = Packed(row, *row.pack(packed.kept, packed.mask, packed.turned is not None), packed.kept, packed.mask)
-        again.linear(x, bias)
+        own, turned = row.pack(values, mask, both_ways)
+        row.linear(x, own, bias, *values.shape)
         if with_gradient:
-            again.grad_input(grad)
+            _grad_input(row, grad, turned, values.shape, values, mask)
 
     best = [float("inf"), float("inf")]
     for repeat in range(_ROUNDS + 1):
@@ -192,22 +153,38 @@ def _measured(row: Products, x: Tensor, packed: Packed, bias: Tensor | None, wit
 
 
 class _SparseLinear(torch.autograd.Function):
-    """y = x @ W.T + b and the gradient of x by the packed weight; the weight's own gradient is dense, of all places."""
+    """y = x @ W.T + b and the gradient of x by the packed weight; the weight's own gradient is dense, of all places.
+
+    Where the mask has no transpose the weight itself is saved, and autograd raises if it has changed by the backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed, scale: float, estimate: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        mask: Tensor,
+        row: Products,
+        both_ways: bool,
+        scale: float,
+        estimate: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.packed, ctx.scale, ctx.estimate, ctx.dtype = packed, scale, estimate, weight.dtype
+        own, ctx.turned = row.pack(values, mask, both_ways)
+        ctx.save_for_backward(x, *(() if both_ways else (values, mask)))
+        ctx.row, ctx.scale, ctx.estimate, ctx.dtype = row, scale, estimate, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return packed.linear(x, bias)
+        ctx.shape = values.shape
+        return row.linear(x, own, bias, *values.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        of_x = ctx.packed.grad_input(grad) if ctx.needs_input_grad[0] else None
+        x, *of_dense = ctx.saved_tensors
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = _grad_input(ctx.row, grad, ctx.turned, ctx.shape, *of_dense)
         rows = grad.reshape(-1, grad.shape[-1])
         of_weight = None
         if ctx.needs_input_grad[1]:
@@ -215,7 +192,7 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.scale != 1.0:
                 of_weight = of_weight * ctx.scale
         of_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return of_x, of_weight, of_bias, None, None, None
+        return (of_x, of_weight, of_bias, *[None] * 6)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, estimate: bool) -> Tensor:

@@ -111,8 +111,7 @@ class Sparsity:
             return soft_threshold(found, self.pattern, scale=scale), magnitude_mask(found, self.pattern)
 
         estimate = self.mvue and self.is_active
-        token = None if soft else self.mask
-        return self.products.linear(x, weight, bias, self.pattern, kept, token, scale=scale, estimate=estimate)
+        return self.products.linear(x, weight, bias, self.pattern, kept, scale=scale, estimate=estimate)
 
     def refresh(self, module: nn.Module, weight: Tensor) -> None:
         """Makes the mask anew from the whole weight and counts what changed; at the first time the scale too."""
