@@ -1,6 +1,7 @@
-// Packs weights and masks square by square: in plain C++ at the edges and wherever there are no vectors for it.
+// Packs weights and masks strip by strip, and in squares of plain C++ at the edges and wherever there are no vectors for it.
 #include "cpu/pack_masked.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -112,16 +113,19 @@ bool pack_masked(const MaskedPackArgs& args, int threads, const char* isa) {
   const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
   const int wide = args.itemsize == 4 ? 1 : 0;
   const auto plain = wide ? pack_square<uint32_t> : pack_square<uint16_t>;
-  const auto fast = chosen.kernels == nullptr ? plain : chosen.kernels->square[wide];
+  const auto strip = chosen.kernels == nullptr ? nullptr : chosen.kernels->strip[wide];
+  const int64_t step = strip == nullptr ? kTileRows : chosen.kernels->columns[wide];
+  const int64_t whole_columns = args.in_features / kTileRows * kTileRows;
   std::atomic<bool> sound{true};
   for_each_unit(threads < 1 ? 1 : threads, tiles_of(args.out_features), [&](int64_t tile) {
     const int64_t row = tile * kTileRows;
-    const bool whole_rows = row + kTileRows <= args.out_features;
     bool own = true;
-    for (int64_t column = 0; column < args.in_features; column += kTileRows) {
-      const bool inside = whole_rows && column + kTileRows <= args.in_features;
-      own &= (inside ? fast : plain)(args, row, column);
+    int64_t column = 0;
+    if (strip != nullptr && row + kTileRows <= args.out_features && whole_columns >= step) {
+      for (; column < whole_columns; column += step) own &= strip(args, row, std::min(column, whole_columns - step));
+      column = whole_columns;  // the last strip may do anew what the one before it has done
     }
+    for (; column < args.in_features; column += kTileRows) own &= plain(args, row, column);
     if (!own) sound.store(false, std::memory_order_relaxed);
   });
   return sound.load();

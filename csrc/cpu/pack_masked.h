@@ -29,9 +29,11 @@ const char* pack_masked_isa_name(int index);
 
 // ---- for the files of one instruction set --------------------------------------------------------------------------
 
-// A square of 16 x 16 that lies wholly inside W, at `row` and `column`; [0] takes 2 bytes, [1] takes 4.
+// kTileRows rows and `columns` columns that lie wholly inside W, at `row` and `column`, multiples of kTileRows; [0] takes
+// 2 bytes, [1] takes 4.
 struct PackMaskedKernels {
-  bool (*square[2])(const MaskedPackArgs& args, int64_t row, int64_t column);
+  bool (*strip[2])(const MaskedPackArgs& args, int64_t row, int64_t column);
+  int columns[2];  // multiples of kTileRows
 };
 
 extern const PackMaskedKernels pack_masked_avx512;

@@ -12,7 +12,7 @@ from twofour.masks import nm_mask
 
 pytestmark = pytest.mark.usefixtures("native")
 ISAS = native.LOADED.pack_masked_isas() if native.LOADED is not None else []
-SHAPES = [(4, 4), (16, 16), (16, 48), (20, 36), (64, 32), (12, 16), (100, 52), (48, 100)]
+SHAPES = [(4, 4), (16, 16), (16, 48), (20, 36), (64, 32), (12, 16), (100, 52), (48, 100), (32, 64), (16, 80), (36, 144), (64, 252)]
 
 
 def plain(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def test_both_ways_give_the_bytes_of_the_canonical_way(shape: tuple[int, int], d
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 16), (17, 36), (33, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 16), (17, 36), (33, 64), (50, 208)], ids=str)
 def test_one_way_takes_any_number_of_rows_and_any_mask(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
     weight = weight_of(shape, dtype)
     mask = nm_mask(torch.rand(shape, generator=torch.Generator().manual_seed(2)), "2:4")
@@ -85,15 +85,24 @@ def test_it_runs_as_a_layer_and_as_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("place", [(0, 0), (17, 30), (35, 2), (34, 47)])
-def test_masks_that_do_not_hold_are_refused_wherever_they_break(place: tuple[int, int], isa: str) -> None:
-    mask = nm_mask(torch.rand(36, 48), "2:4t")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [(0, 0), (17, 30), (35, 2), (34, 47), (9, 77), (31, 143)], ids=str)
+def test_masks_that_do_not_hold_are_refused_wherever_they_break(
+    place: tuple[int, int], dtype: torch.dtype, isa: str
+) -> None:
+    weight = torch.ones(36, 144, dtype=dtype)
+    sound = nm_mask(torch.rand(36, 144, generator=torch.Generator().manual_seed(0)), "2:4t")
+    mask = sound.clone()
     mask[place] = ~mask[place]
-    with pytest.raises(PatternError, match=r"\[36, 48\] weight does not keep two of each four: take nm_mask"):
-        cpu.pack_masked(torch.ones(36, 48), mask, isa=isa)
-    mask = nm_mask(torch.rand(36, 48, generator=torch.Generator().manual_seed(0)), "2:4")
+    with pytest.raises(PatternError, match=r"\[36, 144\] weight does not keep two of each four: take nm_mask"):
+        cpu.pack_masked(weight, mask, isa=isa)
+    row, column = place
+    group = slice(column // 4 * 4, column // 4 * 4 + 4)
+    mask = sound.clone()
+    mask[row, group] = ~mask[row, group]  # rows still hold, four columns do not
+    cpu.pack_masked(weight, mask, isa=isa)
     with pytest.raises(PatternError, match=r"two of each four along both axes: take nm_mask\(scores, '2:4t'\)"):
-        cpu.pack_masked(torch.ones(36, 48), mask, both_ways=True, isa=isa)
+        cpu.pack_masked(weight, mask, both_ways=True, isa=isa)
 
 
 def test_what_it_refuses() -> None:

@@ -90,16 +90,6 @@ Vector with_half(Vector v, const Half& half, int which) {
   std::memcpy(reinterpret_cast<char*>(&v) + which * static_cast<int>(sizeof half), &half, sizeof half);
   return v;
 }
-inline unsigned different(__m512i a, __m512i b) {
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(get<int32_t>(a, i) != get<int32_t>(b, i)) << i;
-  return mask;
-}
-inline int64_t or_of(__m512i v) {
-  int64_t result = 0;
-  for (int i = 0; i < 8; ++i) result |= get<int64_t>(v, i);
-  return result;
-}
 inline unsigned largest(__m512i v) {
   unsigned most = 0;
   for (int i = 0; i < 16; ++i) most = get<uint32_t>(v, i) > most ? get<uint32_t>(v, i) : most;
@@ -137,8 +127,6 @@ inline unsigned largest(__m512i v) {
   (static_assert_nearest<(rounding)>(),                                 \
    twofour_emulated::map<int32_t, float, __m512i>(v, [](float x) { return static_cast<int32_t>(std::nearbyint(x)); }))
 #define _mm512_reduce_max_epu32(v) (twofour_emulated::largest(v))
-#undef _mm512_reduce_or_epi64
-#define _mm512_reduce_or_epi64(v) (twofour_emulated::or_of(v))
 #undef _mm512_cvtps_pd
 #define _mm512_cvtps_pd(v) \
   (twofour_emulated::map<double, float, __m512d>(v, [](float x) { return static_cast<double>(x); }))
@@ -155,10 +143,10 @@ inline unsigned largest(__m512i v) {
 #define _mm512_extractf32x8_ps(v, which) (twofour_emulated::half_of<float, __m512, __m256>(v, which))
 #undef _mm512_insertf32x8
 #define _mm512_insertf32x8(v, half, which) (twofour_emulated::with_half(v, half, which))
-#undef _mm512_cmpneq_epi32_mask
-#define _mm512_cmpneq_epi32_mask(a, b) (twofour_emulated::different(a, b))
 #undef _mm512_maskz_compress_epi32
 #define _mm512_maskz_compress_epi32(mask, v) (twofour_emulated::compressed(mask, v))
+#undef _mm512_madd_epi16  // SIMDe's takes four arguments
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #undef _mm512_permutex2var_ps
 #define _mm512_permutex2var_ps(low, from, high) (twofour_emulated::permute_two<float, int32_t>(~0ull, low, from, high))
 #undef _mm512_permutex2var_pd
@@ -169,9 +157,6 @@ inline unsigned largest(__m512i v) {
 #undef _mm512_permutex2var_epi16
 #define _mm512_permutex2var_epi16(low, from, high) \
   (twofour_emulated::permute_two<int16_t, int16_t>(~0ull, low, from, high))
-#undef _mm512_maskz_permutex2var_epi16
-#define _mm512_maskz_permutex2var_epi16(mask, low, from, high) \
-  (twofour_emulated::permute_two<int16_t, int16_t>(mask, low, from, high))
 #undef _mm512_maskz_permutexvar_epi16
 #define _mm512_maskz_permutexvar_epi16(mask, from, v) (twofour_emulated::permute_two<int16_t, int16_t>(mask, v, from, v))
 
