@@ -1,6 +1,5 @@
 // Transposable 2:4 masks, several blocks of 4x4 at a time, each in a lane of its own. Plain C++ with the vectors of the
-// compiler: this file is compiled once for each instruction set, which sets kLanes and may bring its own load_rows and
-// store_rows.
+// compiler: this file is compiled once for each instruction set, which sets kLanes and may add to masks_rows.inl.h.
 //
 // A vector holds one place of its blocks. Sums of the six pairs of each row, 24 additions; of the 36 halves above and
 // below, and the best of each of the 19 kinds, 72; of whole masks, 19. A mask is carried along as the number that its
@@ -19,7 +18,6 @@ TWOFOUR_INLINE inline V larger(V a, V b) { return a > b ? a : b; }
 template <class V>
 TWOFOUR_INLINE inline V lesser(V a, V b) { return a < b ? a : b; }
 TWOFOUR_INLINE inline F magnitude(F a) { return (F)((Bits)a & INT64_MAX); }
-TWOFOUR_INLINE inline Narrow magnitude(Narrow a) { return (Narrow)((NarrowBits)a & INT32_MAX); }
 
 // The scores of `blocks` neighbouring blocks, no more than a vector has lanes; lanes beyond are 0.
 template <class V, class Score>
@@ -137,11 +135,11 @@ void transposable_2_4(const MaskArgs& args, int64_t band0, int64_t band1) {
   }
 }
 
-// A bf16 score has 8 bits: in units of the last bit of the least that is no zero, scores of up to 2^13 times it are whole
-// numbers below 2^20, and eight of them below 2^23. Six bits beside the sum say which half it is: 35 - (6 * p + q), so that of
+// A bf16 score has 8 bits: in units of the last bit of the least that is no zero, scores of up to 2^15 times it are whole
+// numbers below 2^22, and eight of them below 2^25. Six bits beside the sum say which half it is: 42 - (6 * p + q), so that of
 // equal sums the larger number is the half whose kept places come first. One maximum does for both.
-constexpr int kCodeBits = 6, kCodes = 1 << kCodeBits;
-constexpr int kLargestExponent = 227, kSmallestExponent = 27, kExponents = 12;  // of the float, and between two scores
+constexpr int kCodeBits = 6, kCodes = 1 << kCodeBits, kFirstCode = 42;
+constexpr int kLargestExponent = 227, kSmallestExponent = 27, kExponents = 14;  // of the float, and between two scores
 
 constexpr int packed_pair_bits() {
   int bits = 0;
@@ -149,30 +147,33 @@ constexpr int packed_pair_bits() {
   return bits;
 }
 
-inline bool any_lane(NarrowBits v) {
-  uint64_t words[sizeof(NarrowBits) / 8], found = 0;
-  __builtin_memcpy(words, &v, sizeof v);
-  for (const uint64_t word : words) found |= word;
-  return found != 0;
+// Scores as they lie in memory: a lane of words[row][h] has the places 2 * h, below, and 2 * h + 1, above, of its block.
+using Words = NarrowBits[4][2];
+using Halfwords = uint16_t __attribute__((vector_size(8 * kLanes)));
+
+TWOFOUR_INLINE inline Narrow score_of(const Words& words, int place) {
+  const NarrowBits word = words[place / 4][place % 4 / 2];
+  return (Narrow)(place % 2 == 0 ? word << 16 : word & INT32_MIN >> 15);
 }
 
 // The scores as whole numbers times kCodes; false where they do not lie close enough together, or are no numbers.
-TWOFOUR_INLINE inline bool to_integers(const Narrow (&x)[16], NarrowBits (&whole)[16]) {
-  using Unsigned = uint32_t __attribute__((vector_size(8 * kLanes)));
-  NarrowBits most{};
-  Unsigned least = Unsigned{} - 1;  // one less than the least: zeros, which wrap around, do not count
-  unroll<16>([&](auto place) {
-    const NarrowBits size = (NarrowBits)x[place] & INT32_MAX;
+TWOFOUR_INLINE inline bool to_integers(const Words& words, NarrowBits (&whole)[16]) {
+  Halfwords most{}, least = Halfwords{} - 1;  // one less than the least: zeros, which wrap around, do not count
+  unroll<8>([&](auto i) {
+    const Halfwords size = (Halfwords)words[i / 2][i % 2] & INT16_MAX;
     most = larger(size, most);
-    least = lesser((Unsigned)size - 1, least);
+    least = lesser(Halfwords(size - 1), least);
   });
-  const NarrowBits most_exponent = most >> 23, zeros = most == 0;
-  const NarrowBits exponent = zeros ? NarrowBits{} + 127 : (NarrowBits)((least + 1) >> 23);
+  const NarrowBits low = NarrowBits{} + UINT16_MAX;
+  const NarrowBits largest = larger((NarrowBits)most & low, (NarrowBits)most >> 16 & low);
+  const NarrowBits smallest = lesser((NarrowBits)least & low, (NarrowBits)least >> 16 & low) + 1;
+  const NarrowBits most_exponent = largest >> 7, zeros = largest == 0;
+  const NarrowBits exponent = zeros ? NarrowBits{} + 127 : smallest >> 7;
   const NarrowBits far = (most_exponent >= kLargestExponent) |
                          (~zeros & ((exponent < kSmallestExponent) | (most_exponent - exponent > kExponents)));
   if (__builtin_expect(any_lane(far), 0)) return false;
   const Narrow scale = (Narrow)((127 + 127 + 7 + kCodeBits - exponent) << 23);
-  unroll<16>([&](auto place) { whole[place] = __builtin_convertvector(x[place] * scale, NarrowBits); });
+  unroll<16>([&](auto place) { whole[place] = __builtin_convertvector(score_of(words, place) * scale, NarrowBits); });
   return true;
 }
 
@@ -190,7 +191,7 @@ TWOFOUR_INLINE inline void best_halves(const NarrowBits* upper, const NarrowBits
 
 // The bits of the two rows of a half, the upper above the lower.
 TWOFOUR_INLINE inline NarrowBits bits_of_code(NarrowBits code) {
-  const NarrowBits half = kHalves - 1 - code, p = (half * 43) >> 8, q = half - 6 * p;  // a sixth, exactly below 36
+  const NarrowBits half = kFirstCode - code, p = (half * 43) >> 8, q = half - 6 * p;  // a sixth, exactly below 36
   const NarrowBits table = NarrowBits{} + packed_pair_bits();
   return ((table >> (4 * p)) & 15) << 4 | ((table >> (4 * q)) & 15);
 }
@@ -198,49 +199,86 @@ TWOFOUR_INLINE inline NarrowBits bits_of_code(NarrowBits code) {
 TWOFOUR_INLINE inline NarrowBits best_masks_of_integers(const NarrowBits (&x)[16]) {
   NarrowBits pairs[4][kPairs];
   unroll<4>([&](auto row) {
-    const NarrowBits a = x[4 * row], b = x[4 * row + 1], c = x[4 * row + 2], d = x[4 * row + 3];
-    constexpr int step = decltype(row){} % 2 == 0 ? 6 : 1;
-    pairs[row][0] = a + b + 5 * step;
-    pairs[row][1] = a + c + 4 * step;
-    pairs[row][2] = a + d + 3 * step;
-    pairs[row][3] = b + c + 2 * step;
-    pairs[row][4] = b + d + 1 * step;
+    constexpr int step = decltype(row){} % 2 == 0 ? 6 : 1;  // times 6 .. 1 for the six pairs
+    const NarrowBits a = x[4 * row] + 4 * step, b = x[4 * row + 1] + 2 * step, c = x[4 * row + 2] + step, d = x[4 * row + 3];
+    pairs[row][0] = a + b;
+    pairs[row][1] = a + c;
+    pairs[row][2] = a + d;
+    pairs[row][3] = b + c;
+    pairs[row][4] = b + d;
     pairs[row][5] = c + d;
   });
   NarrowBits above[kKinds], below[kKinds];
   best_halves(pairs[0], pairs[1], above);
   best_halves(pairs[2], pairs[3], below);
-  // The sum of both halves and the code of the upper one, which tells the kind.
-  unroll<kKinds>([&](auto kind) { above[kind] = above[kind] + (below[kHalf.rest[kind]] & -kCodes); });
-  NarrowBits best = above[0], rest{};
-  unroll<kKinds>([&](auto kind) { best = larger(above[kind], best); });
-  unroll<kKinds>([&](auto kind) { rest = above[kind] == best ? below[kHalf.rest[kind]] : rest; });
+  // The sum of both halves and the code of the upper one, which tells the kind; the lower half goes along. Four chains side
+  // by side, for the time of each.
+  constexpr int kChains = 4;
+  NarrowBits bests[kChains], rests[kChains];
+  const auto take_better = [](NarrowBits sum, NarrowBits with, NarrowBits& best, NarrowBits& rest) {
+    rest = sum > best ? with : rest;
+    best = larger(sum, best);
+  };
+  unroll<kKinds>([&](auto kind) {
+    constexpr int chain = kind % kChains;
+    const NarrowBits other = below[kHalf.rest[kind]], sum = above[kind] + (other & -kCodes);
+    if (kind < kChains) {
+      bests[chain] = sum;
+      rests[chain] = other;
+    } else {
+      take_better(sum, other, bests[chain], rests[chain]);
+    }
+  });
+  take_better(bests[1], rests[1], bests[0], rests[0]);
+  take_better(bests[3], rests[3], bests[2], rests[2]);
+  take_better(bests[2], rests[2], bests[0], rests[0]);
+  const NarrowBits best = bests[0], rest = rests[0];
   return bits_of_code(best & (kCodes - 1)) << 8 | bits_of_code(rest & (kCodes - 1));
+}
+
+// 2 * kLanes blocks side by side.
+__attribute__((noinline)) void choose_far(const bf16* scores, int64_t stride, bool magnitude, uint8_t* mask, int64_t columns) {
+  for (int64_t column = 0; column < 8 * kLanes; column += 4 * kLanes) {
+    F x[16];
+    load_blocks(scores + column, stride, kLanes, x);
+    if (magnitude) to_magnitudes(x);
+    choose_wide(x, kLanes, mask + column, columns);
+  }
+}
+
+TWOFOUR_INLINE inline void choose_narrow(const bf16* scores, int64_t stride, bool magnitude, uint8_t* mask, int64_t columns) {
+  Words words;
+  NarrowBits whole[16];
+  unroll<4>([&](auto row) { load_words(scores + row * stride, words[row]); });
+  if (magnitude) {
+    unroll<8>([&](auto i) { words[i / 2][i % 2] &= INT32_MAX & ~(1 << 15); });
+  }
+  if (__builtin_expect(to_integers(words, whole), 1)) {
+    store_masks(best_masks_of_integers(whole), 2 * kLanes, mask, columns);
+  } else {
+    choose_far(scores, stride, magnitude, mask, columns);
+  }
 }
 
 template <>
 void transposable_2_4<bf16>(const MaskArgs& args, int64_t band0, int64_t band1) {
-  const int64_t blocks = args.columns / 4;
+  constexpr int64_t kColumns = 8 * kLanes;
+  const int64_t whole = args.columns / kColumns * kColumns, rest = args.columns - whole;
   for (int64_t band = band0; band < band1; ++band) {
     const bf16* scores = static_cast<const bf16*>(args.scores) + 4 * band * args.stride;
     uint8_t* mask = args.mask + 4 * band * args.columns;
-    for (int64_t block = 0; block < blocks; block += 2 * kLanes) {
-      const int64_t now = smaller(2 * kLanes, blocks - block);
-      Narrow x[16];
-      NarrowBits whole[16];
-      load_blocks(scores + 4 * block, args.stride, now, x);
-      if (args.magnitude) to_magnitudes(x);
-      if (__builtin_expect(to_integers(x, whole), 1)) {
-        store_masks(best_masks_of_integers(whole), now, mask + 4 * block, args.columns);
-        continue;
-      }
-      for (int64_t first = 0; first < now; first += kLanes) {
-        F wide[16];
-        for (int place = 0; place < 16; ++place) {
-          for (int lane = 0; lane < kLanes; ++lane) wide[place][lane] = static_cast<double>(x[place][first + lane]);
-        }
-        choose_wide(wide, smaller(kLanes, now - first), mask + 4 * (block + first), args.columns);
-      }
+    for (int64_t column = 0; column < whole; column += kColumns) {
+      choose_narrow(scores + column, args.stride, args.magnitude, mask + column, args.columns);
+    }
+    if (rest == 0) continue;
+    bf16 last[4 * kColumns] = {};
+    uint8_t last_mask[4 * kColumns];
+    for (int row = 0; row < 4; ++row) {
+      __builtin_memcpy(last + row * kColumns, scores + row * args.stride + whole, sizeof(bf16) * static_cast<unsigned>(rest));
+    }
+    choose_narrow(last, kColumns, args.magnitude, last_mask, kColumns);
+    for (int row = 0; row < 4; ++row) {
+      __builtin_memcpy(mask + row * args.columns + whole, last_mask + row * kColumns, static_cast<unsigned>(rest));
     }
   }
 }

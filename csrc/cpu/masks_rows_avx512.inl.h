@@ -1,7 +1,6 @@
 // How rows of blocks come into vectors, and masks out of them, on AVX-512 (F, BW, VL, DQ).
 
 using RowF = double __attribute__((vector_size(64)));
-using RowNarrow = float __attribute__((vector_size(64)));
 using RowBits = int32_t __attribute__((vector_size(64)));
 
 // Lane l of x[c] is the score 4 * l + c of the row.
@@ -25,15 +24,14 @@ inline void load_rows(const double* row, RowF* x) {
   });
 }
 
-// The upper half of each 32-bit lane is the score, the lower half 0.
-inline void load_rows(const bf16* row, RowNarrow* x) {
+inline void load_words(const bf16* row, RowBits (&words)[2]) {
   const __m512i low = _mm512_loadu_si512(row), high = _mm512_loadu_si512(row + 32);
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  unroll<4>([&](auto c) {
-    const __m512i from = _mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(lanes, 2), _mm512_set1_epi32(c)), 16);
-    x[c] = (RowNarrow)_mm512_maskz_permutex2var_epi16(0xaaaaaaaau, low, from, high);
-  });
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  words[0] = (RowBits)_mm512_permutex2var_epi32(low, even, high);
+  words[1] = (RowBits)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
 }
+
+inline bool any_lane(RowBits v) { return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0; }
 
 // By the four bits of a row, column 0 the highest: one byte for each place, the first lowest.
 alignas(64) constexpr uint32_t kRowWords[16] = {
