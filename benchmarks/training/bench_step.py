@@ -4,7 +4,8 @@
 
 A step is forward, backward to inputs and weights, plain SGD, and what the rule does after it: a new mask (or, between two,
 none), and packing both ways. Dense is torch's own layer, which runs oneDNN. Both run in turns, in one process. "mask and
-pack" is held against two copies of the weight into memory that is there already, with the caches warm and cold.
+pack" is held against two copies of the weight, with the caches warm and cold; like them, and as in training, it packs into
+memory that is there already.
 """
 
 from __future__ import annotations
@@ -88,11 +89,12 @@ def packing(hidden: int, width: int, dtype: torch.dtype, repeats: int) -> dict[s
     weight = torch.randn(hidden, width).to(dtype)
     mask = magnitude_mask(weight, "2:4t")
     wash = torch.zeros(32 << 20)
+    memory = cpu.PackedMemory()
     found: dict[str, Any] = {"shape": [hidden, width], "dtype": str(dtype).removeprefix("torch.")}
     for name, between in (("warm", None), ("cold", lambda: wash.add_(1))):
         two = milliseconds(copies(weight), repeats, between)
         choose = milliseconds(lambda: magnitude_mask(weight, "2:4t"), repeats, between)
-        pack = milliseconds(lambda: cpu.pack_masked(weight, mask, both_ways=True), repeats, between)
+        pack = milliseconds(lambda: cpu.pack_masked(weight, mask, both_ways=True, memory=memory), repeats, between)
         found[name] = {
             "two copies ms": two,
             "mask ms": choose,

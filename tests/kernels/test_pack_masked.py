@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +15,20 @@ from twofour.masks import nm_mask
 
 pytestmark = pytest.mark.usefixtures("native")
 ISAS = native.LOADED.pack_masked_isas() if native.LOADED is not None else []
-SHAPES = [(4, 4), (16, 16), (16, 48), (20, 36), (64, 32), (12, 16), (100, 52), (48, 100), (32, 64), (16, 80), (36, 144), (64, 252)]
+SHAPES = [
+    (4, 4),
+    (16, 16),
+    (16, 48),
+    (20, 36),
+    (64, 32),
+    (12, 16),
+    (100, 52),
+    (48, 100),
+    (32, 64),
+    (16, 80),
+    (36, 144),
+    (64, 252),
+]
 
 
 def plain(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +119,27 @@ def test_masks_that_do_not_hold_are_refused_wherever_they_break(
     cpu.pack_masked(weight, mask, isa=isa)
     with pytest.raises(PatternError, match=r"two of each four along both axes: take nm_mask\(scores, '2:4t'\)"):
         cpu.pack_masked(weight, mask, both_ways=True, isa=isa)
+
+
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    memory = cpu.PackedMemory()
+    mask = nm_mask(torch.rand(32, 64, generator=torch.Generator().manual_seed(3)), "2:4t")
+    weights = [weight_of((32, 64), torch.float32, seed) for seed in range(3)]
+    alone = [cpu.pack_masked(weight, mask, both_ways=True) for weight in weights]
+    first = cpu.pack_masked(weights[0], mask, both_ways=True, memory=memory)
+    second = cpu.pack_masked(weights[1], mask, both_ways=True, memory=memory)
+    assert second[1] is not None
+    places = [tensor.data_ptr() for tensor in second[0]]
+    turned = second[1]
+    del second
+    third = cpu.pack_masked(weights[2], mask, both_ways=True, memory=memory)
+    assert [tensor.data_ptr() for tensor in third[0]] == places  # of W; that of W.T is still held
+    for found, wanted in zip((first[0], first[1], turned, *third), (*alone[0], alone[1][1], *alone[2]), strict=True):
+        assert found is not None
+        assert wanted is not None
+        assert all(same_bits(own, other) for own, other in zip(found, wanted, strict=True))
+    assert copy.deepcopy(memory) is memory
+    assert isinstance(pickle.loads(pickle.dumps(memory)), cpu.PackedMemory)
 
 
 def test_what_it_refuses() -> None:

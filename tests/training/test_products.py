@@ -104,6 +104,26 @@ def test_integers_are_exact() -> None:
     assert torch.equal(layer.bias.grad, grad.sum(0))
 
 
+def test_a_graph_that_is_kept_keeps_its_packed_weights() -> None:
+    """Their memory is used again by later steps, and by other layers of the same shape."""
+    (model, masks), _ = pair("fst", "2:4t")
+    layer = model[0]
+    assert isinstance(layer, nn.Linear)
+    inputs = [torch.randn(9, 32, requires_grad=True) for _ in range(3)]
+    wanted, outputs = [], []
+    for scale, x in enumerate(inputs):
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn_like(layer.weight) * (scale + 1))
+        masks.refresh()
+        outputs.append(layer(x))
+        kept = torch.where(masks.masks["0"], layer.weight.detach(), 0)
+        wanted.append(torch.ones(9, 48) @ kept)
+    for _ in range(2):
+        for x, y, grad in zip(inputs, outputs, wanted, strict=True):
+            (found,) = torch.autograd.grad(y, x, torch.ones(9, 48), retain_graph=True)
+            assert torch.allclose(found, grad, atol=1e-5)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "2:4t"])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_change_of_a_weight_is_seen(rule: str, pattern: str) -> None:

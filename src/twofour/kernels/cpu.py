@@ -10,6 +10,8 @@ avx2, avx512, avx512bf16; neon, neonbf16) overrides the choice.
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from types import ModuleType
 from typing import Literal, NoReturn
 
@@ -227,8 +229,46 @@ def copy(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+class PackedMemory:
+    """Memory for weights that are packed again and again: what one step lets go of serves the next.
+
+    Large blocks that go back to the system come again as pages to be zeroed, which takes as long as packing. Tensors that
+    `take` gives are in use as long as anybody holds them (a graph that keeps them for its backward pass does); views of
+    them do not count.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[int, int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, _: object) -> PackedMemory:
+        return self
+
+    def __reduce__(self) -> tuple[type[PackedMemory], tuple[()]]:
+        return PackedMemory, ()
+
+    def take(self, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Values and metadata of `packed_shapes`, of any content."""
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            return _empty_packed(out_features, in_features, dtype)  # counts of references mean nothing there
+        with self._lock:
+            pairs = self._pairs.setdefault((out_features, in_features, dtype), [])
+            for pair in pairs:
+                if _references(pair) == _UNUSED:
+                    return pair[0], pair[1]
+            pairs.append(_empty_packed(out_features, in_features, dtype))
+            return pairs[-1][0], pairs[-1][1]
+
+
+def _references(pair: tuple[Tensor, Tensor]) -> int:
+    return sys.getrefcount(pair[0]) + sys.getrefcount(pair[1])
+
+
+_UNUSED = _references((torch.empty(0), torch.empty(0)))
+
+
 def pack_masked(
-    weight: Tensor, mask: Tensor, *, both_ways: bool = False, isa: str | None = None
+    weight: Tensor, mask: Tensor, *, both_ways: bool = False, memory: PackedMemory | None = None, isa: str | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """A dense weight, where `mask` keeps it, in the CPU layout, and its transpose in the same pass: what training packs.
 
@@ -238,6 +278,7 @@ def pack_masked(
         weight: [out_features, in_features] float32 or bfloat16; any strides, though only dense rows avoid a copy.
         mask: bool of the same shape, two True in each four neighbours of a row; with `both_ways` of a column too.
         both_ways: pack the transpose as well; out_features must be a multiple of 4 then.
+        memory: where results go; None allocates.
         isa: one of `native.module().pack_masked_isas()`; None takes the best.
     Returns:
         values and metadata of `packed_shapes(out_features, in_features, dtype)`, and those of the transpose or None.
@@ -264,9 +305,10 @@ def pack_masked(
     weight, mask = weight.detach(), mask.contiguous()
     if weight.stride(1) != 1 or weight.stride(0) < in_features:
         weight = weight.contiguous()
-    found, turned = _empty_packed(out_features, in_features, weight.dtype), None
+    allocate = _empty_packed if memory is None else memory.take
+    found, turned = allocate(out_features, in_features, weight.dtype), None
     if both_ways:
-        turned = _empty_packed(in_features, out_features, weight.dtype)
+        turned = allocate(in_features, out_features, weight.dtype)
     try:
         sound = native.pack_masked(
             weight.data_ptr(),

@@ -6,6 +6,7 @@ mask, and where the mask is transposable the transpose in the same pass.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,20 +21,33 @@ from .registry import KERNELS, LinearSpec, Operands
 class Products:
     """One row of the table.
 
-    `why_not(spec)` is None where it applies. `pack(weight, mask, both_ways)` makes the operands of W and, with both_ways, of
-    W.T from a dense weight and a bool mask. `linear(x, operands, bias, out_features, in_features)` is x @ W.T + bias, x of
-    any number of axes; with the operands of W.T and the features exchanged it is the input gradient.
+    `why_not(spec)` is None where it applies. `pack(weight, mask, both_ways, memory)` makes the operands of W and, with
+    both_ways, of W.T from a dense weight and a bool mask, on `memory`. `linear(x, operands, bias, out_features, in_features)`
+    is x @ W.T + bias, x of any number of axes; with the operands of W.T and the features exchanged it is the input gradient.
     """
 
     backend: str
     why_not: Callable[[LinearSpec], str | None]
-    pack: Callable[[Tensor, Tensor, bool], tuple[Operands, Operands | None]]
+    pack: Callable[[Tensor, Tensor, bool, cpu.PackedMemory], tuple[Operands, Operands | None]]
     linear: Callable[[Tensor, Operands, Tensor | None, int, int], Tensor]
     label: Callable[[], str]
 
 
-def _cpu_pack(weight: Tensor, mask: Tensor, both_ways: bool) -> tuple[Operands, Operands | None]:
-    return cpu.pack_masked(weight, mask, both_ways=both_ways)
+def _cpu_pack(
+    weight: Tensor, mask: Tensor, both_ways: bool, memory: cpu.PackedMemory
+) -> tuple[Operands, Operands | None]:
+    return cpu.pack_masked(weight, mask, both_ways=both_ways, memory=memory)
+
+
+def packed_memory() -> cpu.PackedMemory:
+    """One for all layers that train at a time; it goes with the last of them."""
+    found = _MEMORY.get("cpu")
+    if found is None:
+        found = _MEMORY["cpu"] = cpu.PackedMemory()
+    return found
+
+
+_MEMORY: weakref.WeakValueDictionary[str, cpu.PackedMemory] = weakref.WeakValueDictionary()
 
 
 def _cpu_linear(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.choices import bucket
-from ..kernels.products import Products, find_products, is_plain
+from ..kernels.cpu import PackedMemory
+from ..kernels.products import Products, find_products, is_plain, packed_memory
 from ..kernels.registry import LinearSpec, Operands
 from ..nn.survey import dtype_name
 from ..pattern import Pattern
@@ -49,11 +50,13 @@ class LayerProducts:
             deterministic; "sparse" wherever a kernel applies; "dense".
         times: the measurements, by dtype, tokens, threads and whether inputs need gradients.
         why_dense: why no sparse kernel applies, once that is known.
+        memory: of packed weights.
     """
 
     wanted: Wanted = "auto"
     times: dict[tuple[Any, ...], StepTime] = field(default_factory=dict)
     why_dense: str | None = None
+    memory: PackedMemory = field(default_factory=packed_memory, repr=False)
 
     def linear(
         self,
@@ -98,12 +101,14 @@ class LayerProducts:
             values = values.detach().to(dtype)
         if self.wanted == "auto" and key not in self.times:
             with torch.no_grad():
-                self.times[key] = _measured(row, x.detach(), values, mask, bias, pattern.transposable, x.requires_grad)
+                self.times[key] = _measured(
+                    row, x.detach(), values, mask, bias, pattern.transposable, x.requires_grad, self.memory
+                )
             if not self.times[key].pays:
                 return None
         with torch.autocast(x.device.type, enabled=False):
             found: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
-                x, weight, bias, values, mask, row, pattern.transposable, scale, estimate
+                x, weight, bias, values, mask, row, pattern.transposable, scale, estimate, self.memory
             )
         return found
 
@@ -125,7 +130,14 @@ def _grad_input(row: Products, grad: Tensor, turned: Operands | None, shape: tor
 
 
 def _measured(
-    row: Products, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, both_ways: bool, with_gradient: bool
+    row: Products,
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    both_ways: bool,
+    with_gradient: bool,
+    memory: PackedMemory,
 ) -> StepTime:
     """On its own inputs, in turns."""
     grad = x.new_ones(*x.shape[:-1], len(values))  # no random numbers: they would shift those of the training
@@ -137,7 +149,7 @@ def _measured(
             _ = grad @ dense
 
     def by_sparse() -> None:
-        own, turned = row.pack(values, mask, both_ways)
+        own, turned = row.pack(values, mask, both_ways, memory)
         row.linear(x, own, bias, *values.shape)
         if with_gradient:
             _grad_input(row, grad, turned, values.shape, values, mask)
@@ -170,8 +182,9 @@ class _SparseLinear(torch.autograd.Function):
         both_ways: bool,
         scale: float,
         estimate: bool,
+        memory: PackedMemory,
     ) -> Tensor:
-        own, ctx.turned = row.pack(values, mask, both_ways)
+        own, ctx.turned = row.pack(values, mask, both_ways, memory)
         ctx.save_for_backward(x, *(() if both_ways else (values, mask)))
         ctx.row, ctx.scale, ctx.estimate, ctx.dtype = row, scale, estimate, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -192,7 +205,7 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.scale != 1.0:
                 of_weight = of_weight * ctx.scale
         of_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return (of_x, of_weight, of_bias, *[None] * 6)
+        return (of_x, of_weight, of_bias, *[None] * 7)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, estimate: bool) -> Tensor:
