@@ -249,7 +249,11 @@ __attribute__((noinline)) void choose_far(const bf16* scores, int64_t stride, bo
 TWOFOUR_INLINE inline void choose_narrow(const bf16* scores, int64_t stride, bool magnitude, uint8_t* mask, int64_t columns) {
   Words words;
   NarrowBits whole[16];
-  unroll<4>([&](auto row) { load_words(scores + row * stride, words[row]); });
+  unroll<4>([&](auto row) {
+    load_words(scores + row * stride, words[row]);
+    __builtin_prefetch(scores + (row + 4) * stride);  // the next band: streams of four rows end soon
+    __builtin_prefetch(scores + (row + 4) * stride + 4 * kLanes);
+  });
   if (magnitude) {
     unroll<8>([&](auto i) { words[i / 2][i % 2] &= INT32_MAX & ~(1 << 15); });
   }
