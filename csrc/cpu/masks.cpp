@@ -15,7 +15,7 @@
 namespace twofour::cpu {
 namespace {
 
-#include "cpu/masks_halves.inl.h"
+#include "nm/halves.inl.h"
 
 struct Isa {
   const char* name;

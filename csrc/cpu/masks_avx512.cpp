@@ -9,7 +9,7 @@ namespace {
 constexpr int kLanes = 8;  // doubles of a vector
 
 #include "cpu/linear_support.inl.h"
-#include "cpu/masks_halves.inl.h"
+#include "nm/halves.inl.h"
 #include "cpu/masks_rows.inl.h"
 #include "cpu/masks_rows_avx512.inl.h"
 #include "cpu/masks_blocks.inl.h"

@@ -13,6 +13,7 @@ from . import masks as masks
 from . import solvers as solvers
 from . import training as training
 from .errors import CalibrationError as CalibrationError
+from .errors import DeviceError as DeviceError
 from .errors import FormatError as FormatError
 from .errors import ModelError as ModelError
 from .errors import PatternError as PatternError

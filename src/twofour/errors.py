@@ -31,3 +31,7 @@ class CalibrationError(TwofourError, ValueError):
 
 class TrainingError(TwofourError, RuntimeError):
     """Training that cannot begin, go on or be taken up: no data, a loss that is not finite, a checkpoint that is none."""
+
+
+class DeviceError(TwofourError, RuntimeError):
+    """A GPU, or its driver, that failed at what it can do: no memory, a launch that it refused."""

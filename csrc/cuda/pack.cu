@@ -1,0 +1,365 @@
+// Dense matrices to and from the CUDA layout (cuda/layout.h). All of them are bound by memory.
+//
+//   prune_both_*   |W| -> the best transposable mask -> W and W.T packed, and the mask if asked for: one reading of W
+//   prune_*        |W| -> two of each four -> packed
+//   compress_*     W that keeps two of each four already -> packed; tells where it does not
+//   take_*         W where packed metadata keep it -> values: what is kept of a gradient, or of weights after a step
+//   expand_*       packed -> W
+//
+// Sizes are multiples of 4 along groups; whatever the layout pads is written too. Rows are `stride` items apart. 16 bytes
+// are read at a time where addresses allow it, and items one by one where not.
+#include "cuda/best_mask.h"
+#include "cuda/layout.h"
+#include "cuda/ptx.h"
+
+namespace twofour::cuda {
+
+// Nibbles by the four bits of a group, its first place the highest.
+constexpr uint64_t make_nibbles_of_bits() {
+  uint64_t table = 0;
+  for (int first = 0; first < 4; ++first) {
+    for (int second = first + 1; second < 4; ++second) {
+      table |= static_cast<uint64_t>(first | second << 2) << (4 * (8 >> first | 8 >> second));
+    }
+  }
+  return table;
+}
+
+TWOFOUR_DEVICE uint32_t nibble_of_bits(uint32_t bits) {
+  constexpr uint64_t table = make_nibbles_of_bits();
+  return static_cast<uint32_t>(table >> (4 * bits)) & 15u;
+}
+
+// The two items that a nibble keeps of four of 2 bytes, in two words.
+TWOFOUR_DEVICE uint32_t kept_of_two_bytes(uint2 four, uint32_t nibble) {
+  const uint32_t low = (nibble & 3u) * 0x22 + 0x10, high = (nibble >> 2) * 0x22 + 0x10;
+  return byte_permute(four.x, four.y, low | high << 8);
+}
+
+// Four items of 1 byte in a word -> the two kept, in the lower half.
+TWOFOUR_DEVICE uint32_t kept_of_one_byte(uint32_t four, uint32_t nibble) {
+  return byte_permute(four, 0, (nibble & 3u) | (nibble >> 2) << 4 | 0x4400u);
+}
+
+// ---- W and W.T at once -----------------------------------------------------------------------------------------------
+
+constexpr int kSquare = 64;          // a block packs a square of W
+constexpr int kSquareStride = 80;    // items from row to row in shared memory: 8 rows of a fragment lie in 8 banks' worth
+constexpr int kSquareBlocks = kSquare / 4;
+constexpr int kBothThreads = kSquareBlocks * kSquareBlocks;
+
+struct Square {
+  uint16_t items[kSquare * kSquareStride];
+  uint16_t row_nibbles[kSquareBlocks][kSquareBlocks];     // of the 4x4 block: row r from bit 4 * r
+  uint16_t column_nibbles[kSquareBlocks][kSquareBlocks];  // column c from bit 4 * c
+};
+
+template <class Format>
+TWOFOUR_DEVICE void prune_both(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
+                               uint32_t* metadata, uint4* turned_values, uint32_t* turned_metadata, uint8_t* mask) {
+  TWOFOUR_SHARED Square square;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row0 = int64_t{blockIdx.y} * kSquare, column0 = int64_t{blockIdx.x} * kSquare;
+  {  // a thread chooses the mask of a 4x4 block
+    const int i = thread / kSquareBlocks, j = thread % kSquareBlocks;
+    const int64_t row = row0 + 4 * i, column = column0 + 4 * j;
+    const bool inside = row < rows && column < columns;
+    uint32_t magnitudes[16];
+    unroll<4>([&](auto r) {
+      uint2 four{0, 0};
+      if (inside) four = load_four(weight + (row + r) * stride + column);
+      *reinterpret_cast<uint2*>(square.items + (4 * i + r) * kSquareStride + 4 * j) = four;
+      magnitudes[4 * r] = four.x & 0x7fffu;
+      magnitudes[4 * r + 1] = four.x >> 16 & 0x7fffu;
+      magnitudes[4 * r + 2] = four.y & 0x7fffu;
+      magnitudes[4 * r + 3] = four.y >> 16 & 0x7fffu;
+    });
+    uint32_t of_rows = kPaddingNibble * 0x1111, of_columns = of_rows;
+    if (inside) {
+      const uint32_t bits = best_mask<Format>(magnitudes);
+      of_rows = of_columns = 0;
+      unroll<4>([&](auto k) {
+        of_rows |= nibble_of_bits(bits >> (12 - 4 * k) & 15u) << (4 * k);
+        of_columns |= nibble_of_bits(((bits >> (3 - k) & 0x1111u) * 0x1248u >> 12) & 15u) << (4 * k);
+        if (mask != nullptr) {  // its bits as bytes, the first column first
+          const uint32_t four = bits >> (12 - 4 * k) & 15u;
+          const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
+          *reinterpret_cast<uint32_t*>(mask + (row + k) * columns + column) = bytes;
+        }
+      });
+    }
+    square.row_nibbles[i][j] = static_cast<uint16_t>(of_rows);
+    square.column_nibbles[i][j] = static_cast<uint16_t>(of_columns);
+  }
+  sync_block();
+  {  // a lane of a fragment of W, and of one of W.T
+    const int lane = thread % kWarp, step = thread / kWarp % 2, tile = thread / (2 * kWarp);
+    uint32_t own[4], turned[4];
+    unroll<4>([&](auto r) {
+      const int line = kTile * tile + row_of(lane, r), group = group_of(2, lane, step, r);
+      const uint2 four = *reinterpret_cast<const uint2*>(square.items + line * kSquareStride + 4 * group);
+      own[r] = kept_of_two_bytes(four, square.row_nibbles[line / 4][group] >> (4 * (line % 4)) & 15u);
+      const uint32_t nibble = square.column_nibbles[group][line / 4] >> (4 * (line % 4)) & 15u;
+      const uint16_t* column = square.items + 4 * group * kSquareStride + line;
+      turned[r] = column[(nibble & 3u) * kSquareStride] | uint32_t{column[(nibble >> 2) * kSquareStride]} << 16;
+    });
+    const int64_t own_tile = row0 / kTile + tile, turned_tile = column0 / kTile + tile;
+    if (own_tile < tiles_of(rows)) {
+      const int64_t chunk = own_tile * chunks_of(columns) + blockIdx.x;
+      values[(chunk * 2 + step) * kWarp + lane] = uint4{own[0], own[1], own[2], own[3]};
+    }
+    if (turned_tile < tiles_of(columns)) {
+      const int64_t chunk = turned_tile * chunks_of(rows) + blockIdx.y;
+      turned_values[(chunk * 2 + step) * kWarp + lane] = uint4{turned[0], turned[1], turned[2], turned[3]};
+    }
+  }
+  {  // a word of the metadata of W, or of W.T
+    const int lane = thread % kWarp, tile = thread / kWarp % 4;
+    const bool of_turned = thread >= 4 * kWarp;
+    uint32_t word = 0;
+    unroll<8>([&](auto i) {
+      const int line = kTile * tile + nibble_row(2, lane, i), group = nibble_group(2, lane, i);
+      const uint32_t four = of_turned ? square.column_nibbles[group][line / 4] : square.row_nibbles[line / 4][group];
+      word |= (four >> (4 * (line % 4)) & 15u) << (4 * i);
+    });
+    const int64_t first = (of_turned ? column0 : row0) / kTile + tile;
+    if (first < tiles_of(of_turned ? columns : rows)) {
+      const int64_t chunk = of_turned ? first * chunks_of(rows) + blockIdx.y : first * chunks_of(columns) + blockIdx.x;
+      (of_turned ? turned_metadata : metadata)[chunk * kWarp + lane] = word;
+    }
+  }
+}
+
+#define TWOFOUR_PRUNE_BOTH(name, Format)                                                                               \
+  TWOFOUR_KERNEL(kBothThreads, 3)                                                                                          \
+  name(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,        \
+       uint4* turned_values, uint32_t* turned_metadata, uint8_t* mask) {                                                \
+    prune_both<Format>(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata, mask);          \
+  }
+// Four blocks at once would leave a thread 64 registers, a few short on sm_120.
+TWOFOUR_PRUNE_BOTH(prune_both_bf16, Bfloat16)
+TWOFOUR_PRUNE_BOTH(prune_both_fp16, Float16)
+
+// ---- one way: a warp packs the chunks of a tile ----------------------------------------------------------------------
+
+constexpr int kWarpsOfBlock = 8;
+constexpr int kOneWayThreads = kWarp * kWarpsOfBlock;
+
+// The nibble of the two places with the largest keys, the lower place where keys are equal.
+TWOFOUR_DEVICE uint32_t two_largest(uint32_t k0, uint32_t k1, uint32_t k2, uint32_t k3) {
+  // A place is kept where fewer than two are before it.
+  const uint32_t b01 = k0 >= k1, b02 = k0 >= k2, b03 = k0 >= k3, b12 = k1 >= k2, b13 = k1 >= k3, b23 = k2 >= k3;
+  const uint32_t kept0 = b01 + b02 + b03 >= 2, kept1 = (1 - b01) + b12 + b13 >= 2, kept2 = (1 - b02) + (1 - b12) + b23 >= 2;
+  const uint32_t kept3 = 1 - ((kept0 + kept1 + kept2) >> 1);
+  return nibble_of_bits(kept0 << 3 | kept1 << 2 | kept2 << 1 | kept3);
+}
+
+// Ranks |x|: NaN, as its bits lie above those of infinity, below every number.
+template <class Format>
+struct ByMagnitude {
+  static constexpr int kItemsize = 2;
+  TWOFOUR_DEVICE static uint32_t key(uint32_t item) {
+    const uint32_t magnitude = item & 0x7fffu;
+    return magnitude > Scores<Format>::kInfinity ? 0 : magnitude + 1;
+  }
+};
+
+// Ranks what is no zero, of either sign, above zero.
+template <int kBytes, uint32_t kMagnitude>
+struct ByNonzero {
+  static constexpr int kItemsize = kBytes;
+  TWOFOUR_DEVICE static uint32_t key(uint32_t item) { return (item & kMagnitude) != 0; }
+};
+
+// Nibble of four items; `over` is set where more than two have a key of 1 or more.
+template <class Key>
+TWOFOUR_DEVICE uint32_t choose(uint2 four, uint32_t& over) {
+  constexpr int bits = 8 * Key::kItemsize;
+  constexpr uint32_t all = (1u << bits) - 1;
+  const uint32_t k0 = Key::key(four.x & all), k1 = Key::key(four.x >> bits & all);
+  const uint32_t high = Key::kItemsize == 2 ? four.y : four.x >> 16;
+  const uint32_t k2 = Key::key(high & all), k3 = Key::key(high >> bits & all);
+  over |= (k0 != 0) + (k1 != 0) + (k2 != 0) + (k3 != 0) > 2;
+  return two_largest(k0, k1, k2, k3);
+}
+
+// Four items, of 1 byte all in x; zeros outside.
+template <int kItemsize>
+TWOFOUR_DEVICE uint2 load_group(const void* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t row,
+                                int64_t column) {
+  if (row >= rows || column >= columns) return uint2{0, 0};
+  if constexpr (kItemsize == 2) {
+    return load_four(static_cast<const uint16_t*>(matrix) + row * stride + column);
+  } else {
+    return uint2{load_four(static_cast<const uint8_t*>(matrix) + row * stride + column), 0};
+  }
+}
+
+// Which group a lane's part i of a fragment is: 4 of 2 bytes (a register each), 8 of 1 byte (half a register each).
+template <int kItemsize>
+struct Parts {
+  static constexpr int kCount = kItemsize == 2 ? 4 : 8;
+  TWOFOUR_DEVICE static int row(int lane, int i) { return row_of(lane, kItemsize == 2 ? i : i / 2); }
+  TWOFOUR_DEVICE static int group(int lane, int step, int i) {
+    return kItemsize == 2 ? group_of(2, lane, step, i) : group_of(1, lane, step, i / 2) + i % 2;
+  }
+  TWOFOUR_DEVICE static uint32_t kept(uint2 four, uint32_t nibble) {
+    return kItemsize == 2 ? kept_of_two_bytes(four, nibble) : kept_of_one_byte(four.x, nibble);
+  }
+  // Adds what part i keeps to the registers.
+  TWOFOUR_DEVICE static void put(uint32_t (&registers)[4], int i, uint32_t two) {
+    if (kItemsize == 2) {
+      registers[i] = two;
+    } else {
+      registers[i / 2] |= two << (16 * (i % 2));
+    }
+  }
+  TWOFOUR_DEVICE static uint32_t get(const uint32_t (&registers)[4], int i) {
+    return kItemsize == 2 ? registers[i] : registers[i / 2] >> (16 * (i % 2)) & 0xffffu;
+  }
+};
+
+// Nibbles of the parts of all four lanes of a row group -> the words of metadata of each. `of_part(step, i)` is the
+// nibble of a lane's part; every lane of the warp takes part.
+template <int kItemsize, class OfPart>
+TWOFOUR_DEVICE uint32_t word_of_parts(int lane, OfPart&& of_part) {
+  const uint32_t q = static_cast<uint32_t>(lane % 4);
+  uint32_t words[4] = {0, 0, 0, 0};  // of lane 4 * g + w: what this lane knows
+  if constexpr (kItemsize == 2) {
+    unroll<2>([&](auto step) {
+      unroll<4>([&](auto r) { words[2 * step + r / 2] |= of_part(step, r) << (4 * q + 16 * (r % 2)); });
+    });
+  } else {
+    unroll<8>([&](auto i) { words[i / 2 % 2 + 2 * (i / 4)] |= of_part(Constant<0>{}, i) << (4 * (2 * q + i % 2)); });
+  }
+  // Lanes exchange halves of what they know, so that each ends with the whole of one word.
+  const bool upper = q >= 2, odd = q % 2 != 0;
+  uint32_t two[2];
+  unroll<2>([&](auto k) {
+    const uint32_t other = shuffle_xor(upper ? words[k] : words[k + 2], 2);
+    two[k] = (upper ? words[k + 2] : words[k]) | other;
+  });
+  const uint32_t other = shuffle_xor(odd ? two[0] : two[1], 1);
+  return (odd ? two[1] : two[0]) | other;
+}
+
+template <class Key, bool kMayKeepTwo>
+TWOFOUR_DEVICE void pack_one_way(const void* matrix, int64_t stride, int64_t rows, int64_t columns, uint4* values,
+                                 uint32_t* metadata, uint32_t* status) {
+  constexpr int kItemsize = Key::kItemsize, kSteps = steps_of(kItemsize);
+  using Part = Parts<kItemsize>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / kWarp, chunks = chunks_of(columns);
+  if (warp >= tiles_of(rows) * chunks) return;  // whole warps only
+  const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
+  uint32_t nibbles[kSteps][Part::kCount], over = 0;
+  unroll<kSteps>([&](auto step) {
+    uint32_t registers[4] = {0, 0, 0, 0};
+    unroll<Part::kCount>([&](auto i) {
+      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
+      const uint2 four = load_group<kItemsize>(matrix, stride, rows, columns, row, column);
+      uint32_t beyond = 0;
+      nibbles[step][i] = row < rows && column < columns ? choose<Key>(four, beyond) : kPaddingNibble;
+      over |= beyond;
+      Part::put(registers, i, Part::kept(four, nibbles[step][i]));
+    });
+    values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
+  });
+  metadata[warp * kWarp + lane] = word_of_parts<kItemsize>(lane, [&](auto step, auto i) { return nibbles[step][i]; });
+  if (kMayKeepTwo && over != 0) or_into(status, 1u);
+}
+
+#define TWOFOUR_ONE_WAY(name, Key, may_keep_two)                                                                        \
+  TWOFOUR_KERNEL(kOneWayThreads, 4)                                                                                        \
+  name(const void* matrix, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,            \
+       uint32_t* status) {                                                                                              \
+    pack_one_way<Key, may_keep_two>(matrix, stride, rows, columns, values, metadata, status);                           \
+  }
+using NonzeroHalf = ByNonzero<2, 0x7fffu>;
+using NonzeroFp8 = ByNonzero<1, 0x7fu>;
+using NonzeroInt8 = ByNonzero<1, 0xffu>;
+TWOFOUR_ONE_WAY(prune_bf16, ByMagnitude<Bfloat16>, false)
+TWOFOUR_ONE_WAY(prune_fp16, ByMagnitude<Float16>, false)
+TWOFOUR_ONE_WAY(compress_half, NonzeroHalf, true)
+TWOFOUR_ONE_WAY(compress_fp8, NonzeroFp8, true)
+TWOFOUR_ONE_WAY(compress_int8, NonzeroInt8, true)
+
+// ---- where metadata lie already --------------------------------------------------------------------------------------
+
+// The nibble of part i of a step, from the words of the lanes of its row group.
+template <int kItemsize>
+TWOFOUR_DEVICE uint32_t nibble_of_part(const uint32_t* words, int lane, int step, int i) {
+  const int group = Parts<kItemsize>::group(lane, step, i), row = Parts<kItemsize>::row(lane, i);
+  if (kItemsize == 2) return words[lane / 4 * 4 + group / 4] >> (4 * (group % 4) + 16 * (row / 8)) & 15u;
+  return words[lane / 4 * 4 + row / 8 + 2 * (group / 8)] >> (4 * (group % 8)) & 15u;
+}
+
+template <int kItemsize>
+TWOFOUR_DEVICE void take(const void* matrix, int64_t stride, int64_t rows, int64_t columns, const uint32_t* metadata,
+                         uint4* values) {
+  constexpr int kSteps = steps_of(kItemsize);
+  using Part = Parts<kItemsize>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / kWarp, chunks = chunks_of(columns);
+  if (warp >= tiles_of(rows) * chunks) return;
+  const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
+  unroll<kSteps>([&](auto step) {
+    uint32_t registers[4] = {0, 0, 0, 0};
+    unroll<Part::kCount>([&](auto i) {
+      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
+      const uint2 four = load_group<kItemsize>(matrix, stride, rows, columns, row, column);
+      Part::put(registers, i, Part::kept(four, nibble_of_part<kItemsize>(metadata + warp * kWarp, lane, step, i)));
+    });
+    values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
+  });
+}
+
+TWOFOUR_KERNEL(kOneWayThreads, 4)
+take_half(const void* matrix, int64_t stride, int64_t rows, int64_t columns, const uint32_t* metadata, uint4* values) {
+  take<2>(matrix, stride, rows, columns, metadata, values);
+}
+TWOFOUR_KERNEL(kOneWayThreads, 4)
+take_byte(const void* matrix, int64_t stride, int64_t rows, int64_t columns, const uint32_t* metadata, uint4* values) {
+  take<1>(matrix, stride, rows, columns, metadata, values);
+}
+
+// Kept items back to their places, zeros beside them.
+template <int kItemsize>
+TWOFOUR_DEVICE void expand(const uint4* values, const uint32_t* metadata, int64_t rows, int64_t columns, void* matrix,
+                           int64_t stride) {
+  constexpr int kSteps = steps_of(kItemsize), kBits = 8 * kItemsize;
+  using Part = Parts<kItemsize>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / kWarp, chunks = chunks_of(columns);
+  if (warp >= tiles_of(rows) * chunks) return;
+  const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
+  unroll<kSteps>([&](auto step) {
+    const uint4 loaded = values[(warp * kSteps + step) * kWarp + lane];
+    const uint32_t registers[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    unroll<Part::kCount>([&](auto i) {
+      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
+      if (row >= rows || column >= columns) return;
+      const uint32_t nibble = nibble_of_part<kItemsize>(metadata + warp * kWarp, lane, step, i);
+      const uint32_t two = Part::get(registers, i), first = nibble & 3u, second = nibble >> 2;
+      const uint64_t low = two & ((1u << kBits) - 1), high = two >> kBits;
+      const uint64_t four = low << (kBits * first) | high << (kBits * second);
+      if constexpr (kItemsize == 2) {
+        store_four(static_cast<uint16_t*>(matrix) + row * stride + column,
+                   uint2{static_cast<uint32_t>(four), static_cast<uint32_t>(four >> 32)});
+      } else {
+        store_four(static_cast<uint8_t*>(matrix) + row * stride + column, static_cast<uint32_t>(four));
+      }
+    });
+  });
+}
+
+TWOFOUR_KERNEL(kOneWayThreads, 4)
+expand_half(const uint4* values, const uint32_t* metadata, int64_t rows, int64_t columns, void* matrix, int64_t stride) {
+  expand<2>(values, metadata, rows, columns, matrix, stride);
+}
+TWOFOUR_KERNEL(kOneWayThreads, 4)
+expand_byte(const uint4* values, const uint32_t* metadata, int64_t rows, int64_t columns, void* matrix, int64_t stride) {
+  expand<1>(values, metadata, rows, columns, matrix, stride);
+}
+
+}  // namespace twofour::cuda

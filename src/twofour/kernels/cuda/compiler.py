@@ -1,0 +1,164 @@
+"""NVRTC: the CUDA C++ of csrc/cuda for one architecture, compiled where it runs and kept on disk.
+
+Compiling needs no GPU and no driver, only the wheels of `pip install twofour[cuda13]` (or cuda12). A compiled file is found
+again by the hash of all that went into it: sources, options, the version of NVRTC. It carries a hash of itself, so that a
+damaged file is compiled anew, and comes into place by a rename, so that two processes may compile at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import UnsupportedError
+from .. import choices
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+"""Those that CI compiles every kernel for."""
+OLDEST = (8, 0)
+"""Compute capability of the first sparse tensor cores."""
+OPTIONS = ("-std=c++17", "-default-device")
+_HASH_BYTES = 32
+_MOST_LINES = 40
+_INSTALL = "pip install 'twofour[cuda13]', or cuda12: torch.version.cuda says which"
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    return _nvrtc()[1]
+
+
+def version() -> str | None:
+    """Of NVRTC, as "13.0"."""
+    nvrtc, reason = _nvrtc()
+    if reason is not None:
+        return None
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """The name that NVRTC knows a device by, with its own instructions from Hopper on.
+
+    Raises:
+        UnsupportedError: a device without sparse tensor cores.
+    """
+    major, minor = capability
+    if capability < OLDEST:
+        raise UnsupportedError(
+            f"compute capability {major}.{minor} has no sparse tensor cores: they begin at {OLDEST[0]}.{OLDEST[1]} (Ampere)."
+        )
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+@cache
+def sources() -> Path:
+    """The folder that holds `cuda/` and `nm/`: in the package, or in the repository of an editable installation.
+
+    Raises:
+        UnsupportedError: neither has it.
+    """
+    package = Path(__file__).parents[2]
+    for folder in (package / "csrc", package.parents[1] / "csrc"):
+        if (folder / "cuda" / "pack.cu").is_file():
+            return folder
+    raise UnsupportedError(f"the CUDA sources are missing beside {package}: reinstall twofour.")
+
+
+def digest(file: str, architecture: str, options: tuple[str, ...] = OPTIONS) -> str:
+    """Of all that a compiled file is made of: what benchmarks and caches know it by."""
+    parts = [file, architecture, *options, f"nvrtc {version()}"]
+    texts = [path for folder in ("cuda", "nm") for path in sorted((sources() / folder).glob("*.h"))]
+    texts.append(sources() / "cuda" / file)
+    found = hashlib.sha256("\n".join(parts).encode())
+    for path in texts:
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def compiled(file: str, architecture: str) -> bytes:
+    """The cubin of a file of csrc/cuda, from disk where it lies there.
+
+    Raises:
+        UnsupportedError: NVRTC is not installed, does not know the architecture, or refuses the file; with its messages.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise UnsupportedError(f"GPU kernels cannot be compiled: {reason}.")
+    where = choices.folder()
+    kept = None if where is None else where / "cubins" / f"{digest(file, architecture)}.cubin"
+    if kept is not None:
+        with contextlib.suppress(OSError):
+            found = kept.read_bytes()
+            if hashlib.sha256(found[_HASH_BYTES:]).digest() == found[:_HASH_BYTES]:
+                return found[_HASH_BYTES:]
+    cubin, _ = compile_text((sources() / "cuda" / file).read_text(encoding="utf-8"), file, architecture)
+    if kept is not None:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to costs time, nothing else
+            _keep(kept, hashlib.sha256(cubin).digest() + cubin)
+    return cubin
+
+
+def compile_text(text: str, name: str, architecture: str, options: tuple[str, ...] = OPTIONS) -> tuple[bytes, str]:
+    """The cubin of a text that may include csrc's headers, and what the compiler says.
+
+    Raises:
+        UnsupportedError: as `compiled`.
+    """
+    nvrtc, reason = _nvrtc()
+    if reason is not None:
+        raise UnsupportedError(f"GPU kernels cannot be compiled: {reason}.")
+    _, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
+    try:
+        every = [f"--gpu-architecture={architecture}", f"-I{sources()}", *options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(every), [each.encode() for each in every])
+        log = _log(nvrtc, program)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            said = "\n".join(log.splitlines()[:_MOST_LINES]) or status.name
+            raise UnsupportedError(f"NVRTC {version()} cannot compile csrc/cuda/{name} for {architecture}:\n{said}")
+        _, size = nvrtc.nvrtcGetCUBINSize(program)
+        cubin = bytearray(size)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return bytes(cubin), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    """What the compiler says, with the source lines it says it of."""
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = bytearray(size)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    return log.rstrip(b"\0").decode(errors="replace").strip()
+
+
+def _keep(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@cache
+def _nvrtc() -> tuple[Any, str | None]:
+    """The bindings, or why they cannot be used."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        return None, f"{error}; {_INSTALL}"
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # the library behind the bindings is found at the first call
+        return None, f"NVRTC is not found ({str(error).splitlines()[0]}); {_INSTALL}"
+    return nvrtc, None

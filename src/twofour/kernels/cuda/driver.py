@@ -1,0 +1,128 @@
+"""The CUDA driver by way of ctypes: load what NVRTC compiled, launch it. No CUDA library is linked or needed to import this.
+
+The context is torch's: whoever holds a CUDA tensor has made it current.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from functools import cache
+
+from ...errors import DeviceError, UnsupportedError
+
+LIBRARY = "libcuda.so.1"
+_OUT_OF_MEMORY = 2
+_MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_FREE_SHARED_BYTES = 48 << 10  # what a launch may ask for without that
+
+
+class Driver:
+    """A driver library.
+
+    Args:
+        path: what the system's loader knows it by.
+    Raises:
+        UnsupportedError: it is not there, or older than CUDA 12.
+    """
+
+    def __init__(self, path: str = LIBRARY) -> None:
+        try:
+            self._cuda = ctypes.CDLL(path)
+        except OSError as error:
+            raise UnsupportedError(f"no NVIDIA driver: {error}.") from None
+        self._lock = threading.Lock()
+        self._kernels: dict[tuple[bytes, str], int] = {}
+        try:
+            for name, types in _SIGNATURES.items():
+                function = getattr(self._cuda, name)
+                function.restype, function.argtypes = ctypes.c_int, types
+        except AttributeError as error:
+            raise UnsupportedError(f"the NVIDIA driver is older than CUDA 12: {error}.") from None
+
+    def kernel(self, cubin: bytes, digest: bytes, name: str, shared_bytes: int = 0) -> int:
+        """A handle of a kernel of a cubin, loaded once.
+
+        Args:
+            digest: tells cubins apart.
+            shared_bytes: dynamic shared memory that a launch will ask for.
+        """
+        key = (digest, name)
+        with self._lock:
+            if key not in self._kernels:
+                library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+                self._check(
+                    self._cuda.cuLibraryLoadData(ctypes.byref(library), cubin, None, None, 0, None, None, 0),
+                    f"loading {name}",
+                )
+                self._check(
+                    self._cuda.cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode()), f"finding {name}"
+                )
+                if shared_bytes > _FREE_SHARED_BYTES:
+                    device = ctypes.c_int()
+                    self._check(self._cuda.cuCtxGetDevice(ctypes.byref(device)), "asking for the device")
+                    self._check(
+                        self._cuda.cuKernelSetAttribute(_MOST_SHARED_BYTES, shared_bytes, kernel, device),
+                        f"giving {name} {shared_bytes} bytes of shared memory",
+                    )
+                self._kernels[key] = kernel.value or 0
+            return self._kernels[key]
+
+    def launch(
+        self,
+        kernel: int,
+        grid: Sequence[int],
+        threads: int,
+        arguments: Sequence[int],
+        stream: int,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Starts a kernel, all of whose arguments are integers or pointers of 8 bytes.
+
+        Raises:
+            DeviceError: the driver refuses; nothing was started.
+        """
+        count = len(arguments)
+        words = (ctypes.c_uint64 * count)(*(argument & (2**64 - 1) for argument in arguments))
+        first = ctypes.addressof(words)
+        places = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+        x, y, z = (*grid, 1, 1)[:3]
+        self._check(
+            self._cuda.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, shared_bytes, stream, places, None), "a launch"
+        )
+
+    def _check(self, status: int, what: str) -> None:
+        if status == 0:
+            return
+        text = ctypes.c_char_p()
+        self._cuda.cuGetErrorString(status, ctypes.byref(text))
+        reason = text.value.decode(errors="replace") if text.value else "unknown"
+        hint = " Free memory, or take less at a time." if status == _OUT_OF_MEMORY else ""
+        raise DeviceError(f"{what} failed: {reason} (CUDA error {status}).{hint}")
+
+
+_POINTER, _INT, _UINT = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
+_SIGNATURES = {
+    "cuLibraryLoadData": [_POINTER, ctypes.c_char_p, _POINTER, _POINTER, _UINT, _POINTER, _POINTER, _UINT],
+    "cuLibraryGetKernel": [_POINTER, _POINTER, ctypes.c_char_p],
+    "cuKernelSetAttribute": [_INT, _INT, _POINTER, _INT],
+    "cuCtxGetDevice": [_POINTER],
+    "cuLaunchKernel": [_POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER],
+    "cuGetErrorString": [_INT, _POINTER],
+}
+
+
+@cache
+def driver() -> Driver:
+    """The system's. Raises as `Driver`."""
+    return Driver()
+
+
+def why_not() -> str | None:
+    """Why nothing can be launched here; None where a driver is."""
+    try:
+        driver()
+    except UnsupportedError as error:
+        return str(error).removesuffix(".")
+    return None

@@ -1,0 +1,221 @@
+"""Dense CUDA tensors to and from the CUDA layout, by the kernels of csrc/cuda/pack.cu.
+
+Everything runs on torch's current stream; the kernels allocate nothing and can be captured in a CUDA graph. Where they do
+not apply, `layout.pack` does the same in plain torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import PatternError, ShapeError, UnsupportedError
+from . import layout, table
+
+_HALF_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_ITEM_NAMES = {
+    torch.bfloat16: "half",
+    torch.float16: "half",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
+    torch.float8_e5m2: "fp8",
+}
+_WARPS_OF_BLOCK = 8
+_SQUARE = 64
+_MOST_BLOCKS_DOWN = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A 2:4 matrix in the CUDA layout.
+
+    Args:
+        values: [tiles, steps, 32, items].
+        metadata: [tiles, chunks, 32] int32.
+        shape: of the dense matrix.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    shape: tuple[int, int]
+
+
+def prune_both(weight: Tensor, mask: Tensor | None = None) -> tuple[PackedMatrix, PackedMatrix]:
+    """The best transposable 2:4 mask of |weight|, and weight and transpose packed under it, in one reading.
+
+    The mask is that of `nm_mask(weight.abs(), "2:4t")`, bit for bit: exact, ties to the places that come first, NaN below
+    every number.
+
+    Args:
+        weight: [rows, columns] bfloat16 or float16 on a GPU, both multiples of 4; rows may be any distance apart.
+        mask: bool of the same shape, contiguous, that takes the mask; None leaves it out.
+    Returns:
+        the packed weight and the packed transpose.
+    Raises:
+        ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
+    """
+    weight = _matrix(weight, _HALF_NAMES)
+    rows, columns = weight.shape
+    if rows % 4:
+        raise ShapeError(
+            f"weight is [{rows}, {columns}]: both axes come in groups of 4 where the mask is transposable."
+        )
+    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool or not mask.is_contiguous()):
+        raise ShapeError(f"mask is {list(mask.shape)} {mask.dtype}: a contiguous bool of [{rows}, {columns}] takes it.")
+    if mask is not None and mask.device != weight.device:
+        raise UnsupportedError(f"weight is on {weight.device}, mask on {mask.device}: put them on one.")
+    own, turned = _empty(rows, columns, weight), _empty(columns, rows, weight)
+    if weight.numel() == 0:
+        return own, turned
+    across, down = -(-columns // _SQUARE), -(-rows // _SQUARE)
+    if down > _MOST_BLOCKS_DOWN:
+        raise ShapeError(
+            f"weight is [{rows}, {columns}]: at most {_MOST_BLOCKS_DOWN * _SQUARE} rows are packed at once."
+        )
+    table.launch(
+        f"prune_both_{_HALF_NAMES[weight.dtype]}",
+        (across, down),
+        weight.device,
+        weight.data_ptr(),
+        weight.stride(0),
+        rows,
+        columns,
+        own.values.data_ptr(),
+        own.metadata.data_ptr(),
+        turned.values.data_ptr(),
+        turned.metadata.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+    )
+    return own, turned
+
+
+def prune(weight: Tensor) -> PackedMatrix:
+    """The larger two of each four |weights| of a row, packed: `nm_mask(weight.abs(), "2:4")`.
+
+    Args:
+        weight: [rows, columns] bfloat16 or float16 on a GPU, columns a multiple of 4.
+    Raises:
+        ShapeError, UnsupportedError: as the argument says; no driver or compiler.
+    """
+    weight = _matrix(weight, _HALF_NAMES)
+    return _one_way(f"prune_{_HALF_NAMES[weight.dtype]}", weight, check=False)
+
+
+def compress(matrix: Tensor, *, check: bool = True) -> PackedMatrix:
+    """A matrix that keeps two of each four already, packed. Zeros fill groups that keep fewer; -0.0 is one.
+
+    Args:
+        matrix: [rows, columns] of one of `layout.DTYPES` on a GPU, columns a multiple of 4.
+        check: wait for the GPU and raise where a group keeps more than two; False packs the first two.
+    Raises:
+        PatternError: a group keeps more than two.
+        ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
+    """
+    matrix = _matrix(matrix, _ITEM_NAMES)
+    return _one_way(f"compress_{_ITEM_NAMES[matrix.dtype]}", matrix, check=check)
+
+
+def take(matrix: Tensor, packed: PackedMatrix) -> Tensor:
+    """Values of `matrix` where `packed` keeps them, in its layout: a gradient, or a weight after a step.
+
+    Args:
+        matrix: [rows, columns] on the GPU of `packed`, of its dtype.
+    Returns:
+        values for `PackedMatrix(values, packed.metadata, packed.shape)`.
+    """
+    matrix = _matrix(matrix, _ITEM_NAMES)
+    if matrix.shape != packed.shape or matrix.device != packed.metadata.device or matrix.dtype != packed.values.dtype:
+        raise ShapeError(
+            f"matrix is {list(matrix.shape)} {matrix.dtype} on {matrix.device}, what is packed {list(packed.shape)}"
+            f" {packed.values.dtype} on {packed.metadata.device}: they must agree."
+        )
+    values = torch.empty_like(packed.values)
+    if values.numel():
+        table.launch(
+            f"take_{'half' if matrix.itemsize == 2 else 'byte'}",
+            _blocks(packed.metadata),
+            matrix.device,
+            matrix.data_ptr(),
+            matrix.stride(0),
+            *matrix.shape,
+            packed.metadata.data_ptr(),
+            values.data_ptr(),
+        )
+    return values
+
+
+def expand(packed: PackedMatrix) -> Tensor:
+    """The dense matrix."""
+    rows, columns = packed.shape
+    matrix = torch.empty(rows, columns, dtype=packed.values.dtype, device=packed.values.device)
+    if matrix.numel():
+        table.launch(
+            f"expand_{'half' if matrix.itemsize == 2 else 'byte'}",
+            _blocks(packed.metadata),
+            matrix.device,
+            packed.values.data_ptr(),
+            packed.metadata.data_ptr(),
+            rows,
+            columns,
+            matrix.data_ptr(),
+            columns,
+        )
+    return matrix
+
+
+def _one_way(name: str, matrix: Tensor, *, check: bool) -> PackedMatrix:
+    rows, columns = matrix.shape
+    found = _empty(rows, columns, matrix)
+    if matrix.numel() == 0:
+        return found
+    status = torch.zeros(1, dtype=torch.int32, device=matrix.device)
+    table.launch(
+        name,
+        _blocks(found.metadata),
+        matrix.device,
+        matrix.data_ptr(),
+        matrix.stride(0),
+        rows,
+        columns,
+        found.values.data_ptr(),
+        found.metadata.data_ptr(),
+        status.data_ptr(),
+    )
+    if check and int(status.item()) != 0:
+        raise PatternError(
+            f"a matrix of [{rows}, {columns}] does not keep two of each four: prune it first, twofour.prune or packing.prune."
+        )
+    return found
+
+
+def _blocks(metadata: Tensor) -> tuple[int]:
+    return (-(-metadata.shape[0] * metadata.shape[1] // _WARPS_OF_BLOCK),)
+
+
+def _empty(rows: int, columns: int, like: Tensor) -> PackedMatrix:
+    shape, meta_shape = layout.packed_shapes(rows, columns, like.dtype)
+    values = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return PackedMatrix(values, torch.empty(meta_shape, dtype=torch.int32, device=like.device), (rows, columns))
+
+
+def _matrix(matrix: Tensor, names: dict[torch.dtype, str]) -> Tensor:
+    """With rows without gaps between their items."""
+    if matrix.ndim != 2 or matrix.shape[1] % 4:
+        raise ShapeError(f"a tensor of {list(matrix.shape)} is no matrix whose rows come in groups of 4.")
+    if matrix.dtype not in names:
+        known = ", ".join(str(each).removeprefix("torch.") for each in names)
+        raise UnsupportedError(
+            f"{str(matrix.dtype).removeprefix('torch.')} is not packed by a GPU kernel: {known} are."
+        )
+    if not _on_gpu(matrix):
+        raise UnsupportedError(
+            f"the matrix is on {matrix.device}: GPU kernels need it on a GPU; layout.pack works anywhere."
+        )
+    matrix = matrix.detach()
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+def _on_gpu(matrix: Tensor) -> bool:
+    return matrix.is_cuda

@@ -1,0 +1,51 @@
+/* A libcuda.so.1 without a GPU: it notes what it is asked, and fails where it is told to. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MOST 64
+static uint64_t noted[MOST];
+static int fail_status = 0;
+static char fail_at[64] = "";
+
+static int status_of(const char* name) { return strcmp(name, fail_at) == 0 ? fail_status : 0; }
+void fake_fail(const char* name, int status) {
+  strncpy(fail_at, name, sizeof fail_at - 1);
+  fail_status = status;
+}
+const uint64_t* fake_noted(void) { return noted; }
+
+int cuLibraryLoadData(void** library, const void* code, void* a, void* b, unsigned c, void* d, void* e, unsigned f) {
+  (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
+  noted[0] += 1;
+  noted[1] = ((const unsigned char*)code)[0];
+  *library = (void*)0x1000;
+  return status_of("cuLibraryLoadData");
+}
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  noted[2] = (uint64_t)library;
+  noted[3] = strlen(name);
+  *kernel = (void*)0x2000;
+  return status_of("cuLibraryGetKernel");
+}
+int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+  (void)kernel, (void)device;
+  noted[4] = (uint64_t)attribute;
+  noted[5] = (uint64_t)value;
+  return status_of("cuKernelSetAttribute");
+}
+int cuCtxGetDevice(int* device) {
+  *device = 0;
+  return status_of("cuCtxGetDevice");
+}
+int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void* stream, void** arguments, void** extra) {
+  const uint64_t all[] = {(uint64_t)kernel, gx, gy, gz, bx, by, bz, shared, (uint64_t)stream, (uint64_t)extra};
+  memcpy(noted + 10, all, sizeof all);
+  for (int i = 0; i < 3; ++i) noted[20 + i] = *(uint64_t*)arguments[i];
+  return status_of("cuLaunchKernel");
+}
+int cuGetErrorString(int status, const char** text) {
+  *text = status == 2 ? "out of memory" : "invalid argument";
+  return 0;
+}

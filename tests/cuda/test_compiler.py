@@ -1,0 +1,180 @@
+"""NVRTC: every kernel for every architecture, what its machine code costs, and the cache."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from twofour import UnsupportedError
+from twofour.kernels import choices
+from twofour.kernels.cuda import compiler, table
+
+FILES = sorted({text.file for text in table.KERNEL_TEXTS.values()})
+
+
+@pytest.fixture(autouse=True)
+def _needs_nvrtc() -> None:
+    reason = compiler.why_not()
+    if reason is not None and sys.platform == "linux":
+        pytest.fail(f"the kernels must compile here: {reason}")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@cache
+def built(file: str, architecture: str) -> tuple[bytes, str]:
+    """Cubin, and what ptxas says of registers and memory."""
+    text = (compiler.sources() / "cuda" / file).read_text()
+    return compiler.compile_text(text, file, architecture, (*compiler.OPTIONS, "--ptxas-options=-v"))
+
+
+@cache
+def disassembled(file: str, architecture: str, folder: Path) -> dict[str, str]:
+    """Machine code by kernel, the functions it calls behind it."""
+    tool = next((path for path in map(str, _tools("cuobjdump")) if shutil.which(path)), None)
+    if tool is None:
+        pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    cubin = folder / f"{file}.{architecture}.cubin"
+    cubin.write_bytes(built(file, architecture)[0])
+    path = str(Path(tool).parent)
+    said = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True, env={"PATH": path})
+    parts = re.split(r"^\s+Function : (\S+)\n", said.stdout, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _tools(name: str) -> list[Path]:
+    found = shutil.which(name)
+    try:
+        import nvidia
+    except ImportError:
+        return [Path(found)] if found else []
+    folders = [Path(place) for place in nvidia.__path__]
+    return [Path(found)] if found else [tool for folder in folders for tool in folder.glob(f"*/bin/{name}")]
+
+
+def count(sass: str, opcode: str) -> int:
+    return len(re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?{opcode}", sass, flags=re.M))
+
+
+@pytest.mark.parametrize("architecture", compiler.ARCHITECTURES)
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_keep_to_their_registers_and_spill_nothing(file: str, architecture: str) -> None:
+    cubin, said = built(file, architecture)
+    assert cubin.startswith(b"\x7fELF")
+    assert "warning" not in said.lower(), said
+    # "Function properties for NAME", then its stack and spills; for kernels "Used N registers, .., M bytes smem" too.
+    properties = re.findall(
+        r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", said
+    )
+    used = dict(re.findall(r"Function properties for (\S+)\n[^\n]*\n[^\n]*Used (\d+) registers", said))
+    shared = dict(re.findall(r"Function properties for (\S+)\n[^\n]*\n[^\n]*?(\d+) bytes smem", said))
+    for text in table.KERNEL_TEXTS.values():
+        if text.file == file:
+            assert 0 < int(used[text.name]) <= text.most_registers, text.name
+            assert int(shared.get(text.name, 0)) == text.shared_bytes, text.name
+    allowed = {name for text in table.KERNEL_TEXTS.values() for name in text.spilling}
+    for name, stores, loads in properties:
+        if not any(each in name for each in allowed):
+            assert (stores, loads) == ("0", "0"), name
+    assert {text.name for text in table.KERNEL_TEXTS.values() if text.file == file} <= {name for name, *_ in properties}
+
+
+@pytest.mark.parametrize("architecture", compiler.ARCHITECTURES)
+def test_packing_moves_whole_words_and_compares_in_one_instruction(
+    architecture: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    code = disassembled("pack.cu", architecture, tmp_path_factory.getbasetemp())
+    for name in ("prune_both_bf16", "prune_both_fp16"):
+        assert count(code[name], r"STG\.E\.128") == 2
+        assert count(code[name], r"LDG\.E\S*\.64") == 4
+        if architecture == "sm_90a":  # sum and maximum at once, for the 17 halves that are not the first of their kind
+            assert count(code[name], r"VIADDMNMX ") == 34
+    for name, loads in (("prune_bf16", 8), ("compress_half", 8), ("take_half", 8), ("compress_int8", 0)):
+        assert count(code[name], r"LDG\.E\S*\.64") == loads, name
+        assert count(code[name], r"STG\.E\.128") == (2 if loads else 1), name
+        assert count(code[name], "BAR") == 0, name
+    assert count(code["expand_half"], r"STG\.E\.64") == 8
+
+
+def test_an_error_shows_its_source_line() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        compiler.compile_text("__global__ void f() {\n  undefined_thing();\n}\n", "broken.cu", "sm_90a")
+    message = str(caught.value)
+    assert re.match(r"NVRTC \d+\.\d+ cannot compile csrc/cuda/broken.cu for sm_90a:", message)
+    assert "broken.cu(2)" in message
+    assert "undefined_thing();" in message
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="cannot compile csrc/cuda/pack.cu for sm_9000"):
+        compiler.compiled("pack.cu", "sm_9000")
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((12, 0), "sm_120a")],
+)
+def test_architectures(capability: tuple[int, int], name: str) -> None:
+    assert compiler.architecture_of(capability) == name
+    assert name in compiler.ARCHITECTURES
+
+
+def test_devices_before_ampere_are_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"compute capability 7\.5 has no sparse tensor cores: they begin at 8\.0"
+    ):
+        compiler.architecture_of((7, 5))
+
+
+def test_what_is_compiled_is_kept_and_a_damaged_file_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiler.compiled("pack.cu", "sm_80")
+    folder = choices.folder()
+    assert folder is not None
+    (file,) = (folder / "cubins").iterdir()
+    assert file.name == f"{compiler.digest('pack.cu', 'sm_80')}.cubin"
+    compile_text = compiler.compile_text
+    monkeypatch.setattr(compiler, "compile_text", lambda *_: pytest.fail("it was compiled again"))
+    assert compiler.compiled("pack.cu", "sm_80") == first
+    monkeypatch.setattr(compiler, "compile_text", compile_text)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert compiler.compiled("pack.cu", "sm_80") == first
+    assert file.read_bytes()[32:] == first
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # nothing half-written beside it
+
+
+def test_the_hash_tells_sources_architectures_and_options_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {compiler.digest("pack.cu", architecture) for architecture in compiler.ARCHITECTURES}
+    names.add(compiler.digest("pack.cu", "sm_80", ("-std=c++20",)))
+    for folder in ("cuda", "nm"):
+        shutil.copytree(compiler.sources() / folder, tmp_path / folder)
+    header = tmp_path / "nm" / "halves.inl.h"
+    header.write_text(header.read_text() + "// changed\n")
+    monkeypatch.setattr(compiler, "sources", lambda: tmp_path)
+    names.add(compiler.digest("pack.cu", "sm_80"))
+    assert len(names) == len(compiler.ARCHITECTURES) + 2
+
+
+def test_nothing_is_kept_where_nothing_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for where in ("off", str(tmp_path / "file")):
+        monkeypatch.setenv("TWOFOUR_CACHE", where)
+        assert compiler.compiled("pack.cu", "sm_80").startswith(b"\x7fELF")
+
+
+def test_without_nvrtc_the_reason_and_the_way_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: (None, "No module named 'cuda'; pip install 'twofour[cuda13]'"))
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be compiled: No module named 'cuda'; pip install 'twofour\[cuda13\]'"
+    ):
+        compiler.compiled("pack.cu", "sm_80")
+    assert compiler.version() is None

@@ -1,0 +1,69 @@
+"""What the driver is asked, by way of one that notes it; and what users are told where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from twofour import DeviceError, UnsupportedError
+from twofour.kernels.cuda import driver
+
+HERE = Path(__file__).parent
+
+
+def built(folder: Path, *flags: str) -> Path:
+    compiler = os.environ.get("CC", "gcc")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"the driver is imitated by way of {compiler}, which is not here")
+    target = folder / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", *flags, str(HERE / "fake_driver.c"), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> tuple[driver.Driver, ctypes.CDLL]:
+    path = built(tmp_path)
+    library = ctypes.CDLL(str(path))
+    library.fake_noted.restype = ctypes.POINTER(ctypes.c_uint64)
+    return driver.Driver(str(path)), library
+
+
+def test_a_kernel_is_loaded_once_and_launched_with_what_was_given(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    kernel = own.kernel(b"\x7fELF", b"a", "name", shared_bytes=100_000)
+    assert own.kernel(b"\x7fELF", b"a", "name") == kernel == 0x2000
+    noted = library.fake_noted()
+    assert noted[0] == 1
+    assert (noted[1], noted[2], noted[3]) == (0x7F, 0x1000, 4)
+    assert (noted[4], noted[5]) == (8, 100_000)
+    own.kernel(b"\x7fELF", b"b", "name")
+    assert noted[0] == 2
+    own.launch(kernel, (7, 9), 256, (2**63, 5, -1), stream=0x3000, shared_bytes=100_000)
+    assert list(noted[10:20]) == [0x2000, 7, 9, 1, 256, 1, 1, 100_000, 0x3000, 0]
+    assert list(noted[20:23]) == [2**63, 5, 2**64 - 1]
+
+
+def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    library.fake_fail(b"cuLibraryLoadData", 2)
+    with pytest.raises(DeviceError, match=r"loading name failed: out of memory \(CUDA error 2\)\. Free memory, or"):
+        own.kernel(b"\x7fELF", b"a", "name")
+    library.fake_fail(b"cuLaunchKernel", 1)
+    kernel = own.kernel(b"\x7fELF", b"a", "name")
+    with pytest.raises(DeviceError, match=r"a launch failed: invalid argument \(CUDA error 1\)\.$"):
+        own.launch(kernel, (1,), 32, (1, 2, 3), 0)
+    library.fake_fail(b"", 0)
+    own.launch(kernel, (1,), 32, (1, 2, 3), 0)
+
+
+def test_no_driver_and_an_old_one_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"no NVIDIA driver: .*libnothing\.so"):
+        driver.Driver("libnothing.so")
+    old = built(tmp_path, "-DcuLibraryLoadData=cuModuleLoadData")
+    with pytest.raises(UnsupportedError, match="the NVIDIA driver is older than CUDA 12: .*cuLibraryLoadData"):
+        driver.Driver(str(old))
