@@ -51,6 +51,69 @@ TWOFOUR_DEVICE uint32_t load_stream(const uint32_t* from) {
   return v;
 }
 
+// Adds 1 once everything that this thread has written can be read by all; what was there before.
+TWOFOUR_DEVICE uint32_t count_up(uint32_t* counter) {
+  __threadfence();
+  return atomicAdd(counter, 1u);
+}
+// What others have written before they counted can be read after this.
+TWOFOUR_DEVICE void see_others() { __threadfence(); }
+
+// 16 bytes from global to shared memory behind the back of the thread; of those, `bytes` are read and zeros follow.
+TWOFOUR_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+TWOFOUR_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kOpen>
+TWOFOUR_DEVICE void wait_for_copies() {  // until no more than kOpen groups are under way
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes: lane 8 * i + j names row j of matrix i; lane 4 * g + q gets word q of row g of each.
+TWOFOUR_DEVICE void load_matrices(const void* row, uint32_t (&words)[4]) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
+// sums += A * B, A sparse: m16n8k32 of 2-byte items, m16n8k64 of 1-byte items.
+#define TWOFOUR_MULTIPLY(name, shape_and_types, Sum, constraint)                                                      \
+  template <int kSelector>                                                                                              \
+  TWOFOUR_DEVICE void name(Sum(&sums)[4], const uint4& a, const uint32_t(&b)[4], uint32_t metadata) {                   \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned." shape_and_types                                               \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"                 \
+                 : "+" constraint(sums[0]), "+" constraint(sums[1]), "+" constraint(sums[2]), "+" constraint(sums[3])   \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),   \
+                   "n"(kSelector));                                                                                     \
+  }
+TWOFOUR_MULTIPLY(multiply_bf16, "m16n8k32.row.col.f32.bf16.bf16.f32", float, "f")
+TWOFOUR_MULTIPLY(multiply_fp16, "m16n8k32.row.col.f32.f16.f16.f32", float, "f")
+TWOFOUR_MULTIPLY(multiply_int8, "m16n8k64.row.col.s32.s8.s8.s32", int32_t, "r")
+#if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200  // elsewhere it is taken apart into 2-byte products
+TWOFOUR_MULTIPLY(multiply_e4m3, "m16n8k64.row.col.f32.e4m3.e4m3.f32", float, "f")
+#endif
+
+// To nearest, ties to even.
+TWOFOUR_DEVICE uint16_t bf16_of(float value) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(0.0f), "f"(value));
+  return static_cast<uint16_t>(two);
+}
+TWOFOUR_DEVICE uint16_t fp16_of(float value) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+TWOFOUR_DEVICE float float_of_bf16(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+TWOFOUR_DEVICE float float_of_fp16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 // At once; an assignment becomes two stores.
 TWOFOUR_DEVICE void store_wide(uint2* to, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");

@@ -102,6 +102,30 @@ def test_packing_moves_whole_words_and_compares_in_one_instruction(
     assert count(code["expand_half"], r"STG\.E\.64") == 8
 
 
+@pytest.mark.parametrize("architecture", compiler.ARCHITECTURES)
+def test_products_skip_zeros_in_hardware(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As many sparse products as the text has, no dense ones, and nothing taken apart into others."""
+    code = disassembled("decode.cu", architecture, tmp_path_factory.getbasetemp())
+    for text in table.KERNEL_TEXTS.values():
+        if text.multiplies is not None:
+            instruction, times = text.multiplies
+            sass = code[text.name]
+            assert count(sass, rf"{re.escape(instruction)} ") == times, text.name
+            assert count(sass, r"[HIQ]MMA\S* ") == times, text.name
+            assert count(sass, "F2FP\\S*UNPACK") == 0, text.name
+            assert count(sass, r"LDSM\S*\.4 ") == times, text.name
+            assert count(sass, r"LDG\.E\S*\.128") >= 4, text.name
+            assert count(sass, "LDGSTS") >= 2, text.name
+            assert text.dynamic_bytes + text.shared_bytes <= 99 << 10, text.name  # sm_89 and sm_120 have no more
+
+
+def test_a_kernel_alone_is_the_one_among_all(tmp_path_factory: pytest.TempPathFactory) -> None:
+    alone = compiler.compiled("decode.cu", "sm_90a", table.KERNEL_TEXTS["decode_int8_16"].defines)
+    assert b"decode_int8_16" in alone
+    assert b"decode_bf16_8" not in alone
+    assert len(alone) < len(built("decode.cu", "sm_90a")[0]) / 4
+
+
 def test_an_error_shows_its_source_line() -> None:
     with pytest.raises(UnsupportedError) as caught:
         compiler.compile_text("__global__ void f() {\n  undefined_thing();\n}\n", "broken.cu", "sm_90a")

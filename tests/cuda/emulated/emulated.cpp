@@ -4,6 +4,7 @@
 
 #include "gpu.h"
 
+#include "cuda/decode.cu"
 #include "cuda/pack.cu"
 
 #define TWOFOUR_EXPORT extern "C" __attribute__((visibility("default")))

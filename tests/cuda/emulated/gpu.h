@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +21,7 @@
 #define TWOFOUR_APART inline
 #define TWOFOUR_ROLLED
 #define TWOFOUR_SHARED static
+#define TWOFOUR_DYNAMIC_SHARED(name) char* const name = emulated::shared_memory
 #define TWOFOUR_KERNEL(threads, blocks) extern "C" __attribute__((visibility("default"))) void
 
 struct uint2 {
@@ -37,7 +39,9 @@ inline Dim3 blockIdx, gridDim, threadIdx, blockDim;
 namespace emulated {
 
 constexpr int kWarp = 32, kMostWords = 16;
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 227 << 10;
+
+alignas(128) inline char shared_memory[kSharedBytes];  // NaN until it is written
 
 // Everybody leaves when the last one has come.
 struct Barrier {
@@ -99,6 +103,7 @@ inline void fiber_main() {
 inline void run_block(uint32_t threads) {
   Block own;
   block = &own;
+  std::memset(shared_memory, 0xff, sizeof shared_memory);
   own.fibers = std::vector<Fiber>(threads);
   own.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
   own.barrier.expected = static_cast<int>(threads);
@@ -190,6 +195,130 @@ V load_stream(const V* from) {
     std::abort();
   }
   return *from;
+}
+
+inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
+inline void see_others() {}
+
+inline void copy_async(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0)) std::abort();
+  std::memset(shared, 0, 16);
+  std::memcpy(shared, global, static_cast<size_t>(bytes));
+}
+inline void commit_copies() {}
+template <int kOpen>
+void wait_for_copies() {}
+
+inline void load_matrices(const void* row, uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) std::abort();
+  uint32_t address[2];
+  std::memcpy(address, &row, sizeof address);
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  const auto found = emulated::together(address, [&](const auto& slots) {
+    uint4 four;
+    uint32_t* const to[4] = {&four.x, &four.y, &four.z, &four.w};
+    for (int i = 0; i < 4; ++i) {
+      const char* own;
+      std::memcpy(&own, slots[8 * i + g], sizeof own);
+      std::memcpy(to[i], own + 4 * q, 4);
+    }
+    return four;
+  });
+  words[0] = found.x, words[1] = found.y, words[2] = found.z, words[3] = found.w;
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
+// Any small float: sign, exponent bits, fraction bits; e4m3 has no infinity.
+inline float float_of_small(uint32_t bits, int exponent_bits, int fraction_bits, bool infinity) {
+  const int top = (1 << exponent_bits) - 1, bias = top >> 1;
+  const int exponent = static_cast<int>(bits >> fraction_bits) & top;
+  const int fraction = static_cast<int>(bits) & ((1 << fraction_bits) - 1), all = (1 << fraction_bits) - 1;
+  const bool special = infinity ? exponent == top : exponent == top && fraction == all;
+  float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), 1 - bias - fraction_bits)
+                              : std::ldexp(static_cast<float>(fraction | 1 << fraction_bits), exponent - bias - fraction_bits);
+  if (special) value = infinity && fraction == 0 ? INFINITY : NAN;
+  return bits >> (exponent_bits + fraction_bits) & 1u ? -value : value;
+}
+inline float float_of_fp16(uint16_t bits) { return float_of_small(bits, 5, 10, true); }
+inline float float_of_e4m3(uint8_t bits) { return float_of_small(bits, 4, 3, false); }
+
+inline uint16_t bf16_of(float value) {
+  const uint32_t bits = bits_of_float(value);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1u)) >> 16);
+}
+inline uint16_t fp16_of(float value) {
+  const auto sign = static_cast<uint16_t>(bits_of_float(value) >> 16 & 0x8000u);
+  if (value != value) return 0x7fff;
+  const float size = std::fabs(value);
+  if (size >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00);
+  const int exponent = std::max(size == 0 ? -14 : std::ilogb(size), -14);  // of the number, or of subnormals
+  const float units = std::nearbyint(std::ldexp(size, 10 - exponent));      // to even, of 2^(exponent - 10)
+  return static_cast<uint16_t>(sign + static_cast<uint16_t>(units) + ((exponent + 14) << 10));
+}
+
+// mma.sp as the PTX ISA draws it; it shares nothing with cuda/layout.h. `item(word, i)` is an item of a register.
+template <int kItems, class Sum, class Item>
+void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata, int selector, Item&& item) {
+  const uint32_t words[9] = {a.x, a.y, a.z, a.w, b[0], b[1], b[2], b[3], metadata};
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  struct Four {
+    Sum at[4];
+  };
+  const Four found = emulated::together(words, [&](const auto& slots) {
+    Four four{};
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + 8 * (i / 2), column = 2 * q + i % 2;
+      Sum sum = sums[i];
+      for (int group = 0; group < 4 * kItems; ++group) {
+        const uint32_t word = kItems == 2 ? slots[row % 8 * 4 + 2 * selector + group / 4][8]
+                                          : slots[row % 8 * 4 + row / 8 + 2 * (group / 8)][8];
+        const uint32_t nibble = kItems == 2 ? word >> (16 * (row / 8) + 4 * (group % 4)) : word >> (4 * (group % 8));
+        for (int kept = 0; kept < 2; ++kept) {
+          const int k = 4 * group + static_cast<int>(nibble >> (2 * kept) & 3u);
+          // A: the lane of four and the register that hold this group; B: likewise of row k.
+          const int in_four = kItems == 2 ? group % 4 : group % 8 / 2, high = kItems == 2 ? group / 4 : group / 8;
+          const uint32_t own = slots[row % 8 * 4 + in_four][row / 8 + 2 * high];
+          const int place = kItems == 2 ? kept : 2 * (group % 2) + kept;
+          const int in_register = k % (4 * kItems);
+          const uint32_t other = slots[column * 4 + in_register / kItems][4 + k / (4 * kItems)];
+          sum += item(own, place) * item(other, in_register % kItems);
+        }
+      }
+      four.at[i] = sum;
+    }
+    return four;
+  });
+  std::copy(found.at, found.at + 4, sums);
+}
+inline uint16_t half_at(uint32_t word, int i) { return static_cast<uint16_t>(word >> (16 * i)); }
+inline uint8_t byte_at(uint32_t word, int i) { return static_cast<uint8_t>(word >> (8 * i)); }
+
+template <int kSelector>
+void multiply_bf16(float (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+  multiply<2>(sums, a, b, metadata, kSelector, [](uint32_t word, int i) { return float_of_bf16(half_at(word, i)); });
+}
+template <int kSelector>
+void multiply_fp16(float (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+  multiply<2>(sums, a, b, metadata, kSelector, [](uint32_t word, int i) { return float_of_fp16(half_at(word, i)); });
+}
+template <int kSelector>
+void multiply_int8(int32_t (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+  multiply<4>(sums, a, b, metadata, kSelector, [](uint32_t w, int i) { return int32_t{static_cast<int8_t>(byte_at(w, i))}; });
+}
+template <int kSelector>
+void multiply_e4m3(float (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+  multiply<4>(sums, a, b, metadata, kSelector, [](uint32_t word, int i) { return float_of_e4m3(byte_at(word, i)); });
 }
 
 inline void store_wide(uint2* to, uint2 value) { *to = value; }

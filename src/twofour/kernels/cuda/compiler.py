@@ -81,8 +81,11 @@ def digest(file: str, architecture: str, options: tuple[str, ...] = OPTIONS) -> 
     return found.hexdigest()
 
 
-def compiled(file: str, architecture: str) -> bytes:
+def compiled(file: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
     """The cubin of a file of csrc/cuda, from disk where it lies there.
+
+    Args:
+        defines: "NAME=VALUE" of what to make of the file.
 
     Raises:
         UnsupportedError: NVRTC is not installed, does not know the architecture, or refuses the file; with its messages.
@@ -91,13 +94,14 @@ def compiled(file: str, architecture: str) -> bytes:
     if reason is not None:
         raise UnsupportedError(f"GPU kernels cannot be compiled: {reason}.")
     where = choices.folder()
-    kept = None if where is None else where / "cubins" / f"{digest(file, architecture)}.cubin"
+    options = (*OPTIONS, *(f"-D{each}" for each in defines))
+    kept = None if where is None else where / "cubins" / f"{digest(file, architecture, options)}.cubin"
     if kept is not None:
         with contextlib.suppress(OSError):
             found = kept.read_bytes()
             if hashlib.sha256(found[_HASH_BYTES:]).digest() == found[:_HASH_BYTES]:
                 return found[_HASH_BYTES:]
-    cubin, _ = compile_text((sources() / "cuda" / file).read_text(encoding="utf-8"), file, architecture)
+    cubin, _ = compile_text((sources() / "cuda" / file).read_text(encoding="utf-8"), file, architecture, options)
     if kept is not None:
         with contextlib.suppress(OSError):  # a folder that cannot be written to costs time, nothing else
             _keep(kept, hashlib.sha256(cubin).digest() + cubin)

@@ -22,6 +22,9 @@ class KernelText:
         blocks: that a multiprocessor must hold at once; so many registers a thread may take.
         spilling: functions it seldom calls, which may keep registers in memory.
         shared_bytes: of its own, static.
+        dynamic_bytes: of shared memory that a launch gives it besides.
+        defines: what makes the file this kernel alone.
+        multiplies: the instruction that skips zeros, and how often the text has it; None where it does not multiply.
         oldest: the first compute capability it runs on.
     """
 
@@ -31,6 +34,9 @@ class KernelText:
     blocks: int
     shared_bytes: int = 0
     spilling: tuple[str, ...] = ()
+    dynamic_bytes: int = 0
+    multiplies: tuple[str, int] | None = None
+    defines: tuple[str, ...] = ()
     oldest: tuple[int, int] = compiler.OLDEST
 
     @property
@@ -51,9 +57,33 @@ _ONE_WAY = (
     "expand_half",
     "expand_byte",
 )
+
+
+def _decode(dtype: str, tokens: int) -> KernelText:
+    """As Stage of decode.cu: two of them, of `chunks` chunks of 64 columns of each token, 16 bytes apart."""
+    itemsize, chunks = (1 if dtype == "int8" else 2), (4 if tokens == 64 else 8)
+    instruction = {"bf16": "HMMA.SP.16832.F32.BF16", "fp16": "HMMA.SP.16832.F32", "int8": "IMMA.SP.16864.S8.S8"}[dtype]
+    return KernelText(
+        f"decode_{dtype}_{tokens}",
+        "decode.cu",
+        256,
+        1 if tokens == 64 else 2,
+        shared_bytes=16,
+        dynamic_bytes=2 * tokens * (chunks * 64 * itemsize + 16),
+        multiplies=(instruction, chunks * itemsize * tokens // 8),
+        defines=(
+            f"TWOFOUR_NAME=decode_{dtype}_{tokens}",
+            f"TWOFOUR_PRODUCTS={dtype.capitalize()}Products",
+            f"TWOFOUR_TOKEN_TILES={tokens // 8}",
+            f"TWOFOUR_BLOCKS={1 if tokens == 64 else 2}",
+        ),
+    )
+
+
 _TEXTS = (
     *(KernelText(name, "pack.cu", 256, 3, 11264, _SELDOM) for name in ("prune_both_bf16", "prune_both_fp16")),
     *(KernelText(name, "pack.cu", 256, 4) for name in _ONE_WAY),
+    *(_decode(dtype, tokens) for dtype in ("bf16", "fp16", "int8") for tokens in (8, 16, 32, 64)),
 )
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
 
@@ -69,11 +99,11 @@ def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         kernel = _loaded(name, torch.cuda.get_device_capability(device))
-        driver.driver().launch(kernel, grid, text.threads, arguments, stream)
+        driver.driver().launch(kernel, grid, text.threads, arguments, stream, text.dynamic_bytes)
 
 
 @cache
 def _loaded(name: str, capability: tuple[int, int]) -> int:
     text = KERNEL_TEXTS[name]
-    cubin = compiler.compiled(text.file, compiler.architecture_of(capability))
-    return driver.driver().kernel(cubin, hashlib.sha256(cubin).digest(), name)
+    cubin = compiler.compiled(text.file, compiler.architecture_of(capability), text.defines)
+    return driver.driver().kernel(cubin, hashlib.sha256(cubin).digest(), name, text.dynamic_bytes)

@@ -1,0 +1,212 @@
+// y = x @ W.T for few tokens, W in the CUDA layout: bound by the reading of W, so W is streamed once, 36 bits a group.
+//
+// W is the left operand of mma.sp, 16 rows at a time; eight tokens are the columns of the right one. A block has eight warps,
+// each with a tile of its own, and shares a slice of the columns: x of a stage of it lies in shared memory, the next
+// stage on its way. A warp holds the fragments of kAhead chunks on their way from memory, past all caches but the last.
+//
+// Several blocks may share the columns of a tile (gridDim.y). They leave their sums in `partial`; the last one to come adds
+// them up in the order of the slices, so that results do not depend on who came last. `counters` begin and end as zeros.
+#include "cuda/layout.h"
+#include "cuda/ptx.h"
+
+namespace twofour::cuda {
+
+constexpr int kDecodeWarps = 8;
+constexpr int kDecodeThreads = kDecodeWarps * kWarp;
+constexpr int kAhead = 4;
+constexpr int kTokens = 8;  // of a tile
+
+struct Bf16Products {
+  using Sum = float;
+  static constexpr int kItemsize = 2;
+  template <int kSelector>
+  TWOFOUR_DEVICE static void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+    multiply_bf16<kSelector>(sums, a, b, metadata);
+  }
+  TWOFOUR_DEVICE static float number(uint16_t bits) { return float_of_bf16(bits); }
+  TWOFOUR_DEVICE static uint16_t item(float value) { return bf16_of(value); }
+};
+struct Fp16Products {
+  using Sum = float;
+  static constexpr int kItemsize = 2;
+  template <int kSelector>
+  TWOFOUR_DEVICE static void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+    multiply_fp16<kSelector>(sums, a, b, metadata);
+  }
+  TWOFOUR_DEVICE static float number(uint16_t bits) { return float_of_fp16(bits); }
+  TWOFOUR_DEVICE static uint16_t item(float value) { return fp16_of(value); }
+};
+// Outputs and bias of the 1-byte types are bf16.
+struct Int8Products {
+  using Sum = int32_t;
+  static constexpr int kItemsize = 1;
+  template <int kSelector>
+  TWOFOUR_DEVICE static void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+    multiply_int8<kSelector>(sums, a, b, metadata);
+  }
+  TWOFOUR_DEVICE static float number(uint16_t bits) { return float_of_bf16(bits); }
+  TWOFOUR_DEVICE static uint16_t item(float value) { return bf16_of(value); }
+};
+
+struct DecodeArgs {
+  const uint4* values;
+  const uint32_t* metadata;
+  const char* x;          // [tokens, columns], rows `x_stride` bytes apart; address and stride multiples of 16
+  int64_t x_stride;
+  const uint16_t* bias;   // [rows] or null
+  const float* row_scale;    // [rows] or null: what sums are multiplied with
+  const float* token_scale;  // [tokens] or null
+  uint16_t* y;            // [tokens, rows], rows `y_stride` items apart
+  int64_t y_stride;
+  int64_t tokens, rows, columns;
+  int64_t slice;          // chunks of a block
+  void* partial;          // [gridDim.y, tokens, rows] of sums; null where gridDim.y is 1
+  uint32_t* counters;     // [gridDim.x], zeros
+};
+
+template <class Products, int kTokenTiles>
+struct Stage {
+  static constexpr int kChunks = kTokenTiles > 4 ? kAhead : 2 * kAhead;
+  static constexpr int kChunkBytes = kColumns * Products::kItemsize;  // of a token
+  static constexpr int kRowBytes = kChunks * kChunkBytes;
+  static constexpr int kStride = kRowBytes + 16;  // so that eight tokens lie in eight different groups of banks
+  static constexpr int kBytes = kTokenTiles * kTokens * kStride;
+
+  // Starts the copies of the stage from chunk `first` on.
+  TWOFOUR_DEVICE static void fetch(const DecodeArgs& args, int64_t first, char* to) {
+    constexpr int kPieces = kRowBytes / 16;
+    for (int piece = static_cast<int>(threadIdx.x); piece < kTokenTiles * kTokens * kPieces; piece += kDecodeThreads) {
+      const int token = piece / kPieces, offset = piece % kPieces * 16;
+      const int64_t from = first * kChunkBytes + offset, left = args.columns * Products::kItemsize - from;
+      const bool inside = token < args.tokens && left > 0;
+      copy_async(to + token * kStride + offset, inside ? args.x + token * args.x_stride + from : args.x,
+                 inside ? static_cast<int>(left < 16 ? left : 16) : 0);
+    }
+  }
+};
+
+template <class Products, int kTokenTiles>
+TWOFOUR_DEVICE void finish(const DecodeArgs& args, const typename Products::Sum (&sums)[kTokenTiles][4], int64_t tile,
+                           int lane) {
+  unroll<kTokenTiles>([&](auto n) {
+    unroll<4>([&](auto i) {
+      const int64_t row = tile * kTile + lane / 4 + 8 * (i / 2), token = n * kTokens + lane % 4 * 2 + i % 2;
+      if (row >= args.rows || token >= args.tokens) return;
+      float value = static_cast<float>(sums[n][i]);
+      if (args.token_scale != nullptr) value *= args.token_scale[token];
+      if (args.row_scale != nullptr) value *= args.row_scale[row];
+      if (args.bias != nullptr) value += Products::number(args.bias[row]);
+      args.y[token * args.y_stride + row] = Products::item(value);
+    });
+  });
+}
+
+template <class Products, int kTokenTiles>
+TWOFOUR_DEVICE void decode(const DecodeArgs& args) {
+  using Sum = typename Products::Sum;
+  using Stages = Stage<Products, kTokenTiles>;
+  constexpr int kSteps = steps_of(Products::kItemsize);
+  TWOFOUR_DYNAMIC_SHARED(memory);
+  TWOFOUR_SHARED uint32_t came_before;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t tile = int64_t{blockIdx.x} * kDecodeWarps + threadIdx.x / kWarp, chunks = chunks_of(args.columns);
+  const bool has_tile = tile < tiles_of(args.rows);
+  const int64_t first = blockIdx.y * args.slice, last = first + args.slice < chunks ? first + args.slice : chunks;
+
+  Stages::fetch(args, first, memory);
+  commit_copies();
+  uint4 values[kAhead][kSteps];
+  uint32_t metadata[kAhead];
+  const auto load = [&](auto slot, int64_t chunk) {
+    if (!has_tile || chunk >= last) return;
+    const int64_t at = tile * chunks + chunk;
+    unroll<kSteps>([&](auto step) {
+      values[slot][step] = load_stream(args.values + (at * kSteps + step) * kWarp + lane);
+    });
+    metadata[slot] = load_stream(args.metadata + at * kWarp + lane);
+  };
+  unroll<kAhead>([&](auto slot) { load(slot, first + slot); });
+
+  Sum sums[kTokenTiles][4] = {};
+  int use = 0;
+  for (int64_t begin = first; begin < last; begin += Stages::kChunks, use ^= 1) {
+    if (begin + Stages::kChunks < last) Stages::fetch(args, begin + Stages::kChunks, memory + (use ^ 1) * Stages::kBytes);
+    commit_copies();
+    wait_for_copies<1>();
+    sync_block();
+    // Row of x and 16 bytes of it that this lane names to load_matrices: a token, and a quarter of a step.
+    const char* const own = memory + use * Stages::kBytes + lane % 8 * Stages::kStride + lane / 8 * 16;
+    unroll<Stages::kChunks>([&](auto c) {
+      if (!has_tile || begin + c >= last) return;
+      constexpr int slot = decltype(c){} % kAhead;
+      uint4 a[kSteps];
+      unroll<kSteps>([&](auto step) { a[step] = values[slot][step]; });
+      const uint32_t word = metadata[slot];
+      load(Constant<slot>{}, begin + c + kAhead);
+      unroll<kSteps>([&](auto step) {
+        constexpr int selector = decltype(step){};
+        unroll<kTokenTiles>([&](auto n) {
+          uint32_t b[4];
+          load_matrices(own + n * kTokens * Stages::kStride + c * Stages::kChunkBytes + step * 64, b);
+          Products::template multiply<selector>(sums[n], a[step], b, word);
+        });
+      });
+    });
+    sync_block();
+  }
+
+  if (gridDim.y == 1) {
+    if (has_tile) finish<Products, kTokenTiles>(args, sums, tile, lane);
+    return;
+  }
+  const auto for_each_sum = [&](auto&& use_sum) {
+    unroll<kTokenTiles>([&](auto n) {
+      unroll<4>([&](auto i) {
+        const int64_t row = tile * kTile + lane / 4 + 8 * (i / 2), token = n * kTokens + lane % 4 * 2 + i % 2;
+        if (row < args.rows && token < args.tokens) use_sum(sums[n][i], token * args.rows + row);
+      });
+    });
+  };
+  Sum* const partial = static_cast<Sum*>(args.partial);
+  const int64_t all = args.tokens * args.rows;
+  for_each_sum([&](Sum& sum, int64_t place) { partial[blockIdx.y * all + place] = sum; });
+  see_others();
+  sync_block();
+  if (threadIdx.x == 0) came_before = count_up(args.counters + blockIdx.x);
+  sync_block();
+  if (came_before != gridDim.y - 1) return;
+  see_others();
+  for_each_sum([&](Sum& sum, int64_t place) {
+    sum = 0;
+    for (uint32_t slice = 0; slice < gridDim.y; ++slice) sum += partial[slice * all + place];
+  });
+  if (has_tile) finish<Products, kTokenTiles>(args, sums, tile, lane);
+  if (threadIdx.x == 0) args.counters[blockIdx.x] = 0;
+}
+
+#define TWOFOUR_DECODE(name, Products, token_tiles, blocks)                                                                     \
+  TWOFOUR_KERNEL(kDecodeThreads, blocks)                                                                                     \
+  name(const uint4* values, const uint32_t* metadata, const char* x, int64_t x_stride, const uint16_t* bias,            \
+       const float* row_scale, const float* token_scale, uint16_t* y, int64_t y_stride, int64_t tokens, int64_t rows,   \
+       int64_t columns, int64_t slice, void* partial, uint32_t* counters) {                                             \
+    decode<Products, token_tiles>(DecodeArgs{values, metadata, x, x_stride, bias, row_scale, token_scale, y, y_stride,  \
+                                             tokens, rows, columns, slice, partial, counters});                         \
+  }
+#if defined(TWOFOUR_NAME)  // one of them: all take seconds to compile
+TWOFOUR_DECODE(TWOFOUR_NAME, TWOFOUR_PRODUCTS, TWOFOUR_TOKEN_TILES, TWOFOUR_BLOCKS)
+#else
+TWOFOUR_DECODE(decode_bf16_8, Bf16Products, 1, 2)
+TWOFOUR_DECODE(decode_bf16_16, Bf16Products, 2, 2)
+TWOFOUR_DECODE(decode_bf16_32, Bf16Products, 4, 2)
+TWOFOUR_DECODE(decode_bf16_64, Bf16Products, 8, 1)
+TWOFOUR_DECODE(decode_fp16_8, Fp16Products, 1, 2)
+TWOFOUR_DECODE(decode_fp16_16, Fp16Products, 2, 2)
+TWOFOUR_DECODE(decode_fp16_32, Fp16Products, 4, 2)
+TWOFOUR_DECODE(decode_fp16_64, Fp16Products, 8, 1)
+TWOFOUR_DECODE(decode_int8_8, Int8Products, 1, 2)
+TWOFOUR_DECODE(decode_int8_16, Int8Products, 2, 2)
+TWOFOUR_DECODE(decode_int8_32, Int8Products, 4, 2)
+TWOFOUR_DECODE(decode_int8_64, Int8Products, 8, 1)
+#endif
+
+}  // namespace twofour::cuda
