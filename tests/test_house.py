@@ -35,26 +35,33 @@ TOWER = [
 
 SIDE_BY_SIDE = {room: {"training", "workflows", "interop"} - {room} for room in ("training", "workflows", "interop")}
 
+TRAINING: dict[str, set[str]] = {
+    "masks": set(),
+    "distillation": set(),
+    "activations": set(),
+    "companions": {"masks"},
+    "runs": {"masks", "distillation"},
+}
+"""The rooms of `training`, from the ground up, and what each may know of the others."""
+
 
 def _room(path: Path) -> str:
     relative = path.relative_to(ROOT)
     return relative.parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> set[str]:
-    """The rooms that a file imports."""
+def _imports(path: Path) -> list[tuple[str, ...]]:
+    """The full names of what a file imports of twofour."""
     package = ("twofour", *path.relative_to(ROOT).parent.parts)
-    rooms = set()
+    names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = (*base, *(node.module or "").split(".")) if node.module else base
-            names = [(*module, alias.name) for alias in node.names]
+            names += [(*module, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [tuple(alias.name.split(".")) for alias in node.names]
-        rooms |= {name[1] for name in names if name[0] == "twofour" and len(name) > 1 and name[1] in TOWER}
-    return rooms
+            names += [tuple(alias.name.split(".")) for alias in node.names]
+    return [name for name in names if name[0] == "twofour"]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -64,7 +71,15 @@ def test_imports_only_go_down_the_tower(path: Path) -> None:
         return
     assert room in TOWER, f"{room} has no floor in the tower: put it into TOWER, and into CONTRIBUTING.md"
     below = set(TOWER[: TOWER.index(room) + 1]) - SIDE_BY_SIDE.get(room, set())
-    assert _imports(path) <= below
+    assert {name[1] for name in _imports(path) if len(name) > 1 and name[1] in TOWER} <= below
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("training/*/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down_within_training(path: Path) -> None:
+    room = path.parent.name
+    assert room in TRAINING, f"{room} has no floor in training: put it into TRAINING, and into CONTRIBUTING.md"
+    inside = {name[2:3] for name in _imports(path) if name[1:2] == ("training",)}  # () is training itself
+    assert inside <= {(other,) for other in {room} | TRAINING[room]}
 
 
 def test_importing_twofour_starts_no_cuda_and_no_heavy_library() -> None:

@@ -17,7 +17,7 @@ import twofour
 from twofour.cli.finetune import CHECKPOINT
 from twofour.cli.texts import Shuffled, texts
 from twofour.report import plots
-from twofour.training.restart import Checkpoint
+from twofour.training.runs.restart import Checkpoint
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
 tokenizers = pytest.importorskip("tokenizers")

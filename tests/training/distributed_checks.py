@@ -30,7 +30,16 @@ from torch.optim import Optimizer
 import twofour
 from twofour import ModelError, PatternError, UnsupportedError
 from twofour.training import FixedMasks, keep_masks, masks_of
-from twofour.training.distributed import anywhere, anywhere_each, full, layout, local, local_part, put_back, whole_of
+from twofour.training.masks.distributed import (
+    anywhere,
+    anywhere_each,
+    full,
+    layout,
+    local,
+    local_part,
+    put_back,
+    whole_of,
+)
 
 SAMPLES = 12
 PATTERNS = ("2:4", "2:4t", "2:4x4")

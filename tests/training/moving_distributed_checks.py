@@ -45,7 +45,7 @@ import twofour
 from twofour import ModelError, UnsupportedError
 from twofour.training import MovingMasks, Phase, keep_masks
 from twofour.training import move_masks as with_any_products
-from twofour.training.distributed import full, local, local_part
+from twofour.training.masks.distributed import full, local, local_part
 
 move_masks = partial(with_any_products, products="dense", include="*")
 FST = Phase("fst", 4, decay=0.1, refresh=2)

@@ -13,7 +13,7 @@ from twofour import Pattern, PatternError, ShapeError, SparseMatrix, Unsupported
 from twofour.kernels import cpu
 from twofour.testing import assert_within_bound, hostile_tensor, integer_tensor
 from twofour.training import squared_relu, squared_relu_linear, why_dense
-from twofour.training.activation_linear import _Gather, _Pack, _Spread
+from twofour.training.activations.linear import _Gather, _Pack, _Spread
 
 SHAPES = ((1, 8, 1), (3, 16, 5), (16, 64, 33), (70, 40, 17), (33, 4096, 9))
 

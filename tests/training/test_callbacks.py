@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import twofour
 from twofour import ModelError, TrainingError, TwofourError, UnsupportedError
 from twofour.training import masks_of
-from twofour.training.projected import Projected
+from twofour.training.masks.projected import Projected
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
 

@@ -31,7 +31,7 @@ from twofour.training import (
     mse_loss,
     relative_loss,
 )
-from twofour.training.budget import Budget
+from twofour.training.runs.budget import Budget
 
 
 @pytest.fixture(autouse=True)
@@ -1095,7 +1095,7 @@ def test_patterns_other_than_two_of_four_are_kept() -> None:
 
 
 def test_the_learning_rate_falls_with_the_width_of_layers() -> None:
-    from twofour.training.distill import lr_for
+    from twofour.training.runs.distill import lr_for
 
     rates = [
         lr_for(nn.Sequential(*(nn.Linear(width, width) for width in widths)))

@@ -12,7 +12,7 @@ import torch
 from tests.training import distributed_checks
 from tests.training.processes import run
 
-from twofour.training.distributed import anywhere, full, layout, local, local_part, whole_of
+from twofour.training.masks.distributed import anywhere, full, layout, local, local_part, whole_of
 
 MODULE = "tests.training.distributed_checks"
 IN_BOTH = [

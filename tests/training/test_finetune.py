@@ -17,7 +17,7 @@ import twofour
 from twofour import ModelError, TrainingError, TwofourError
 from twofour.report.live import LivePage
 from twofour.training import Distillation, Outputs, finetune, keep_masks, masks_of, move_masks
-from twofour.training.supervised import Supervised
+from twofour.training.runs.supervised import Supervised
 
 
 @pytest.fixture(autouse=True)

@@ -216,7 +216,7 @@ def test_padding_does_not_count_and_what_is_not_reached_is_masked() -> None:
 
 
 def test_large_models_are_looked_at_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from twofour.training import moments
+    from twofour.training.companions import moments
 
     model = pruned()
     add_adapters(model, rank=2, masked=False)

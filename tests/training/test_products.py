@@ -16,8 +16,8 @@ from twofour.kernels.products import PRODUCTS, find_products
 from twofour.kernels.registry import LinearSpec
 from twofour.pattern import Pattern
 from twofour.training import Phase, move_masks
-from twofour.training.moving import MovingMasks
-from twofour.training.products import StepTime
+from twofour.training.masks.moving import MovingMasks
+from twofour.training.masks.products import StepTime
 
 pytestmark = pytest.mark.usefixtures("native")
 RULES = ("sr-ste", "fst", "s-ste")

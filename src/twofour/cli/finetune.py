@@ -20,10 +20,10 @@ from ..nn.swap import to_dense_modules
 from ..pattern import Pattern
 from ..report import Report
 from ..training import Schedule, finetune
-from ..training.products import Wanted
-from ..training.restart import digest
-from ..training.schedule import RULES
-from ..training.supervised import Supervised
+from ..training.masks.products import Wanted
+from ..training.masks.schedule import RULES
+from ..training.runs.restart import digest
+from ..training.runs.supervised import Supervised
 from ..workflows import check, prune
 from ..workflows.check import CheckFailed
 from . import models

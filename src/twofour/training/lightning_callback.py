@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..pattern import Pattern
-from .masking import Masking, Phases
-from .products import Wanted
+from .masks.products import Wanted
+from .runs.masking import Masking, Phases
 
 try:
     from lightning.pytorch.callbacks import Callback

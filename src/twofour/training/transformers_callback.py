@@ -11,9 +11,9 @@ import torch
 
 from ..errors import ModelError, TrainingError, UnsupportedError
 from ..pattern import Pattern
-from .masking import Masking, Phases
-from .products import Wanted
-from .restart import write_state
+from .masks.products import Wanted
+from .runs.masking import Masking, Phases
+from .runs.restart import write_state
 
 try:
     from transformers import TrainerCallback

@@ -1,0 +1,1 @@
+"""Activations made sparse on the fly, and what a pattern would take from them."""

@@ -1,0 +1,1 @@
+"""Low-rank companions beside sparse weights: added, trained, merged with the zeros kept."""
