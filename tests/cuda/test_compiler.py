@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from twofour import UnsupportedError
-from twofour.kernels import choices
+from twofour.kernels import disk
 from twofour.kernels.cuda import compiler, table
 
 FILES = sorted({text.file for text in table.KERNEL_TEXTS.values()})
@@ -158,7 +158,7 @@ def test_devices_before_ampere_are_refused() -> None:
 
 def test_what_is_compiled_is_kept_and_a_damaged_file_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     first = compiler.compiled("pack.cu", "sm_80")
-    folder = choices.folder()
+    folder = disk.folder()
     assert folder is not None
     (file,) = (folder / "cubins").iterdir()
     assert file.name == f"{compiler.digest('pack.cu', 'sm_80')}.cubin"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twofour.kernels import LinearSpec, choices, cpu
+from twofour.kernels import LinearSpec, choices, cpu, disk
 from twofour.kernels.choices import Measured, Store, bucket, key
 from twofour.pattern import Pattern
 
@@ -113,13 +113,13 @@ def test_what_cannot_be_written_is_a_note(tmp_path: Path, monkeypatch: pytest.Mo
 def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TWOFOUR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert choices.folder() == tmp_path / "twofour"
+    assert disk.folder() == tmp_path / "twofour"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the XDG specification: to be ignored
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert choices.folder() == tmp_path / ".cache/twofour"
+    assert disk.folder() == tmp_path / ".cache/twofour"
     for off in ("off", "OFF", ""):
         monkeypatch.setenv("TWOFOUR_CACHE", off)
-        assert choices.folder() is None
+        assert disk.folder() is None
         assert keep().notes == []
         assert Store.open().entries == {}
         assert choices.clear() == 0

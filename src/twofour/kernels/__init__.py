@@ -15,6 +15,7 @@ from .registry import Choice as Choice
 from .registry import Kernel as Kernel
 from .registry import LinearSpec as LinearSpec
 from .registry import choose as choose
+from .registry import told_of as told_of
 
 
 def linear(
@@ -34,7 +35,7 @@ def linear(
         bias: [out_features], or None.
         activation: "none", "relu", "gelu" (by erf, torch's default), "gelu_tanh" or "silu".
         residual: [..., out_features] of x's dtype, any strides, or None.
-        backend: "cpu", "reference", or None for the first that applies; `kernels.choose` tells which and why.
+        backend: "cpu", "cuda", "reference", or None for the first that applies; `kernels.choose` tells which and why.
     Returns:
         [..., out_features] of x's dtype, accumulated in float32. An input at a dropped place never reaches y, not even
         NaN or infinity. Differentiable in x, bias and residual.

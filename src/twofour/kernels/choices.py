@@ -12,9 +12,7 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,11 +23,11 @@ from typing import Any
 import torch
 
 from ..report.environment import cpu_name
-from . import cpu
+from . import cpu, disk
+from .cuda import compiler
 from .registry import LinearSpec
 
 _VERSION = 1
-_OFF = "off"
 _EXACT_BELOW = 32
 _AT = ", tokens "
 
@@ -64,7 +62,15 @@ def key(spec: LinearSpec, backend: str, has_bias: bool, tokens: int, threads: in
     dtype = str(spec.dtype).removeprefix("torch.")
     bias = "bias" if has_bias else "no bias"
     shape = f"{spec.out_features}x{spec.in_features}"
-    return f"{shape} {spec.pattern} {dtype} {spec.device} {backend} {bias} {threads} threads{_AT}{tokens}"
+    return f"{shape} {spec.pattern} {dtype} {_place(spec.device)} {backend} {bias} {threads} threads{_AT}{tokens}"
+
+
+@cache
+def _place(device: torch.device) -> str:
+    """The device as what its times depend on: the kind of GPU, and the text of its kernels."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{torch.cuda.get_device_name(device)} {compiler.text_digest()[:12]}"
 
 
 @cache
@@ -81,23 +87,9 @@ def machine() -> dict[str, str]:
     }
 
 
-def folder() -> Path | None:
-    """Where the files lie; None where `TWOFOUR_CACHE=off` (or there is no home) keeps nothing."""
-    named = os.environ.get("TWOFOUR_CACHE")
-    if named is not None and named.strip().lower() in ("", _OFF):
-        return None
-    try:
-        if named is not None:
-            return Path(named).expanduser()
-        base = os.environ.get("XDG_CACHE_HOME")
-        return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "twofour"
-    except RuntimeError:  # no home directory
-        return None
-
-
 def path() -> Path | None:
     """The file of this machine and build; it need not exist."""
-    where = folder()
+    where = disk.folder()
     if where is None:
         return None
     text = json.dumps(machine(), sort_keys=True)
@@ -110,7 +102,7 @@ def clear() -> int:
     Raises:
         OSError: a file cannot be removed.
     """
-    where = folder()
+    where = disk.folder()
     files = sorted(where.glob("choices-*.json*")) if where is not None and where.is_dir() else []
     for file in files:
         file.unlink(missing_ok=True)
@@ -197,15 +189,7 @@ def _write(file: Path, entries: Mapping[str, Measured]) -> None:
         "machine": machine(),
         "entries": {name: {"us": dict(entry.us), "date": entry.date} for name, entry in sorted(entries.items())},
     }
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(record, stream, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    disk.write(file, json.dumps(record, indent=1).encode())
 
 
 @contextlib.contextmanager

@@ -22,12 +22,22 @@ def _thread_keys() -> int:
     return keys
 
 
+def _keys_on(device: str, inference: bool) -> int:
+    """Of a plain tensor on "CPU" or "CUDA", by the names of its keys: no GPU is needed to know them."""
+    keys = 0
+    for name in (device, f"Autocast{device}", *(() if inference else (f"Autograd{device}", "ADInplaceOrView"))):
+        keys |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+    return keys
+
+
 def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
     tensors, threads = set(), set()
     for inference in (False, True):
         with torch.inference_mode(inference):
             tensors.add(_tensor_keys(torch.empty(0)))
             threads.add(_thread_keys())
+    if tensors == {_keys_on("CPU", False), _keys_on("CPU", True)}:  # the names mean what they meant
+        tensors |= {_keys_on("CUDA", False), _keys_on("CUDA", True)}
     return frozenset(tensors), frozenset(threads)
 
 
@@ -35,7 +45,7 @@ _PLAIN_TENSORS, _PLAIN_THREADS = _plain_sets()
 
 
 def applies(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> bool:
-    """True where calling the CPU kernel itself does all that calling the operation would."""
+    """True where calling the kernel itself does all that calling the operation would."""
     return (
         torch._C._dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
         and torch._C._dispatch_keys(values).raw_repr() in _PLAIN_TENSORS

@@ -17,31 +17,20 @@ from torch.autograd import forward_ad
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
 from . import cpu, direct, epilogue, onednn, reference
+from .cuda import backend as cuda
 from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
-_LIBRARY.define(
-    "linear_reference(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
-    " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
-)
-_LIBRARY.define(
-    "linear_cpu(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
-    " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
-)
-_LIBRARY.define(
-    "linear_onednn(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
-    " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
-)
-_LIBRARY.define(
-    "to_dense_reference(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.define(
-    "to_dense_cpu(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.define(
-    "to_dense_onednn(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
-)
+_BACKENDS = ("reference", "cpu", "cuda", "onednn")
+for _backend in _BACKENDS:
+    _LIBRARY.define(
+        f"linear_{_backend}(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
+        " int in_features, str activation='none', Tensor? residual=None) -> Tensor"
+    )
+    _LIBRARY.define(
+        f"to_dense_{_backend}(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
+    )
 _LIBRARY.define(
     "pack_linear_cpu(Tensor values, Tensor metadata, int out_features, int in_features, int shared=1, Tensor? order=None)"
     " -> (Tensor, Tensor)"
@@ -142,27 +131,20 @@ _LIBRARY.impl("linear_reference", _linear_reference, "CompositeExplicitAutograd"
 _LIBRARY.impl("to_dense_reference", _to_dense_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cpu", _linear_cpu, "CPU")
 _LIBRARY.impl("to_dense_cpu", _to_dense_cpu, "CPU")
+_LIBRARY.impl("linear_cuda", cuda.linear, "CUDA")
+_LIBRARY.impl("to_dense_cuda", cuda.to_dense, "CUDA")
 _LIBRARY.impl("linear_onednn", _linear_onednn, "CPU")
 _LIBRARY.impl("to_dense_onednn", _to_dense_onednn, "CPU")
 _LIBRARY.impl("pack_linear_cpu", cpu.pack, "CPU")
-for _name in ("linear_reference", "linear_cpu", "linear_onednn"):
-    torch.library.register_fake(f"twofour::{_name}", _linear_fake, lib=_LIBRARY)
-for _name in ("to_dense_reference", "to_dense_cpu", "to_dense_onednn"):
-    torch.library.register_fake(f"twofour::{_name}", _to_dense_fake, lib=_LIBRARY)
+for _backend in _BACKENDS:
+    torch.library.register_fake(f"twofour::linear_{_backend}", _linear_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"twofour::to_dense_{_backend}", _to_dense_fake, lib=_LIBRARY)
 torch.library.register_fake("twofour::pack_linear_cpu", _pack_fake, lib=_LIBRARY)
 
-_LINEAR = {
-    "reference": torch.ops.twofour.linear_reference.default,
-    "cpu": torch.ops.twofour.linear_cpu.default,
-    "onednn": torch.ops.twofour.linear_onednn.default,
-}
-_DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "onednn": _linear_onednn}
+_LINEAR = {name: getattr(torch.ops.twofour, f"linear_{name}").default for name in _BACKENDS}
+_DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "cuda": cuda.linear, "onednn": _linear_onednn}
 """What the dispatcher would call in the end, for calls that need nothing else of it."""
-_TO_DENSE = {
-    "reference": torch.ops.twofour.to_dense_reference.default,
-    "cpu": torch.ops.twofour.to_dense_cpu.default,
-    "onednn": torch.ops.twofour.to_dense_onednn.default,
-}
+_TO_DENSE = {name: getattr(torch.ops.twofour, f"to_dense_{name}").default for name in _BACKENDS}
 """The weight written out."""
 TRAINABLE = frozenset(GRAD_VALUES)
 """Backends that have a gradient of the values."""
@@ -266,7 +248,7 @@ def linear(
     back, rounded to x's dtype, and torch's own functions follow.
 
     Args:
-        backend: "cpu", "reference" or "onednn"; `operands` must be that backend's layout (registry: `Kernel.pack`).
+        backend: a row of the table; `operands` must be that backend's layout (registry: `Kernel.pack`).
         pattern: `pattern_text(...)`.
         x: [..., in_features] of the values' dtype, or float32 where they are bfloat16 (the reference takes any floating
             dtype where they are int8 or float8).
@@ -346,11 +328,11 @@ def pattern_text(pattern: Pattern) -> str:
 
 
 def _may_mix(backend: str, x: Tensor, values: Tensor) -> bool:
-    """May x have another dtype than the values? Kernels widen bfloat16 and float16 to float32, and read 8 bits as numbers."""
+    """May x have another dtype than the values? CPU kernels widen 16 bits to float32, and read 8 bits as numbers."""
     narrow = values.dtype.itemsize == 1 or (
         x.dtype == torch.float32 and values.dtype in (torch.bfloat16, torch.float16)
     )
-    return narrow and x.dtype.is_floating_point and backend != "onednn"
+    return narrow and x.dtype.is_floating_point and backend in ("cpu", "reference")
 
 
 def _require_input(

@@ -20,10 +20,13 @@ from ..errors import UnsupportedError
 from ..format import SparseMatrix
 from ..pattern import Pattern
 from . import cpu, cpu_grad, reference
+from .cuda import backend as cuda
+from .cuda import layout
 
 _LIBRARY = torch.library.Library("twofour", "FRAGMENT")  # kept alive: operations vanish with it
+_BACKENDS = ("reference", "cpu", "cuda")
 
-for _backend in ("reference", "cpu"):
+for _backend in _BACKENDS:
     _LIBRARY.define(
         f"linear_grad_input_{_backend}(Tensor grad, Tensor values, Tensor metadata, str pattern, int out_features,"
         " int in_features) -> Tensor"
@@ -112,6 +115,12 @@ def _values_fake_reference(
     return grad.new_empty(out_features, in_features // parsed.group * parsed.keep)
 
 
+def _values_fake_cuda(
+    grad: Tensor, x: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    return grad.new_empty(layout.packed_shapes(out_features, in_features, grad.dtype)[0])
+
+
 def _values_fake_cpu(
     grad: Tensor, x: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int
 ) -> Tensor:
@@ -122,17 +131,14 @@ _LIBRARY.impl("linear_grad_input_reference", _input_reference, "CompositeExplici
 _LIBRARY.impl("linear_grad_values_reference", _values_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_grad_input_cpu", _input_cpu, "CPU")
 _LIBRARY.impl("linear_grad_values_cpu", _values_cpu, "CPU")
+_LIBRARY.impl("linear_grad_input_cuda", cuda.grad_input, "CUDA")
+_LIBRARY.impl("linear_grad_values_cuda", cuda.grad_values, "CUDA")
 torch.library.register_fake("twofour::linear_grad_values_reference", _values_fake_reference, lib=_LIBRARY)
 torch.library.register_fake("twofour::linear_grad_values_cpu", _values_fake_cpu, lib=_LIBRARY)
+torch.library.register_fake("twofour::linear_grad_values_cuda", _values_fake_cuda, lib=_LIBRARY)
 
-GRAD_INPUT = {
-    "reference": torch.ops.twofour.linear_grad_input_reference.default,
-    "cpu": torch.ops.twofour.linear_grad_input_cpu.default,
-}
-GRAD_VALUES = {
-    "reference": torch.ops.twofour.linear_grad_values_reference.default,
-    "cpu": torch.ops.twofour.linear_grad_values_cpu.default,
-}
+GRAD_INPUT = {name: getattr(torch.ops.twofour, f"linear_grad_input_{name}").default for name in _BACKENDS}
+GRAD_VALUES = {name: getattr(torch.ops.twofour, f"linear_grad_values_{name}").default for name in _BACKENDS}
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -186,5 +192,5 @@ def _register(backend: str) -> None:
     torch.library.register_fake(f"twofour::linear_grad_input_{backend}", _input_fake, lib=_LIBRARY)
 
 
-for _backend in ("reference", "cpu"):
+for _backend in _BACKENDS:
     _register(_backend)

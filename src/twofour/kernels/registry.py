@@ -18,6 +18,8 @@ from ..format import SparseMatrix
 from ..masks.rows import WINDOW_ROWS
 from ..pattern import Pattern
 from . import cpu, onednn
+from .cuda import backend as cuda
+from .cuda import layout as cuda_layout
 
 Operands = tuple[Tensor, Tensor]
 
@@ -46,7 +48,7 @@ class Kernel:
     `unpack` gives the matrix back, bit for bit, so that a layer needs to hold only one of them; `copy` gives the same
     layout on memory of its own. `why_slower` tells what keeps a packed matrix from the speed that its pattern allows, None if
     nothing does. A `dense` kernel holds and multiplies the zeros: `choose` never picks it by itself, but
-    `twofour.compress` does where it measures it faster.
+    `twofour.compress` does where it measures it faster. One for GPUs is not spoken of where the weight is elsewhere.
     """
 
     backend: str
@@ -57,6 +59,7 @@ class Kernel:
     copy: Callable[[Operands, LinearSpec], Operands] = lambda operands, _: (operands[0].clone(), operands[1].clone())
     dense: bool = False
     why_slower: Callable[[Operands, LinearSpec], str | None] = lambda operands, spec: None
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,19 @@ def _cpu_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
     return SparseMatrix(values, metadata, spec.pattern, (spec.out_features, spec.in_features))
 
 
+def _cuda_why_not(spec: LinearSpec) -> str | None:
+    return cuda.why_not(spec.pattern, spec.dtype, spec.out_features, spec.in_features, spec.device)
+
+
+def _cuda_pack(matrix: SparseMatrix) -> Operands:
+    return cuda.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features)
+
+
+def _cuda_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    canonical = cuda_layout.unpack(*operands, spec.out_features, spec.in_features)
+    return SparseMatrix(*canonical, spec.pattern, (spec.out_features, spec.in_features))
+
+
 def _onednn_why_not(spec: LinearSpec) -> str | None:
     if spec.device.type != "cpu":
         return f"the weight is on {spec.device}"
@@ -149,12 +165,18 @@ KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(
         "cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy, False, _cpu_why_slower
     ),
+    "cuda": Kernel("cuda", _cuda_why_not, _cuda_pack, _cuda_unpack, cuda.label, on_gpu=True),
     "reference": Kernel("reference", _reference_why_not, _reference_pack, _reference_unpack, lambda: "reference"),
     "onednn": Kernel(
         "onednn", _onednn_why_not, onednn.pack, _onednn_unpack, lambda: "onednn (dense)", _onednn_copy, dense=True
     ),
 }
 """All kernels: those that hold the weight compressed, fastest first, then those that hold it dense."""
+
+
+def told_of(kernel: Kernel, device: torch.device) -> bool:
+    """Is a row worth a word about a weight on this device?"""
+    return device.type == "cuda" or not kernel.on_gpu
 
 
 def choose(spec: LinearSpec, backend: str | None = None) -> Choice:
@@ -174,7 +196,7 @@ def choose(spec: LinearSpec, backend: str | None = None) -> Choice:
         return Choice(KERNELS[backend], ())
     rejected: list[tuple[str, str]] = []
     for kernel in KERNELS.values():
-        if kernel.dense:
+        if kernel.dense or not told_of(kernel, spec.device):
             continue
         reason = kernel.why_not(spec)
         if reason is None:

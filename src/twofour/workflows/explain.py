@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..kernels import KERNELS, LinearSpec, choose
+from ..kernels import KERNELS, LinearSpec, choose, told_of
 from ..kernels.choices import Measured, Store
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
@@ -116,7 +116,7 @@ def _kernel_rows(layer: Layer, store: Store) -> list[dict[str, Any]]:
         found = store.known(spec, kernel, has_bias, torch.get_num_threads())
     rivals = {default: "sparse", "onednn": "packed", DENSE: "dense"}
     rows = []
-    for name in (*KERNELS, DENSE):
+    for name in (*(name for name, kernel in KERNELS.items() if told_of(kernel, spec.device)), DENSE):
         why_not = KERNELS[name].why_not(spec) if name in KERNELS else None
         us = {t: m.us[rivals[name]] for t, m in found.items() if name in rivals and rivals[name] in m.us}
         chosen = name == running

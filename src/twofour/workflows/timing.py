@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 _SHORTEST_SAMPLE_US = 200.0
 
 
@@ -30,6 +32,8 @@ def paired(
 ) -> dict[str, Timing]:
     """Times each callable `repeats` times, in turns, after a warm-up. Calls shorter than 0.2 ms are timed in batches.
 
+    A sample ends when the GPUs have done their part.
+
     Args:
         budget_s: stop early (but not before 5 rounds) when this much time is spent.
     """
@@ -49,10 +53,21 @@ def paired(
 
 
 def _sample(function: Callable[[], object], loops: int) -> float:
+    _settle()
     start = time.perf_counter_ns()
     for _ in range(loops):
         function()
+    _settle()
     return (time.perf_counter_ns() - start) / loops / 1e3
+
+
+def _settle() -> None:
+    """Waits for GPUs that this process uses: they work behind what the program has done."""
+    if not torch.cuda.is_initialized():
+        return
+    for device in range(torch.cuda.device_count()):
+        if torch.cuda.memory_reserved(device):
+            torch.cuda.synchronize(device)
 
 
 def _summary(times: list[float]) -> Timing:

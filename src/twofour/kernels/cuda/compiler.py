@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ...errors import UnsupportedError
-from .. import choices
+from .. import disk
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 """Those that CI compiles every kernel for."""
@@ -81,6 +79,15 @@ def digest(file: str, architecture: str, options: tuple[str, ...] = OPTIONS) -> 
     return found.hexdigest()
 
 
+@cache
+def text_digest() -> str:
+    """Of all CUDA texts, whoever compiles them."""
+    found = hashlib.sha256()
+    for path in sorted([*(sources() / "cuda").iterdir(), *(sources() / "nm").iterdir()]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def compiled(file: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
     """The cubin of a file of csrc/cuda, from disk where it lies there.
 
@@ -93,7 +100,7 @@ def compiled(file: str, architecture: str, defines: tuple[str, ...] = ()) -> byt
     reason = why_not()
     if reason is not None:
         raise UnsupportedError(f"GPU kernels cannot be compiled: {reason}.")
-    where = choices.folder()
+    where = disk.folder()
     options = (*OPTIONS, *(f"-D{each}" for each in defines))
     kept = None if where is None else where / "cubins" / f"{digest(file, architecture, options)}.cubin"
     if kept is not None:
@@ -104,7 +111,7 @@ def compiled(file: str, architecture: str, defines: tuple[str, ...] = ()) -> byt
     cubin, _ = compile_text((sources() / "cuda" / file).read_text(encoding="utf-8"), file, architecture, options)
     if kept is not None:
         with contextlib.suppress(OSError):  # a folder that cannot be written to costs time, nothing else
-            _keep(kept, hashlib.sha256(cubin).digest() + cubin)
+            disk.write(kept, hashlib.sha256(cubin).digest() + cubin)
     return cubin
 
 
@@ -139,19 +146,6 @@ def _log(nvrtc: Any, program: Any) -> str:
     log = bytearray(size)
     nvrtc.nvrtcGetProgramLog(program, log)
     return log.rstrip(b"\0").decode(errors="replace").strip()
-
-
-def _keep(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 @cache

@@ -1,0 +1,102 @@
+"""The row "cuda" of the table: a weight of 16 bits in the CUDA layout, its products, and what is asked of the machine."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...pattern import Pattern
+from .. import epilogue
+from . import compiler, decode, driver, layout, packing
+from .packing import PackedMatrix
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_not(
+    pattern: Pattern, dtype: torch.dtype, out_features: int, in_features: int, device: torch.device
+) -> str | None:
+    """None where the kernels run such a weight, otherwise why they do not."""
+    if device.type != "cuda":
+        return f"the weight is on {device}"
+    if out_features == 0 or in_features == 0:
+        return "the weight is empty"
+    if (pattern.keep, pattern.group) != (2, 4):
+        return f"pattern {pattern} has no GPU kernel, only 2:4"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no GPU kernel, only bfloat16 and float16"
+    return unusable(device)
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why no kernel of csrc/cuda can run on a GPU of this machine; None where they can."""
+    reason = driver.why_not() or compiler.why_not()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no GPU" if torch.version.cuda else "this build of torch has no CUDA"
+    major, minor = _capability(device)
+    if (major, minor) < compiler.OLDEST:
+        return f"{torch.cuda.get_device_name(device)} ({major}.{minor}) has no sparse tensor cores: they begin at 8.0"
+    return None
+
+
+def label() -> str:
+    """ "cuda sm_90a", of the current GPU."""
+    if not torch.cuda.is_available():
+        return "cuda"
+    return f"cuda {compiler.architecture_of(_capability(torch.device('cuda')))}"
+
+
+def pack(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """The canonical format in the CUDA layout, by torch's own operations: once for a layer, on any device."""
+    return layout.pack(values, metadata, out_features, in_features)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(x @ W.T + bias) + residual, as `ops.linear` says."""
+    packed = PackedMatrix(values, metadata, (out_features, in_features))
+    y = decode.linear(x.reshape(-1, in_features), packed, bias)
+    y = y.view(*x.shape[:-1], out_features)
+    return epilogue.finish(y, activation, residual) if activation != "none" or residual is not None else y
+
+
+def to_dense(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    """[out_features, in_features], dropped places +0.0."""
+    return packing.expand(PackedMatrix(values, metadata, (out_features, in_features)))
+
+
+def grad_input(
+    grad: Tensor, values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int
+) -> Tensor:
+    """grad @ W, by torch's dense product with the weight written out.
+
+    Unlike the other backends, what is not finite in grad reaches every input of its token: 0 * inf is NaN in a dense
+    product, and to look for it would make the GPU wait.
+    """
+    return grad @ to_dense(values, metadata, pattern, out_features, in_features)
+
+
+def grad_values(grad: Tensor, x: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    """grad.T @ x, by torch's product, of which the kept places are taken, in the CUDA layout."""
+    whole = grad.reshape(-1, out_features).T @ x.reshape(-1, in_features)
+    shape, _ = layout.packed_shapes(out_features, in_features, whole.dtype)
+    like = PackedMatrix(whole.new_empty(shape), metadata, (out_features, in_features))
+    return packing.take(whole, like)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,193 @@
+"""The row "cuda" of the table as layers see it, on an emulated GPU whose memory is the CPU's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from tests.cuda import emulation
+from torch import nn
+
+from twofour import Pattern, SparseLinear, SparseMatrix, UnsupportedError, explain
+from twofour.kernels import KERNELS, LinearSpec, choose, linear
+from twofour.kernels.cuda import backend, compiler, driver, packing, table
+from twofour.workflows import timing
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that ran. Tensors of the CPU are taken for a GPU's."""
+    names: list[str] = []
+
+    def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
+        names.append(name)
+        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments)
+
+    monkeypatch.setattr(table, "launch", launch)
+    monkeypatch.setattr(packing, "_on_gpu", lambda _: True)
+    for module in (backend.decode,):
+        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(backend, "why_not", lambda pattern, dtype, *_: None if dtype in DTYPES else "no")
+    on_cpu = torch.library.Library("twofour", "IMPL")
+    for name, run in (
+        ("linear_cuda", backend.linear),
+        ("to_dense_cuda", backend.to_dense),
+        ("linear_grad_input_cuda", backend.grad_input),
+        ("linear_grad_values_cuda", backend.grad_values),
+    ):
+        on_cpu.impl(name, run, "CPU")
+    yield names
+    on_cpu._destroy()
+
+
+def matrix(shape: tuple[int, int], dtype: torch.dtype) -> SparseMatrix:
+    return SparseMatrix.from_dense(torch.randint(-4, 5, shape).to(dtype), prune=True)
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randint(-4, 5, shape).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 100), (2, 3, 100), (100,), (0, 100), (70, 100)], ids=str)
+def test_outputs_are_those_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype, gpu: list[str]) -> None:
+    weight, x = matrix((40, 100), dtype), inputs(*shape).to(dtype)
+    bias = torch.randint(-4, 5, (40,)).to(dtype)
+    residual = torch.randint(-9, 10, (*shape[:-1], 40)).to(dtype)
+    for activation, added in (("none", None), ("relu", residual), ("none", residual), ("relu", None)):
+        found = linear(x, weight, bias, activation=activation, residual=added, backend="cuda")
+        wanted = linear(x, weight, bias, activation=activation, residual=added, backend="reference")
+        assert torch.equal(found, wanted)
+    assert bool(gpu) == (0 not in shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_keeps_its_matrix_bit_for_bit(dtype: torch.dtype, gpu: list[str]) -> None:
+    dense = torch.randn(33, 132).to(dtype)
+    dense[0, :4] = torch.tensor([-0.0, float("nan"), 0.0, float("inf")])
+    held = SparseMatrix.from_dense(dense, prune=True)
+    layer = SparseLinear(held, torch.randn(33).to(dtype), backend="cuda")
+    assert layer.backend == "cuda"
+    x = torch.randn(4, 132).to(dtype)
+    once = layer(x)
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other.matrix.values.view(torch.int16), held.values.view(torch.int16))
+        assert torch.equal(other.matrix.metadata, held.metadata)
+        assert torch.equal(other(x).view(torch.int16), once.view(torch.int16))
+    state = layer.state_dict()
+    again = SparseLinear(matrix((33, 132), dtype), torch.zeros(33, dtype=dtype), backend="cuda")
+    again.load_state_dict(state)
+    assert torch.equal(again(x).view(torch.int16), once.view(torch.int16))
+    assert torch.equal(layer.to_linear().weight.view(torch.int16), held.to_dense().view(torch.int16))
+    assert layer.nbytes == layer.values.nbytes + layer.metadata.nbytes
+    assert "cuda" in str(explain(nn.Sequential(layer)))
+
+
+def test_what_lies_at_dropped_places_does_not_come_through(gpu: list[str]) -> None:
+    held = SparseMatrix.from_dense(torch.tensor([[0, 1, 0, 2] * 16] * 16).bfloat16())
+    x = torch.ones(3, 64).bfloat16()
+    x[:, 0::4] = float("nan")
+    x[:, 2::4] = float("inf")
+    assert torch.equal(linear(x, held, backend="cuda"), torch.full((3, 16), 48.0).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_those_of_the_reference(dtype: torch.dtype, gpu: list[str]) -> None:
+    held = matrix((24, 68), dtype)
+    found = {}
+    for name in ("cuda", "reference"):
+        layer = SparseLinear(held, torch.ones(24).to(dtype), backend=name).requires_grad_values()
+        torch.manual_seed(3)
+        x = inputs(5, 68).to(dtype).requires_grad_()
+        outer = inputs(5, 24).to(dtype)
+        layer(x).backward(outer)
+        assert layer.values.grad is not None
+        spec = layer.spec
+        values = KERNELS[name].unpack((layer.values.grad, layer.metadata), spec).values
+        assert layer.bias is not None
+        found[name] = (x.grad, values, layer.bias.grad)
+    for mine, right in zip(found["cuda"], found["reference"], strict=True):
+        assert torch.equal(mine, right)
+
+
+def test_it_compiles_and_batches(gpu: list[str]) -> None:
+    layer = SparseLinear(matrix((16, 64), torch.bfloat16), backend="cuda")
+    x = inputs(3, 2, 64).bfloat16()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(torch.vmap(layer)(x), layer(x))
+    gpu.clear()
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad is not None
+    assert "expand_half" in gpu
+
+
+def test_inputs_that_do_not_fit(gpu: list[str]) -> None:
+    held = matrix((16, 64), torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="both must have one dtype"):
+        linear(inputs(2, 64), held, backend="cuda")
+    with pytest.raises(UnsupportedError, match="x is on meta and the weight on cpu: move one of them"):
+        linear(torch.empty(2, 64, dtype=torch.bfloat16, device="meta"), held, backend="cuda")
+
+
+def spec_of(**changes: object) -> LinearSpec:
+    arguments = {
+        "out_features": 64,
+        "in_features": 64,
+        "pattern": Pattern(),
+        "dtype": torch.bfloat16,
+        "device": torch.device("cuda:0"),
+    }
+    return LinearSpec(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_not = KERNELS["cuda"].why_not
+    assert why_not(spec_of(device=torch.device("cpu"))) == "the weight is on cpu"
+    assert why_not(spec_of(out_features=0)) == "the weight is empty"
+    assert why_not(spec_of(pattern=Pattern(4, 8))) == "pattern 4:8 has no GPU kernel, only 2:4"
+    assert why_not(spec_of(dtype=torch.float32)) == "float32 has no GPU kernel, only bfloat16 and float16"
+    monkeypatch.setattr(driver, "why_not", lambda: "no NVIDIA driver")
+    assert why_not(spec_of()) == "no NVIDIA driver"
+    monkeypatch.setattr(driver, "why_not", lambda: None)
+    monkeypatch.setattr(compiler, "why_not", lambda: "no NVRTC")
+    assert why_not(spec_of()) == "no NVRTC"
+    monkeypatch.setattr(compiler, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert why_not(spec_of()) == "this build of torch has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert why_not(spec_of()) == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(backend, "_capability", lambda _: (7, 5))
+    assert why_not(spec_of()) == "Tesla T4 (7.5) has no sparse tensor cores: they begin at 8.0"
+    monkeypatch.setattr(backend, "_capability", lambda _: (9, 0))
+    assert why_not(spec_of()) is None
+    assert KERNELS["cuda"].label() == "cuda sm_90a"
+    assert choose(spec_of()).kernel.backend == "cuda"
+
+
+def test_weights_elsewhere_are_not_told_of_it() -> None:
+    on_cpu = choose(spec_of(device=torch.device("cpu"), dtype=torch.float16))
+    assert [name for name, _ in on_cpu.rejected] == ["cpu"]
+    on_gpu = choose(spec_of())
+    assert [name for name, _ in on_gpu.rejected] == ["cpu", "cuda"]
+    with pytest.raises(UnsupportedError, match=r"backend 'cuda' cannot run this layer: the weight is on cpu\."):
+        choose(spec_of(device=torch.device("cpu")), "cuda")
+
+
+def test_times_are_taken_when_gpus_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: device != 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    timing.paired({"nothing": lambda: None}, repeats=2)
+    assert waited == [0, 2] * 2 * 4
