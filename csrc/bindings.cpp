@@ -302,6 +302,25 @@ int64_t permute(uintptr_t columns, uintptr_t order, int64_t channels, int64_t ro
   return cpu::permute(args, threads, isa ? isa->c_str() : nullptr);
 }
 
+// cuLaunchKernel at `function`, which kernels/cuda/driver.py has found; no CUDA is linked. Its status.
+int launch_cuda(uintptr_t function, uintptr_t kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
+                unsigned shared_bytes, uintptr_t stream, const nb::tuple& arguments) {
+  using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  constexpr size_t kMost = 32;
+  const size_t count = arguments.size();
+  if (count > kMost) throw std::invalid_argument("more than 32 arguments");
+  uint64_t words[kMost];
+  void* places[kMost];
+  for (size_t i = 0; i < count; ++i) {
+    words[i] = PyLong_AsUnsignedLongLongMask(arguments[i].ptr());
+    if (words[i] == UINT64_MAX && PyErr_Occurred() != nullptr) throw nb::python_error();
+    places[i] = words + i;
+  }
+  const nb::gil_scoped_release nogil;  // a full queue waits here
+  return reinterpret_cast<Launch>(function)(at<void>(kernel), grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes,
+                                            at<void>(stream), places, nullptr);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -352,4 +371,6 @@ NB_MODULE(_native, m) {
         "itemsize"_a, "keep"_a, "group"_a, "threads"_a);
   m.def("permute", &permute, "columns"_a, "order"_a, "channels"_a, "rows"_a, "keep"_a, "group"_a, "sweeps"_a,
         "seconds"_a, "seed"_a, "threads"_a, "isa"_a = nb::none());
+  m.def("launch_cuda", &launch_cuda, "function"_a, "kernel"_a, "grid_x"_a, "grid_y"_a, "grid_z"_a, "threads"_a,
+        "shared_bytes"_a, "stream"_a, "arguments"_a);
 }

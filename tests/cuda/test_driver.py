@@ -43,9 +43,13 @@ def test_a_kernel_is_loaded_once_and_launched_with_what_was_given(fake: tuple[dr
     assert (noted[4], noted[5]) == (8, 100_000)
     own.kernel(b"\x7fELF", b"b", "name")
     assert noted[0] == 2
-    own.launch(kernel, (7, 9), 256, (2**63, 5, -1), stream=0x3000, shared_bytes=100_000)
-    assert list(noted[10:20]) == [0x2000, 7, 9, 1, 256, 1, 1, 100_000, 0x3000, 0]
-    assert list(noted[20:23]) == [2**63, 5, 2**64 - 1]
+    for way in (own._native, None):  # with and without the native module
+        own._native = way
+        own.launch(kernel, (7, 9), 256, (2**63, 5, -1), stream=0x3000, shared_bytes=100_000)
+        assert list(noted[10:20]) == [0x2000, 7, 9, 1, 256, 1, 1, 100_000, 0x3000, 0]
+        assert list(noted[20:23]) == [2**63, 5, 2**64 - 1]
+        own.launch(kernel, (1,), 32, (0, 0, 0), stream=0)
+        assert list(noted[10:23]) == [0x2000, 1, 1, 1, 32, 1, 1, 0, 0, 0, 0, 0, 0]
 
 
 def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 
+from ... import native
 from ...errors import DeviceError, UnsupportedError
 
 LIBRARY = "libcuda.so.1"
@@ -40,6 +41,8 @@ class Driver:
                 function.restype, function.argtypes = ctypes.c_int, types
         except AttributeError as error:
             raise UnsupportedError(f"the NVIDIA driver is older than CUDA 12: {error}.") from None
+        self._function = ctypes.cast(self._cuda.cuLaunchKernel, ctypes.c_void_p).value
+        self._native = getattr(native.LOADED, "launch_cuda", None)
 
     def kernel(self, cubin: bytes, digest: bytes, name: str, shared_bytes: int = 0) -> int:
         """A handle of a kernel of a cubin, loaded once.
@@ -83,14 +86,31 @@ class Driver:
         Raises:
             DeviceError: the driver refuses; nothing was started.
         """
+        x, y, z = (*grid, 1, 1)[:3]
+        if self._native is None:
+            status = self._launch(kernel, x, y, z, threads, shared_bytes, stream, arguments)
+        else:  # a tenth of the time
+            status = self._native(self._function, kernel, x, y, z, threads, shared_bytes, stream, tuple(arguments))
+        self._check(status, "a launch")
+
+    def _launch(
+        self,
+        kernel: int,
+        x: int,
+        y: int,
+        z: int,
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        arguments: Sequence[int],
+    ) -> int:
+        """As the native module does it, where there is none."""
         count = len(arguments)
         words = (ctypes.c_uint64 * count)(*(argument & (2**64 - 1) for argument in arguments))
         first = ctypes.addressof(words)
         places = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
-        x, y, z = (*grid, 1, 1)[:3]
-        self._check(
-            self._cuda.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, shared_bytes, stream, places, None), "a launch"
-        )
+        status: int = self._cuda.cuLaunchKernel(kernel, x, y, z, threads, 1, 1, shared_bytes, stream, places, None)
+        return status
 
     def _check(self, status: int, what: str) -> None:
         if status == 0:
