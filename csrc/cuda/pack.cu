@@ -1,7 +1,9 @@
 // Dense matrices to and from the CUDA layout (cuda/layout.h). All of them are bound by memory.
 //
 //   prune_both_*   |W| -> the best transposable mask -> W and W.T packed, and the mask if asked for: one reading of W
+//   keep_both_*    W under a given mask -> W and W.T packed, and W masked in place if asked for: a training step
 //   prune_*        |W| -> two of each four -> packed
+//   quantize_*     |W| -> two of each four -> e4m3 with a scale for each row -> packed
 //   compress_*     W that keeps two of each four already -> packed; tells where it does not
 //   take_*         W where packed metadata keep it -> values: what is kept of a gradient, or of weights after a step
 //   expand_*       packed -> W
@@ -30,6 +32,13 @@ TWOFOUR_DEVICE uint32_t nibble_of_bits(uint32_t bits) {
   return static_cast<uint32_t>(table >> (4 * bits)) & 15u;
 }
 
+TWOFOUR_DEVICE bool keeps_two(uint32_t bits) { return (0x1668u >> bits & 1u) != 0; }
+
+// Of the sixteen bits of a 4x4 block.
+TWOFOUR_DEVICE uint32_t column_of(uint32_t bits, int column) {
+  return ((bits >> (3 - column) & 0x1111u) * 0x1248u >> 12) & 15u;
+}
+
 // The two items that a nibble keeps of four of 2 bytes, in two words.
 TWOFOUR_DEVICE uint32_t kept_of_two_bytes(uint2 four, uint32_t nibble) {
   const uint32_t low = (nibble & 3u) * 0x22 + 0x10, high = (nibble >> 2) * 0x22 + 0x10;
@@ -54,9 +63,59 @@ struct Square {
   uint16_t column_nibbles[kSquareBlocks][kSquareBlocks];  // column c from bit 4 * c
 };
 
+// Sixteen bits of a 4x4 block, the first place of the first row the highest.
 template <class Format>
-TWOFOUR_DEVICE void prune_both(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
-                               uint32_t* metadata, uint4* turned_values, uint32_t* turned_metadata, uint8_t* mask) {
+struct BestMask {
+  static constexpr bool kInPlace = false;
+  uint8_t* mask;  // [rows, columns] where it is written, or null
+
+  TWOFOUR_DEVICE uint32_t choose(const uint2 (&fours)[4], int64_t row, int64_t column, int64_t columns) const {
+    uint32_t magnitudes[16];
+    unroll<4>([&](auto r) {
+      magnitudes[4 * r] = fours[r].x & 0x7fffu;
+      magnitudes[4 * r + 1] = fours[r].x >> 16 & 0x7fffu;
+      magnitudes[4 * r + 2] = fours[r].y & 0x7fffu;
+      magnitudes[4 * r + 3] = fours[r].y >> 16 & 0x7fffu;
+    });
+    const uint32_t bits = best_mask<Format>(magnitudes);
+    if (mask == nullptr) return bits;
+    unroll<4>([&](auto k) {  // bits as bytes, the first column first
+      const uint32_t four = bits >> (12 - 4 * k) & 15u;
+      const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
+      *reinterpret_cast<uint32_t*>(mask + (row + k) * columns + column) = bytes;
+    });
+    return bits;
+  }
+};
+
+struct GivenMask {
+  static constexpr bool kInPlace = true;  // may be: the weight is not constant
+  const uint8_t* mask;  // [rows, columns] of 0 and 1
+  uint16_t* masked;     // the weight itself, where dropped places are to become zeros, or null
+  int64_t stride;
+  uint32_t* status;     // 1 is set where four places of a row or column do not keep two
+
+  TWOFOUR_DEVICE uint32_t choose(const uint2 (&fours)[4], int64_t row, int64_t column, int64_t columns) const {
+    uint32_t bits = 0, wrong = 0;
+    unroll<4>([&](auto k) {
+      const uint32_t bytes = load_four(mask + (row + k) * columns + column);
+      const uint32_t four = bytes * 0x08040201u >> 24 & 15u;
+      bits |= four << (12 - 4 * k);
+      wrong |= !keeps_two(four);
+      if (masked == nullptr) return;
+      const uint32_t low = (bytes & 1u) * 0xffffu | (bytes >> 8 & 1u) * 0xffff0000u;
+      const uint32_t high = (bytes >> 16 & 1u) * 0xffffu | (bytes >> 24 & 1u) * 0xffff0000u;
+      store_four(masked + (row + k) * stride + column, uint2{fours[k].x & low, fours[k].y & high});
+    });
+    unroll<4>([&](auto k) { wrong |= !keeps_two(column_of(bits, k)); });
+    if (wrong != 0) or_into(status, 1u);
+    return bits;
+  }
+};
+
+template <class Mask>
+TWOFOUR_DEVICE void pack_both(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
+                              uint32_t* metadata, uint4* turned_values, uint32_t* turned_metadata, const Mask& mask) {
   TWOFOUR_SHARED Square square;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row0 = int64_t{blockIdx.y} * kSquare, column0 = int64_t{blockIdx.x} * kSquare;
@@ -64,28 +123,19 @@ TWOFOUR_DEVICE void prune_both(const uint16_t* weight, int64_t stride, int64_t r
     const int i = thread / kSquareBlocks, j = thread % kSquareBlocks;
     const int64_t row = row0 + 4 * i, column = column0 + 4 * j;
     const bool inside = row < rows && column < columns;
-    uint32_t magnitudes[16];
+    uint2 fours[4];
     unroll<4>([&](auto r) {
-      uint2 four{0, 0};
-      if (inside) four = load_four(weight + (row + r) * stride + column);
-      *reinterpret_cast<uint2*>(square.items + (4 * i + r) * kSquareStride + 4 * j) = four;
-      magnitudes[4 * r] = four.x & 0x7fffu;
-      magnitudes[4 * r + 1] = four.x >> 16 & 0x7fffu;
-      magnitudes[4 * r + 2] = four.y & 0x7fffu;
-      magnitudes[4 * r + 3] = four.y >> 16 & 0x7fffu;
+      const uint16_t* const from = weight + (row + r) * stride + column;
+      fours[r] = !inside ? uint2{0, 0} : Mask::kInPlace ? load_four_of_own(from) : load_four(from);
+      *reinterpret_cast<uint2*>(square.items + (4 * i + r) * kSquareStride + 4 * j) = fours[r];
     });
     uint32_t of_rows = kPaddingNibble * 0x1111, of_columns = of_rows;
     if (inside) {
-      const uint32_t bits = best_mask<Format>(magnitudes);
+      const uint32_t bits = mask.choose(fours, row, column, columns);
       of_rows = of_columns = 0;
       unroll<4>([&](auto k) {
         of_rows |= nibble_of_bits(bits >> (12 - 4 * k) & 15u) << (4 * k);
-        of_columns |= nibble_of_bits(((bits >> (3 - k) & 0x1111u) * 0x1248u >> 12) & 15u) << (4 * k);
-        if (mask != nullptr) {  // its bits as bytes, the first column first
-          const uint32_t four = bits >> (12 - 4 * k) & 15u;
-          const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
-          *reinterpret_cast<uint32_t*>(mask + (row + k) * columns + column) = bytes;
-        }
+        of_columns |= nibble_of_bits(column_of(bits, k)) << (4 * k);
       });
     }
     square.row_nibbles[i][j] = static_cast<uint16_t>(of_rows);
@@ -134,11 +184,18 @@ TWOFOUR_DEVICE void prune_both(const uint16_t* weight, int64_t stride, int64_t r
   TWOFOUR_KERNEL(kBothThreads, 3)                                                                                          \
   name(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,        \
        uint4* turned_values, uint32_t* turned_metadata, uint8_t* mask) {                                                \
-    prune_both<Format>(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata, mask);          \
+    pack_both(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata, BestMask<Format>{mask}); \
   }
 // Four blocks at once would leave a thread 64 registers, a few short on sm_120.
 TWOFOUR_PRUNE_BOTH(prune_both_bf16, Bfloat16)
 TWOFOUR_PRUNE_BOTH(prune_both_fp16, Float16)
+
+TWOFOUR_KERNEL(kBothThreads, 4)
+keep_both_half(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,
+               uint4* turned_values, uint32_t* turned_metadata, const uint8_t* mask, uint16_t* masked, uint32_t* status) {
+  pack_both(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata,
+            GivenMask{mask, masked, stride, status});
+}
 
 // ---- one way: a warp packs the chunks of a tile ----------------------------------------------------------------------
 
@@ -162,6 +219,21 @@ struct ByMagnitude {
     const uint32_t magnitude = item & 0x7fffu;
     return magnitude > Scores<Format>::kInfinity ? 0 : magnitude + 1;
   }
+};
+
+// The same of 1-byte floats: e4m3 has no infinity, and NaN is 0x7f.
+template <uint32_t kLargest>
+struct ByFp8Magnitude {
+  static constexpr int kItemsize = 1;
+  TWOFOUR_DEVICE static uint32_t key(uint32_t item) {
+    const uint32_t magnitude = item & 0x7fu;
+    return magnitude > kLargest ? 0 : magnitude + 1;
+  }
+};
+
+struct ByInt8Magnitude {
+  static constexpr int kItemsize = 1;
+  TWOFOUR_DEVICE static uint32_t key(uint32_t item) { return item < 128 ? item : 256 - item; }
 };
 
 // Ranks what is no zero, of either sign, above zero.
@@ -219,6 +291,33 @@ struct Parts {
   }
 };
 
+// All parts of a step of a lane. Of 1-byte items two groups lie side by side, and come at once where they can.
+template <int kItemsize>
+TWOFOUR_DEVICE void load_parts(const void* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t row0,
+                               int64_t column0, int lane, int step, uint2 (&fours)[Parts<kItemsize>::kCount]) {
+  using Part = Parts<kItemsize>;
+  if constexpr (kItemsize == 2) {
+    unroll<Part::kCount>([&](auto i) {
+      fours[i] = load_group<2>(matrix, stride, rows, columns, row0 + Part::row(lane, i),
+                               column0 + 4 * Part::group(lane, step, i));
+    });
+  } else {
+    unroll<Part::kCount / 2>([&](auto pair) {
+      constexpr int i = 2 * decltype(pair){};
+      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
+      const auto* const from = static_cast<const uint8_t*>(matrix) + row * stride + column;
+      if (row < rows && column + 4 < columns && reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) {
+        const uint2 both = load_stream(reinterpret_cast<const uint2*>(from));
+        fours[i] = uint2{both.x, 0};
+        fours[i + 1] = uint2{both.y, 0};
+      } else {
+        fours[i] = load_group<1>(matrix, stride, rows, columns, row, column);
+        fours[i + 1] = load_group<1>(matrix, stride, rows, columns, row, column + 4);
+      }
+    });
+  }
+}
+
 // Nibbles of the parts of all four lanes of a row group -> the words of metadata of each. `of_part(step, i)` is the
 // nibble of a lane's part; every lane of the warp takes part.
 template <int kItemsize, class OfPart>
@@ -255,13 +354,14 @@ TWOFOUR_DEVICE void pack_one_way(const void* matrix, int64_t stride, int64_t row
   uint32_t nibbles[kSteps][Part::kCount], over = 0;
   unroll<kSteps>([&](auto step) {
     uint32_t registers[4] = {0, 0, 0, 0};
+    uint2 fours[Part::kCount];
+    load_parts<kItemsize>(matrix, stride, rows, columns, row0, column0, lane, step, fours);
     unroll<Part::kCount>([&](auto i) {
       const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
-      const uint2 four = load_group<kItemsize>(matrix, stride, rows, columns, row, column);
       uint32_t beyond = 0;
-      nibbles[step][i] = row < rows && column < columns ? choose<Key>(four, beyond) : kPaddingNibble;
+      nibbles[step][i] = row < rows && column < columns ? choose<Key>(fours[i], beyond) : kPaddingNibble;
       over |= beyond;
-      Part::put(registers, i, Part::kept(four, nibbles[step][i]));
+      Part::put(registers, i, Part::kept(fours[i], nibbles[step][i]));
     });
     values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
   });
@@ -280,9 +380,109 @@ using NonzeroFp8 = ByNonzero<1, 0x7fu>;
 using NonzeroInt8 = ByNonzero<1, 0xffu>;
 TWOFOUR_ONE_WAY(prune_bf16, ByMagnitude<Bfloat16>, false)
 TWOFOUR_ONE_WAY(prune_fp16, ByMagnitude<Float16>, false)
+TWOFOUR_ONE_WAY(prune_e4m3, ByFp8Magnitude<0x7eu>, false)
+TWOFOUR_ONE_WAY(prune_e5m2, ByFp8Magnitude<0x7cu>, false)
+TWOFOUR_ONE_WAY(prune_int8, ByInt8Magnitude, false)
 TWOFOUR_ONE_WAY(compress_half, NonzeroHalf, true)
 TWOFOUR_ONE_WAY(compress_fp8, NonzeroFp8, true)
 TWOFOUR_ONE_WAY(compress_int8, NonzeroInt8, true)
+
+// ---- 2-byte items in, e4m3 with a scale for each row out: a block packs a tile, and reads it twice -------------------
+
+constexpr int kQuantizeWarps = 16;
+constexpr int kQuantizeThreads = kWarp * kQuantizeWarps;
+constexpr float kLargestE4m3 = 448.0f;
+constexpr float kSmallestRow = 1.5046327690525280e-36f;  // 2^-119: the factor of smaller rows would be no number
+
+// Two groups of a row that lie side by side.
+TWOFOUR_DEVICE void load_two_groups(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, int64_t row,
+                                    int64_t column, uint2 (&fours)[2]) {
+  const uint16_t* const from = weight + row * stride + column;
+  if (row < rows && column + 4 < columns && reinterpret_cast<uint64_t>(from) % sizeof(uint4) == 0) {
+    const uint4 both = load_kept(reinterpret_cast<const uint4*>(from));
+    fours[0] = uint2{both.x, both.y};
+    fours[1] = uint2{both.z, both.w};
+    return;
+  }
+  fours[0] = load_group<2>(weight, stride, rows, columns, row, column);
+  fours[1] = load_group<2>(weight, stride, rows, columns, row, column + 4);
+}
+
+template <class Format>
+TWOFOUR_DEVICE float number_of(uint32_t bits) {
+  if constexpr (Format::kFraction == Bfloat16::kFraction) return float_of_bf16(static_cast<uint16_t>(bits));
+  return float_of_fp16(static_cast<uint16_t>(bits));
+}
+
+// The larger of `most` and the magnitudes of four items, NaN left out.
+template <class Format>
+TWOFOUR_DEVICE uint32_t largest_of(uint32_t most, uint2 four) {
+  const uint32_t items[4] = {four.x & 0x7fffu, four.x >> 16 & 0x7fffu, four.y & 0x7fffu, four.y >> 16 & 0x7fffu};
+  unroll<4>([&](auto i) {
+    if (items[i] > most && items[i] <= Scores<Format>::kInfinity) most = items[i];
+  });
+  return most;
+}
+
+template <class Format>
+TWOFOUR_DEVICE void quantize(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
+                             uint32_t* metadata, float* scales) {
+  using Part = Parts<1>;
+  TWOFOUR_SHARED uint32_t largest[kTile];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, g = lane / 4;
+  const int64_t tile = blockIdx.x, row0 = tile * kTile, chunks = chunks_of(columns);
+  if (thread < kTile) largest[thread] = 0;
+  sync_block();
+  uint32_t most[2] = {0, 0};  // of rows g and g + 8
+  for (int64_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
+    unroll<4>([&](auto pair) {
+      uint2 fours[2];
+      load_two_groups(weight, stride, rows, columns, row0 + Part::row(lane, 2 * pair),
+                      chunk * kColumns + 4 * Part::group(lane, 0, 2 * pair), fours);
+      unroll<2>([&](auto k) { most[pair % 2] = largest_of<Format>(most[pair % 2], fours[k]); });
+    });
+  }
+  unroll<2>([&](auto k) { max_into(largest + g + 8 * k, most[k]); });
+  sync_block();
+  float factors[2];
+  unroll<2>([&](auto k) {
+    const float size = number_of<Format>(largest[g + 8 * k]);
+    factors[k] = size >= kSmallestRow ? kLargestE4m3 / size : 0.0f;
+  });
+  if (thread < kTile && row0 + thread < rows) {
+    const float size = number_of<Format>(largest[thread]);
+    scales[row0 + thread] = size >= kSmallestRow ? size / kLargestE4m3 : 0.0f;
+  }
+  for (int64_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
+    uint32_t registers[4] = {0, 0, 0, 0}, nibbles[Part::kCount];
+    unroll<4>([&](auto pair) {
+      uint2 fours[2];
+      const int64_t row = row0 + Part::row(lane, 2 * pair), column = chunk * kColumns + 4 * Part::group(lane, 0, 2 * pair);
+      load_two_groups(weight, stride, rows, columns, row, column, fours);
+      unroll<2>([&](auto k) {
+        constexpr int i = 2 * decltype(pair){} + decltype(k){};
+        uint32_t unused = 0;
+        nibbles[i] = row < rows && column + 4 * k < columns ? choose<ByMagnitude<Format>>(fours[k], unused) : kPaddingNibble;
+        const uint32_t two = kept_of_two_bytes(fours[k], nibbles[i]);
+        const float factor = factors[pair % 2];
+        const float low = number_of<Format>(two & 0xffffu) * factor, high = number_of<Format>(two >> 16) * factor;
+        Part::put(registers, i, two_e4m3_of(low, high));
+      });
+    });
+    values[(tile * chunks + chunk) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
+    metadata[(tile * chunks + chunk) * kWarp + lane] =
+        word_of_parts<1>(lane, [&](auto, auto i) { return nibbles[i]; });
+  }
+}
+
+#define TWOFOUR_QUANTIZE(name, Format)                                                                                \
+  TWOFOUR_KERNEL(kQuantizeThreads, 2)                                                                                 \
+  name(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,      \
+       float* scales) {                                                                                               \
+    quantize<Format>(weight, stride, rows, columns, values, metadata, scales);                                        \
+  }
+TWOFOUR_QUANTIZE(quantize_bf16, Bfloat16)
+TWOFOUR_QUANTIZE(quantize_fp16, Float16)
 
 // ---- where metadata lie already --------------------------------------------------------------------------------------
 
@@ -305,10 +505,10 @@ TWOFOUR_DEVICE void take(const void* matrix, int64_t stride, int64_t rows, int64
   const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
   unroll<kSteps>([&](auto step) {
     uint32_t registers[4] = {0, 0, 0, 0};
+    uint2 fours[Part::kCount];
+    load_parts<kItemsize>(matrix, stride, rows, columns, row0, column0, lane, step, fours);
     unroll<Part::kCount>([&](auto i) {
-      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
-      const uint2 four = load_group<kItemsize>(matrix, stride, rows, columns, row, column);
-      Part::put(registers, i, Part::kept(four, nibble_of_part<kItemsize>(metadata + warp * kWarp, lane, step, i)));
+      Part::put(registers, i, Part::kept(fours[i], nibble_of_part<kItemsize>(metadata + warp * kWarp, lane, step, i)));
     });
     values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
   });

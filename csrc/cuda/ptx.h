@@ -31,6 +31,7 @@ TWOFOUR_DEVICE double power_of_two(int exponent) { return __longlong_as_double(i
 TWOFOUR_DEVICE void sync_block() { __syncthreads(); }
 
 TWOFOUR_DEVICE void or_into(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+TWOFOUR_DEVICE void max_into(uint32_t* word, uint32_t value) { atomicMax(word, value); }
 
 // Read once: past the first cache.
 TWOFOUR_DEVICE uint2 load_stream(const uint2* from) {
@@ -48,6 +49,15 @@ TWOFOUR_DEVICE uint4 load_stream(const uint4* from) {
 TWOFOUR_DEVICE uint32_t load_stream(const uint32_t* from) {
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+
+// Read again soon: kept in the last cache.
+TWOFOUR_DEVICE uint4 load_kept(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
   return v;
 }
 
@@ -96,6 +106,10 @@ TWOFOUR_MULTIPLY(multiply_int8, "m16n8k64.row.col.s32.s8.s8.s32", int32_t, "r")
 TWOFOUR_MULTIPLY(multiply_e4m3, "m16n8k64.row.col.f32.e4m3.e4m3.f32", float, "f")
 #endif
 
+TWOFOUR_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+TWOFOUR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+TWOFOUR_DEVICE int32_t nearest_integer(float value) { return __float2int_rn(value); }  // ties to even
+
 // To nearest, ties to even.
 TWOFOUR_DEVICE uint16_t bf16_of(float value) {
   uint32_t two;
@@ -114,16 +128,49 @@ TWOFOUR_DEVICE float float_of_fp16(uint16_t bits) {
   return value;
 }
 
+// Two floats as e4m3, to nearest, ties to even, the largest where they are larger; `low` in the lower byte.
+#if __CUDA_ARCH__ >= 890
+TWOFOUR_DEVICE uint32_t two_e4m3_of(float low, float high) {
+  uint16_t two;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  return two;
+}
+#else
+#define TWOFOUR_E4M3_BY_HAND
+#endif
+
 // At once; an assignment becomes two stores.
 TWOFOUR_DEVICE void store_wide(uint2* to, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
+#else
+#define TWOFOUR_E4M3_BY_HAND
+#endif
+
+#if defined(TWOFOUR_E4M3_BY_HAND)
+TWOFOUR_DEVICE uint32_t e4m3_of(float value) {
+  const uint32_t bits = bits_of_float(value), sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return 0x7f;
+  if (size >= 0x43e80000u) return sign | 0x7e;  // 464 and above
+  if (size < 0x3c800000u) {                     // below 2^-6: whole units of 2^-9, the last bit of 2^14
+    const float magnitude = value < 0 ? -value : value;
+    return sign | (bits_of_float(magnitude + 16384.0f) - bits_of_float(16384.0f));
+  }
+  const uint32_t rounded = size + 0x7ffffu + (size >> 20 & 1u);
+  return sign | ((rounded >> 20) - ((127 - 7) << 3));
+}
+TWOFOUR_DEVICE uint32_t two_e4m3_of(float low, float high) { return e4m3_of(low) | e4m3_of(high) << 8; }
 #endif
 
 // Four items of a row, at once where their address allows it.
 TWOFOUR_DEVICE uint2 load_four(const uint16_t* from) {
   if (reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) return load_stream(reinterpret_cast<const uint2*>(from));
+  return uint2{from[0] | uint32_t{from[1]} << 16, from[2] | uint32_t{from[3]} << 16};
+}
+// Where the kernel itself writes to that memory.
+TWOFOUR_DEVICE uint2 load_four_of_own(const uint16_t* from) {
+  if (reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) return *reinterpret_cast<const uint2*>(from);
   return uint2{from[0] | uint32_t{from[1]} << 16, from[2] | uint32_t{from[3]} << 16};
 }
 TWOFOUR_DEVICE uint32_t load_four(const uint8_t* from) {

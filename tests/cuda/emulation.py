@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -28,29 +30,42 @@ def library() -> ctypes.CDLL:
     sources = sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc/cuda").glob("*.cu")) + sorted(HERE.iterdir())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     target = ROOT / "build" / "emulated-gpu" / f"{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        own = target.with_suffix(f".{os.getpid()}")
-        command = [
-            compiler,
-            "-std=c++17",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-fPIC",
-            "-shared",
-            "-fvisibility=hidden",
-        ]
-        command += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(HERE / "emulated.cpp"), "-o", str(own)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
-        own.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.with_suffix(".lock")):
+        if not target.exists():
+            _build(compiler, target)
     found = ctypes.CDLL(str(target))
     found.emulated_allocate.restype = ctypes.c_void_p
     found.emulated_allocate.argtypes = [ctypes.c_uint64]
     found.emulated_free.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     return found
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Of the processes of a test run one builds; the others wait for it."""
+    with open(lock, "w", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _build(compiler: str, target: Path) -> None:
+    own = target.with_suffix(f".{os.getpid()}")
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+    ]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", str(HERE / "emulated.cpp"), "-o", str(own)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+    own.replace(target)
 
 
 class Guarded:

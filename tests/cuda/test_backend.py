@@ -12,8 +12,9 @@ from tests.cuda import emulation
 from torch import nn
 
 from twofour import Pattern, SparseLinear, SparseMatrix, UnsupportedError, explain
-from twofour.kernels import KERNELS, LinearSpec, choose, linear
+from twofour.kernels import KERNELS, LinearSpec, choose, linear, products
 from twofour.kernels.cuda import backend, compiler, driver, packing, table
+from twofour.masks import nm_mask
 from twofour.workflows import timing
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -191,3 +192,28 @@ def test_times_are_taken_when_gpus_are_done(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     timing.paired({"nothing": lambda: None}, repeats=2)
     assert waited == [0, 2] * 2 * 4
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_a_step_of_training_packs_and_multiplies_both_ways(
+    both_ways: bool, gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(row for row in products.PRODUCTS if row.backend == "cuda")
+    weight = torch.randint(-4, 5, (72, 136)).bfloat16()
+    mask = nm_mask(torch.rand(72, 136), "2:4t")
+    kept = torch.where(mask, weight, 0).float()
+    own, turned = row.pack(weight, mask, both_ways, products.packed_memory())
+    x, grad = inputs(3, 2, 136).bfloat16(), inputs(3, 2, 72).bfloat16()
+    bias = torch.ones(72).bfloat16()
+    assert torch.equal(row.linear(x, own, bias, 72, 136), (x.float() @ kept.T + 1).bfloat16())
+    assert (turned is None) == (not both_ways)
+    if turned is not None:
+        assert torch.equal(row.linear(grad, turned, None, 136, 72), (grad.float() @ kept).bfloat16())
+
+
+def test_the_table_for_training_has_it_for_weights_on_gpus() -> None:
+    found, rejected = products.find_products(spec_of())
+    assert found is None
+    assert [name for name, _ in rejected] == ["cpu", "cuda"]
+    found, rejected = products.find_products(spec_of(device=torch.device("cpu"), dtype=torch.float16))
+    assert [name for name, _ in rejected] == ["cpu"]

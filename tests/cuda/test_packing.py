@@ -10,6 +10,7 @@ from tests.cuda import emulation
 from tests.cuda.test_layout import matrix_of
 
 from twofour import PatternError, ShapeError, SparseMatrix, UnsupportedError
+from twofour.kernels import reference
 from twofour.kernels.cuda import layout, packing, table
 from twofour.masks import nm_mask
 
@@ -87,9 +88,9 @@ def test_what_it_refuses(launched: list[str], monkeypatch: pytest.MonkeyPatch) -
         packing.prune(weight[:, :6])
     with pytest.raises(ShapeError, match=r"\[6, 64\]: both axes come in groups of 4 where the mask is transposable"):
         packing.prune_both(weight[:6])
-    with pytest.raises(UnsupportedError, match="float32 is not packed by a GPU kernel: bfloat16, float16 are"):
+    with pytest.raises(UnsupportedError, match="float32 is not packed by a GPU kernel: bfloat16, float16, .* are"):
         packing.prune(weight.float())
-    with pytest.raises(ShapeError, match=r"mask is \[16, 32\] torch.bool: a contiguous bool of \[16, 64\] takes it"):
+    with pytest.raises(ShapeError, match=r"mask is \[16, 32\] torch.bool: a contiguous bool of \[16, 64\] fits"):
         packing.prune_both(weight, torch.zeros(16, 32, dtype=torch.bool))
     packed = packing.prune(weight)
     with pytest.raises(ShapeError, match="they must agree"):
@@ -99,3 +100,78 @@ def test_what_it_refuses(launched: list[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     with pytest.raises(UnsupportedError, match="the matrix is on cpu: GPU kernels need it on a GPU"):
         packing.prune(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_packed_under_a_mask_that_is_given(dtype: torch.dtype, launched: list[str]) -> None:
+    whole = torch.randn(72, 131).to(dtype)
+    whole[3, 5] = float("nan")
+    for weight in (whole[:, :128].contiguous(), whole[:, 3:]):
+        mask = nm_mask(torch.rand(72, 128), "2:4t")
+        before = weight.clone()
+        own, turned = packing.keep_both(weight, mask)
+        assert torch.equal(weight.view(torch.int16), before.view(torch.int16))
+        again = packing.keep_both(weight, mask, in_place=True)
+        masked = torch.where(mask, before, torch.zeros_like(before))
+        assert torch.equal(weight.contiguous().view(torch.int16), masked.view(torch.int16))
+        for first, second in ((own, turned), again):
+            assert equal(first, before, mask)
+            assert equal(second, before.T, mask.T)
+    assert set(launched) == {"keep_both_half"}
+
+
+def test_masks_that_do_not_keep_two_are_refused(launched: list[str]) -> None:
+    weight = torch.randn(64, 64).bfloat16()
+    rows_only = nm_mask(torch.rand(64, 64), "2:4")
+    for mask in (rows_only, rows_only.T.contiguous(), torch.ones(64, 64, dtype=torch.bool)):
+        with pytest.raises(PatternError, match="does not keep two of each four along both axes"):
+            packing.keep_both(weight, mask)
+        packing.keep_both(weight, mask, check=False)
+    with pytest.raises(ShapeError, match=r"strides \(1, 64\): only one whose rows have no gaps"):
+        packing.keep_both(weight.T, nm_mask(torch.rand(64, 64), "2:4t"), in_place=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_weights_of_8_bits_are_pruned(dtype: torch.dtype, launched: list[str]) -> None:
+    weight = torch.randint(-128, 128, (40, 200), dtype=torch.int8).view(dtype)
+    mask = nm_mask(weight.double().abs(), "2:4")
+    assert equal(packing.prune(weight), weight, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [4, 60, 68, 1092])
+def test_weights_are_quantized_row_by_row(dtype: torch.dtype, columns: int, launched: list[str]) -> None:
+    weight = (torch.randn(40, columns + 1) * 2.0 ** torch.randint(-20, 12, (40, 1))).to(dtype)[:, 1:]
+    weight[1] = 0
+    weight[2] = -0.0
+    weight[3, ::3] = float("nan")
+    weight[4, 1] = float("inf")
+    weight[5] = 1e-7 if dtype == torch.float16 else 2.0**-120
+    weight[6] = -1.0
+    weight[7, 0] = -(2.0**-119)
+    packed, scales = packing.quantize(weight)
+    q, wanted = reference.quantize_rows_e4m3(weight)
+    assert torch.equal(scales, wanted)
+    mask = nm_mask(weight.float().abs(), "2:4")
+    matrix = SparseMatrix.from_dense(q.contiguous(), "2:4", mask=mask)
+    values, metadata = layout.unpack(packed.values, packed.metadata, 40, columns)
+    assert torch.equal(metadata, matrix.metadata)
+    nan = matrix.values.float().isnan()
+    assert torch.equal(values.float().isnan(), nan)
+    assert torch.equal(values.view(torch.uint8)[~nan], matrix.values.view(torch.uint8)[~nan])
+    assert packing.quantize(weight[:0])[1].shape == (0,)
+
+
+def test_the_8_bit_float_nearest_to_every_16_bit_one(launched: list[str]) -> None:
+    """Every finite float16 of at most 448 beside 448, whose factor is 1."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.abs() <= 448]
+    rows = torch.zeros(-(-len(every) // 32), 128, dtype=torch.float16)
+    rows[:, 2::4] = torch.cat([every, every.new_zeros(-len(every) % 32)]).view(-1, 32)
+    rows[:, 1::4] = 448
+    packed, scales = packing.quantize(rows)
+    assert scales.tolist() == [1.0] * len(rows)
+    values, _ = layout.unpack(packed.values, packed.metadata, *rows.shape)
+    found = values.view(torch.uint8)[:, 1::2].flatten()[: len(every)]
+    kept = every != 0  # of zeros, the lower place is kept
+    assert torch.equal(found[kept], every.to(torch.float8_e4m3fn).view(torch.uint8)[kept])

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .registry import KERNELS, LinearSpec, Operands
+from .cuda import backend as cuda
+from .cuda import packing
+from .registry import KERNELS, LinearSpec, Operands, told_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,24 @@ def _cpu_linear(x: Tensor, operands: Operands, bias: Tensor | None, out_features
     return cpu.linear(rows, *operands, bias, out_features, in_features).view(*x.shape[:-1], out_features)
 
 
+def _cuda_pack(
+    weight: Tensor, mask: Tensor, both_ways: bool, memory: cpu.PackedMemory
+) -> tuple[Operands, Operands | None]:
+    """On torch's own memory for GPUs, which keeps what was let go of."""
+    if both_ways:
+        own, turned = packing.keep_both(weight, mask.contiguous(), check=False)
+        return (own.values, own.metadata), (turned.values, turned.metadata)
+    own = packing.compress(torch.where(mask, weight.detach(), 0), check=False)
+    return (own.values, own.metadata), None
+
+
+def _cuda_linear(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    return cuda.linear(x, *operands, bias, "2:4", out_features, in_features)
+
+
 PRODUCTS: tuple[Products, ...] = (
     Products("cpu", KERNELS["cpu"].why_not, _cpu_pack, _cpu_linear, KERNELS["cpu"].label),
+    Products("cuda", KERNELS["cuda"].why_not, _cuda_pack, _cuda_linear, KERNELS["cuda"].label),
 )
 """Fastest first."""
 
@@ -65,6 +83,8 @@ def find_products(spec: LinearSpec) -> tuple[Products | None, tuple[tuple[str, s
     """The first row that applies, or None, and why those before it do not: ((backend, reason), ...)."""
     rejected: list[tuple[str, str]] = []
     for row in PRODUCTS:
+        if not told_of(KERNELS[row.backend], spec.device):
+            continue
         reason = row.why_not(spec)
         if reason is None:
             return row, tuple(rejected)

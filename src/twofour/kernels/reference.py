@@ -129,6 +129,27 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scales
 
 
+LARGEST_E4M3 = 448.0
+
+
+def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x as float8_e4m3fn with one scale, symmetrically: q = e4m3(x * (448 / largest)), scale = largest / 448.
+
+    Args:
+        x: [rows, columns] floating point; taken as float32.
+    Returns:
+        float8_e4m3fn [rows, columns], ties to even, and float32 scales [rows]. NaN is no largest and stays NaN; beside an
+        infinity numbers become 0 and it NaN. A row whose largest is below 2**-119 has scale 0 and zeros.
+    """
+    wide = x.to(torch.float32)
+    largest = torch.where(wide.isnan(), 0.0, wide.abs()).amax(1)
+    used = largest >= SMALLEST_QUANTIZED
+    safe = torch.where(used, largest, 1.0)
+    factor = torch.where(used, torch.full_like(safe, LARGEST_E4M3) / safe, 0.0)
+    scales = torch.where(used, safe / torch.full_like(safe, LARGEST_E4M3), 0.0)
+    return (wide * factor[:, None]).to(torch.float8_e4m3fn), scales
+
+
 def linear_int8(
     x: Tensor,
     values: Tensor,

@@ -6,6 +6,7 @@
 
 #include "cuda/decode.cu"
 #include "cuda/pack.cu"
+#include "cuda/tokens.cu"
 
 #define TWOFOUR_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -187,6 +187,7 @@ inline double power_of_two(int exponent) {
 
 inline void sync_block() { emulated::wait(emulated::block->barrier); }
 inline void or_into(uint32_t* word, uint32_t bits) { *word |= bits; }
+inline void max_into(uint32_t* word, uint32_t value) { *word = std::max(*word, value); }
 
 template <class V>
 V load_stream(const V* from) {
@@ -195,6 +196,11 @@ V load_stream(const V* from) {
     std::abort();
   }
   return *from;
+}
+
+template <class V>
+V load_kept(const V* from) {
+  return load_stream(from);
 }
 
 inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
@@ -237,6 +243,7 @@ inline uint32_t bits_of_float(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+inline int32_t nearest_integer(float value) { return static_cast<int32_t>(std::nearbyint(value)); }
 inline float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 // Any small float: sign, exponent bits, fraction bits; e4m3 has no infinity.
 inline float float_of_small(uint32_t bits, int exponent_bits, int fraction_bits, bool infinity) {

@@ -15,6 +15,12 @@ from ...errors import PatternError, ShapeError, UnsupportedError
 from . import layout, table
 
 _HALF_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRUNE_NAMES = {
+    **_HALF_NAMES,
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.int8: "int8",
+}
 _ITEM_NAMES = {
     torch.bfloat16: "half",
     torch.float16: "half",
@@ -57,31 +63,17 @@ def prune_both(weight: Tensor, mask: Tensor | None = None) -> tuple[PackedMatrix
         ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
     """
     weight = _matrix(weight, _HALF_NAMES)
-    rows, columns = weight.shape
-    if rows % 4:
-        raise ShapeError(
-            f"weight is [{rows}, {columns}]: both axes come in groups of 4 where the mask is transposable."
-        )
-    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool or not mask.is_contiguous()):
-        raise ShapeError(f"mask is {list(mask.shape)} {mask.dtype}: a contiguous bool of [{rows}, {columns}] takes it.")
-    if mask is not None and mask.device != weight.device:
-        raise UnsupportedError(f"weight is on {weight.device}, mask on {mask.device}: put them on one.")
-    own, turned = _empty(rows, columns, weight), _empty(columns, rows, weight)
+    _require_transposable(weight, mask)
+    own, turned = _empty_both(weight)
     if weight.numel() == 0:
         return own, turned
-    across, down = -(-columns // _SQUARE), -(-rows // _SQUARE)
-    if down > _MOST_BLOCKS_DOWN:
-        raise ShapeError(
-            f"weight is [{rows}, {columns}]: at most {_MOST_BLOCKS_DOWN * _SQUARE} rows are packed at once."
-        )
     table.launch(
         f"prune_both_{_HALF_NAMES[weight.dtype]}",
-        (across, down),
+        _squares(weight),
         weight.device,
         weight.data_ptr(),
         weight.stride(0),
-        rows,
-        columns,
+        *weight.shape,
         own.values.data_ptr(),
         own.metadata.data_ptr(),
         turned.values.data_ptr(),
@@ -91,16 +83,97 @@ def prune_both(weight: Tensor, mask: Tensor | None = None) -> tuple[PackedMatrix
     return own, turned
 
 
+def keep_both(
+    weight: Tensor, mask: Tensor, *, in_place: bool = False, check: bool = True
+) -> tuple[PackedMatrix, PackedMatrix]:
+    """Weight and transpose packed under a given transposable mask, in one reading: what a step of training needs.
+
+    Args:
+        weight: as for `prune_both`.
+        mask: bool of the same shape, two True in each four neighbours of a row and of a column.
+        in_place: write zeros to the dropped places of `weight` as well, in the same pass.
+        check: wait for the GPU and raise where the mask does not keep two; False packs something.
+    Returns:
+        the packed weight and the packed transpose.
+    Raises:
+        PatternError: the mask is not transposable; nothing that is returned can be used.
+        ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
+    """
+    given, weight = weight, _matrix(weight, _HALF_NAMES)
+    _require_transposable(weight, mask)
+    if in_place and weight.data_ptr() != given.data_ptr():
+        raise ShapeError(
+            f"weight has strides {given.stride()}: only one whose rows have no gaps between items is masked in place."
+        )
+    own, turned = _empty_both(weight)
+    if weight.numel() == 0:
+        return own, turned
+    status = torch.zeros(1, dtype=torch.int32, device=weight.device)
+    table.launch(
+        "keep_both_half",
+        _squares(weight),
+        weight.device,
+        weight.data_ptr(),
+        weight.stride(0),
+        *weight.shape,
+        own.values.data_ptr(),
+        own.metadata.data_ptr(),
+        turned.values.data_ptr(),
+        turned.metadata.data_ptr(),
+        mask.data_ptr(),
+        weight.data_ptr() if in_place else 0,
+        status.data_ptr(),
+    )
+    if check and int(status.item()) != 0:
+        raise PatternError(
+            "the mask does not keep two of each four along both axes: nm_mask(scores, '2:4t') makes one."
+        )
+    return own, turned
+
+
 def prune(weight: Tensor) -> PackedMatrix:
     """The larger two of each four |weights| of a row, packed: `nm_mask(weight.abs(), "2:4")`.
 
     Args:
-        weight: [rows, columns] bfloat16 or float16 on a GPU, columns a multiple of 4.
+        weight: [rows, columns] of one of `layout.DTYPES` on a GPU, columns a multiple of 4.
     Raises:
         ShapeError, UnsupportedError: as the argument says; no driver or compiler.
     """
+    weight = _matrix(weight, _PRUNE_NAMES)
+    return _one_way(f"prune_{_PRUNE_NAMES[weight.dtype]}", weight, check=False)
+
+
+def quantize(weight: Tensor) -> tuple[PackedMatrix, Tensor]:
+    """The larger two of each four |weights| of a row as float8_e4m3fn with a scale for each row, packed.
+
+    The numbers are those of `reference.quantize_rows_e4m3`; where one is NaN its sign may differ.
+
+    Args:
+        weight: [rows, columns] bfloat16 or float16 on a GPU, columns a multiple of 4.
+    Returns:
+        the packed float8_e4m3fn matrix, and float32 scales [rows].
+    Raises:
+        ShapeError, UnsupportedError: as the argument says; no driver or compiler.
+    Cost: the weight is read twice, the second time from the last cache.
+    """
     weight = _matrix(weight, _HALF_NAMES)
-    return _one_way(f"prune_{_HALF_NAMES[weight.dtype]}", weight, check=False)
+    rows, columns = weight.shape
+    found = _empty(rows, columns, weight, torch.float8_e4m3fn)
+    scales = torch.zeros(rows, dtype=torch.float32, device=weight.device)
+    if weight.numel():
+        table.launch(
+            f"quantize_{_HALF_NAMES[weight.dtype]}",
+            (found.metadata.shape[0],),
+            weight.device,
+            weight.data_ptr(),
+            weight.stride(0),
+            rows,
+            columns,
+            found.values.data_ptr(),
+            found.metadata.data_ptr(),
+            scales.data_ptr(),
+        )
+    return found, scales
 
 
 def compress(matrix: Tensor, *, check: bool = True) -> PackedMatrix:
@@ -194,9 +267,37 @@ def _blocks(metadata: Tensor) -> tuple[int]:
     return (-(-metadata.shape[0] * metadata.shape[1] // _WARPS_OF_BLOCK),)
 
 
-def _empty(rows: int, columns: int, like: Tensor) -> PackedMatrix:
-    shape, meta_shape = layout.packed_shapes(rows, columns, like.dtype)
-    values = torch.empty(shape, dtype=like.dtype, device=like.device)
+def _squares(weight: Tensor) -> tuple[int, int]:
+    return -(-weight.shape[1] // _SQUARE), -(-weight.shape[0] // _SQUARE)
+
+
+def _require_transposable(weight: Tensor, mask: Tensor | None) -> None:
+    rows, columns = weight.shape
+    if rows % 4:
+        raise ShapeError(
+            f"weight is [{rows}, {columns}]: both axes come in groups of 4 where the mask is transposable."
+        )
+    if rows > _MOST_BLOCKS_DOWN * _SQUARE:
+        raise ShapeError(
+            f"weight is [{rows}, {columns}]: at most {_MOST_BLOCKS_DOWN * _SQUARE} rows are packed at once."
+        )
+    if mask is None:
+        return
+    if mask.shape != weight.shape or mask.dtype != torch.bool or not mask.is_contiguous():
+        raise ShapeError(f"mask is {list(mask.shape)} {mask.dtype}: a contiguous bool of [{rows}, {columns}] fits.")
+    if mask.device != weight.device:
+        raise UnsupportedError(f"weight is on {weight.device}, mask on {mask.device}: put them on one.")
+
+
+def _empty_both(weight: Tensor) -> tuple[PackedMatrix, PackedMatrix]:
+    rows, columns = weight.shape
+    return _empty(rows, columns, weight), _empty(columns, rows, weight)
+
+
+def _empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> PackedMatrix:
+    dtype = like.dtype if dtype is None else dtype
+    shape, meta_shape = layout.packed_shapes(rows, columns, dtype)
+    values = torch.empty(shape, dtype=dtype, device=like.device)
     return PackedMatrix(values, torch.empty(meta_shape, dtype=torch.int32, device=like.device), (rows, columns))
 
 

@@ -49,6 +49,9 @@ _SELDOM = ("best_mask_in_64", "best_mask_of_any")
 _ONE_WAY = (
     "prune_bf16",
     "prune_fp16",
+    "prune_e4m3",
+    "prune_e5m2",
+    "prune_int8",
     "compress_half",
     "compress_fp8",
     "compress_int8",
@@ -82,7 +85,10 @@ def _decode(dtype: str, tokens: int) -> KernelText:
 
 _TEXTS = (
     *(KernelText(name, "pack.cu", 256, 3, 11264, _SELDOM) for name in ("prune_both_bf16", "prune_both_fp16")),
+    KernelText("keep_both_half", "pack.cu", 256, 4, 11264),
     *(KernelText(name, "pack.cu", 256, 4) for name in _ONE_WAY),
+    *(KernelText(name, "pack.cu", 512, 2, 64) for name in ("quantize_bf16", "quantize_fp16")),
+    *(KernelText(f"quantize_tokens_{dtype}", "tokens.cu", 256, 4, 4) for dtype in ("fp32", "bf16", "fp16")),
     *(_decode(dtype, tokens) for dtype in ("bf16", "fp16", "int8") for tokens in (8, 16, 32, 64)),
 )
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}

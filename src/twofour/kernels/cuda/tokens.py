@@ -1,0 +1,50 @@
+"""Inputs as int8 with a scale for each token, by the kernels of csrc/cuda/tokens.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import ShapeError, UnsupportedError
+from . import packing, table
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_ALIGNED = 16  # bytes that products read at a time
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_tokens`, the same bits.
+
+    Args:
+        x: [tokens, columns] float32, bfloat16 or float16 on a GPU, any strides.
+    Returns:
+        int8 [tokens, columns], its rows at multiples of 16 bytes, and float32 scales [tokens].
+    Raises:
+        ShapeError, UnsupportedError: as the argument says; no driver or compiler.
+    """
+    if x.ndim != 2:
+        raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, columns]. Flatten it with x.flatten(0, -2).")
+    if x.dtype not in _NAMES:
+        known = ", ".join(str(each).removeprefix("torch.") for each in _NAMES)
+        raise UnsupportedError(f"{str(x.dtype).removeprefix('torch.')} is not quantized by a GPU kernel: {known} are.")
+    if not packing._on_gpu(x):
+        raise UnsupportedError(f"x is on {x.device}: put it on a GPU, or take reference.quantize_tokens.")
+    tokens, columns = x.shape
+    x = x.detach()
+    x = x if columns < 2 or x.stride(1) == 1 else x.contiguous()
+    wide = -(-columns // _ALIGNED) * _ALIGNED
+    q = torch.empty(tokens, wide, dtype=torch.int8, device=x.device)
+    scales = torch.zeros(tokens, dtype=torch.float32, device=x.device)
+    if x.numel():
+        table.launch(
+            f"quantize_tokens_{_NAMES[x.dtype]}",
+            (tokens,),
+            x.device,
+            x.data_ptr(),
+            x.stride(0),
+            columns,
+            q.data_ptr(),
+            wide,
+            scales.data_ptr(),
+        )
+    return q[:, :columns], scales
