@@ -95,10 +95,21 @@ def test_packing_moves_whole_words_and_compares_in_one_instruction(
         assert count(code[name], r"LDG\.E\S*\.64") == 4
         if architecture == "sm_90a":  # sum and maximum at once, for the 17 halves that are not the first of their kind
             assert count(code[name], r"VIADDMNMX ") == 34
-    for name, loads in (("prune_bf16", 8), ("compress_half", 8), ("take_half", 8), ("compress_int8", 0)):
+    for name, loads in (
+        ("prune_bf16", 8),
+        ("compress_half", 8),
+        ("take_half", 8),
+        ("compress_int8", 4),
+        ("prune_e4m3", 4),
+    ):
         assert count(code[name], r"LDG\.E\S*\.64") == loads, name
-        assert count(code[name], r"STG\.E\.128") == (2 if loads else 1), name
+        assert count(code[name], r"STG\.E\.128") == loads // 4, name
         assert count(code[name], "BAR") == 0, name
+    assert count(code["keep_both_half"], r"STG\.E\.128") == 2
+    assert count(code["keep_both_half"], r"LDG\.E\S*\.64") == count(code["keep_both_half"], r"STG\.E\.64") == 4
+    for name in ("quantize_bf16", "quantize_fp16"):
+        assert count(code[name], r"LDG\.E\S*\.128") == 8
+        assert count(code[name], "F2FP.*E4M3") == (8 if architecture != "sm_80" else 0)
     assert count(code["expand_half"], r"STG\.E\.64") == 8
 
 
