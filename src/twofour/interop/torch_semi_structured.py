@@ -6,27 +6,14 @@ in the order in which the tensor cores of sm_80 read them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..errors import FormatError, ShapeError, UnsupportedError
 from ..format import SparseMatrix
+from ..kernels.vendor import cutlass_layout
+from ..kernels.vendor.cutlass_layout import LAYOUTS, Layout
 from ..pattern import Pattern
-
-
-class _Layout(NamedTuple):
-    word: torch.dtype
-    row_group: int
-    interweave: int
-
-
-_LAYOUTS = {
-    torch.float16: _Layout(torch.int16, 32, 4),
-    torch.bfloat16: _Layout(torch.int16, 32, 4),
-    torch.int8: _Layout(torch.int32, 16, 2),
-}
 
 
 def to_cutlass(matrix: SparseMatrix) -> tuple[Tensor, Tensor]:
@@ -53,12 +40,7 @@ def to_cutlass(matrix: SparseMatrix) -> tuple[Tensor, Tensor]:
     if (matrix.pattern.keep, matrix.pattern.group) != (2, 4):
         raise UnsupportedError(f"a {matrix.pattern} matrix has no CUTLASS layout: it is for 2:4 only.")
     _require_multiples(matrix.shape, matrix.dtype, layout)
-    # A clone is aligned to its words; the nibbles of a word are little-endian in both layouts.
-    words = matrix.metadata.flatten().clone().view(layout.word)
-    rows, columns = _words_shape(matrix.shape, layout)
-    ordered = torch.empty_like(words)
-    ordered[_places(rows, columns, layout, words.device)] = words
-    return matrix.values, ordered.view(rows, columns)
+    return matrix.values, cutlass_layout.to_words(matrix.metadata, layout)
 
 
 def from_cutlass(values: Tensor, metadata: Tensor, shape: tuple[int, int]) -> SparseMatrix:
@@ -78,7 +60,7 @@ def from_cutlass(values: Tensor, metadata: Tensor, shape: tuple[int, int]) -> Sp
     layout = _require_layout(values.dtype)
     _require_multiples(shape, values.dtype, layout)
     out_features, in_features = shape
-    words_shape = _words_shape(shape, layout)
+    words_shape = (out_features, in_features // 8 // layout.word.itemsize)
     for name, tensor, expected in (
         ("values", values, (out_features, in_features // 2)),
         ("metadata", metadata, words_shape),
@@ -90,42 +72,19 @@ def from_cutlass(values: Tensor, metadata: Tensor, shape: tuple[int, int]) -> Sp
             )
     if metadata.dtype != layout.word:
         raise FormatError(f"metadata of {values.dtype} values must be {layout.word}, not {metadata.dtype}.")
-    words = metadata.flatten()[_places(*words_shape, layout, metadata.device)]
-    rows = words.view(torch.uint8).view(out_features, in_features // 8)
-    return SparseMatrix(values, rows, Pattern(2, 4), (out_features, in_features))
+    return SparseMatrix(values, cutlass_layout.from_words(metadata, layout), Pattern(2, 4), (out_features, in_features))
 
 
-def _words_shape(shape: tuple[int, int], layout: _Layout) -> tuple[int, int]:
-    return shape[0], shape[1] // 8 // layout.word.itemsize
-
-
-def _places(rows: int, columns: int, layout: _Layout, device: torch.device) -> Tensor:
-    """int64 [rows·columns]: where each word goes, counted in the order of the rows.
-
-    Rows are dealt like cards: in each group of 32 (16-bit values) or 16 (8-bit), row r goes to (r % 8)·interweave +
-    r // 8. Then the two words off the diagonal of each 2x2 block change places. Then columns are stored in pairs:
-    all rows of columns 0 and 1, all rows of columns 2 and 3, ...
-    """
-    row = torch.arange(rows, device=device)[:, None]
-    column = torch.arange(columns, device=device)[None, :]
-    row = row // layout.row_group * layout.row_group + row % 8 * layout.interweave + row % layout.row_group // 8
-    # Off the diagonal: (even, odd) -> (row + 1, column - 1), (odd, even) -> (row - 1, column + 1).
-    swap = column % 2 - row % 2
-    row, column = row + swap, column - swap
-    return (column // 2 * (rows * 2) + row * 2 + column % 2).flatten()
-
-
-def _require_layout(dtype: torch.dtype) -> _Layout:
-    if dtype not in _LAYOUTS:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _LAYOUTS)
+def _require_layout(dtype: torch.dtype) -> Layout:
+    if dtype not in LAYOUTS:
+        known = ", ".join(str(known).removeprefix("torch.") for known in LAYOUTS)
         raise UnsupportedError(f"values of {dtype} have no CUTLASS layout in torch: it is for {known}.")
-    return _LAYOUTS[dtype]
+    return LAYOUTS[dtype]
 
 
-def _require_multiples(shape: tuple[int, int], dtype: torch.dtype, layout: _Layout) -> None:
-    columns = 16 * layout.word.itemsize  # two words: columns of words are stored in pairs
-    if shape[0] % layout.row_group or shape[1] % columns:
+def _require_multiples(shape: tuple[int, int], dtype: torch.dtype, layout: Layout) -> None:
+    if shape[0] % layout.row_group or shape[1] % layout.column_group:
         raise ShapeError(
             f"the matrix is {list(shape)}: the CUTLASS layout of {dtype} needs out_features in multiples of"
-            f" {layout.row_group} and in_features in multiples of {columns}. Pad it, or use another backend."
+            f" {layout.row_group} and in_features in multiples of {layout.column_group}. Pad it, or use another backend."
         )

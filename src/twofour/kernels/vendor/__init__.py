@@ -1,0 +1,1 @@
+"""NVIDIA's own kernels by way of torch's operations."""
