@@ -1,7 +1,7 @@
 """The order of CUTLASS's metadata for compute capability 8.x, in plain torch, both ways.
 
-The nibbles are those of the format, 4 (16-bit values) or 8 (8-bit values) to a word; only the words are in another order, in
-which a warp's lanes find theirs side by side.
+The nibbles are those of the format, 4 (16-bit values) or 8 (8-bit values) to a word; only the words are in another
+order, in which a warp's lanes find theirs side by side.
 
 Source: reorder_meta in CUTLASS's host_reorder.h and layout::ColumnMajorInterleaved<2>, as facts.
 """
