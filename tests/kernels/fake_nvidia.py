@@ -98,10 +98,10 @@ class FakeNvidia:
     def sparse_mm(
         self, compressed: Tensor, dense: Tensor, bias: Tensor | None = None, alpha: Tensor | None = None, **named: Any
     ) -> Tensor:
+        self.calls.append(("sparse_mm", {"compressed": compressed, "dense": dense, "bias": bias} | named))
         unknown = set(named) - self.arguments
         if unknown:
             raise TypeError(f"unexpected arguments {unknown}")
-        self.calls.append(("sparse_mm", {"compressed": compressed, "dense": dense, "bias": bias} | named))
         return self._sparse_mm(compressed, dense, bias, **named)
 
     def _sparse_mm(
