@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.cuda import emulation
 from torch import nn
 
+import twofour
 from twofour import Pattern, SparseLinear, SparseMatrix, UnsupportedError, explain
-from twofour.kernels import KERNELS, LinearSpec, choose, linear, products
+from twofour.kernels import KERNELS, LinearSpec, choose, linear, products, registry
 from twofour.kernels.cuda import backend, compiler, driver, packing, table
 from twofour.masks import nm_mask
 from twofour.workflows import timing
+from twofour.workflows.comparison import Comparison, LayerTimes
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -179,7 +182,7 @@ def test_weights_elsewhere_are_not_told_of_it() -> None:
     on_cpu = choose(spec_of(device=torch.device("cpu"), dtype=torch.float16))
     assert [name for name, _ in on_cpu.rejected] == ["cpu"]
     on_gpu = choose(spec_of())
-    assert [name for name, _ in on_gpu.rejected] == ["cpu", "cuda"]
+    assert [name for name, _ in on_gpu.rejected] == ["cpu", "cuda", "vendor"]
     with pytest.raises(UnsupportedError, match=r"backend 'cuda' cannot run this layer: the weight is on cpu\."):
         choose(spec_of(device=torch.device("cpu")), "cuda")
 
@@ -217,3 +220,38 @@ def test_the_table_for_training_has_it_for_weights_on_gpus() -> None:
     assert [name for name, _ in rejected] == ["cpu", "cuda"]
     found, rejected = products.find_products(spec_of(device=torch.device("cpu"), dtype=torch.float16))
     assert [name for name, _ in rejected] == ["cpu"]
+
+
+@pytest.mark.parametrize("faster", ["cuda", "vendor"])
+def test_compress_takes_the_faster_of_the_kernels_for_gpus(
+    faster: str, gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = KERNELS["reference"]
+    rows = {
+        "cuda": KERNELS["cuda"],
+        "vendor": replace(reference, backend="vendor", label=lambda: "vendor 1.0", on_gpu=True, why_not=lambda _: None),
+        "reference": reference,
+        "onednn": KERNELS["onednn"],
+    }
+    for name in list(KERNELS):
+        monkeypatch.delitem(KERNELS, name)
+    for name, row in rows.items():
+        monkeypatch.setitem(KERNELS, name, row)
+    monkeypatch.setattr(registry, "told_of", lambda *_: True)
+
+    def times(self: Comparison, sparse: SparseLinear, dense: nn.Linear | None, tokens: object) -> LayerTimes:
+        return LayerTimes(3.0, None, 1.0 if sparse.backend == faster else 2.0)
+
+    monkeypatch.setattr(Comparison, "times", times)
+    model = nn.Sequential(nn.Linear(64, 32).bfloat16())
+    twofour.prune(model, "2:4")
+    report = twofour.compress(model, tokens=4)
+    layer = model[0]
+    assert isinstance(layer, SparseLinear)
+    assert layer.backend == faster
+    label = {"cuda": "cuda", "vendor": "vendor 1.0"}
+    assert report.rows[0]["kernel"] == label[faster]
+    assert report.rows[0]["sparse_us"] == 1.0
+    reason = "cuda would take 2.00x the time" if faster == "vendor" else ""
+    assert (report.rows[0]["reason"] or "") == reason
+    assert explain(model).rows[0]["reason"] == reason

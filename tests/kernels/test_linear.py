@@ -105,7 +105,9 @@ def test_the_table_says_which_kernel_and_why(native: None) -> None:
     assert chosen("4:8") == ("reference", "cpu: pattern 4:8 has no native kernel, only 2:4")
     assert chosen(dtype=torch.float16) == ("reference", "cpu: float16 has no native kernel, only float32 and bfloat16")
     assert chosen(device="meta") == ("reference", "cpu: the weight is on meta")
-    with pytest.raises(UnsupportedError, match="unknown backend 'gpu': the kernels are cpu, cuda, reference, onednn"):
+    with pytest.raises(
+        UnsupportedError, match="unknown backend 'gpu': the kernels are cpu, cuda, vendor, reference, onednn"
+    ):
         choose(LinearSpec(8, 8, Pattern(), torch.float32, torch.device("cpu")), "gpu")
 
 

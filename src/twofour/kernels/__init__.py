@@ -35,7 +35,8 @@ def linear(
         bias: [out_features], or None.
         activation: "none", "relu", "gelu" (by erf, torch's default), "gelu_tanh" or "silu".
         residual: [..., out_features] of x's dtype, any strides, or None.
-        backend: "cpu", "cuda", "reference", or None for the first that applies; `kernels.choose` tells which and why.
+        backend: "cpu", "cuda", "vendor" (cuSPARSELt or CUTLASS), "reference", or None for the first that applies;
+            `kernels.choose` tells which and why.
     Returns:
         [..., out_features] of x's dtype, accumulated in float32. An input at a dropped place never reaches y, not even
         NaN or infinity. Differentiable in x, bias and residual.

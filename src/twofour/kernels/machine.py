@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import cpu
-from .cuda import compiler, driver
+from .cuda import backend, compiler, driver
 
 
 def describe() -> dict[str, Any]:
@@ -25,9 +25,7 @@ def describe() -> dict[str, Any]:
 
 def describe_gpu() -> dict[str, Any]:
     """The GPUs, the architecture that kernels are compiled for, and the compiler, or why there is none."""
-    none = driver.why_not()
-    if none is None and not torch.cuda.is_available():
-        none = "torch sees none" if torch.version.cuda else "this build of torch has no CUDA"
+    none = driver.why_not() or backend.missing()
     found: dict[str, Any] = {"GPU": f"none: {none}" if none is not None else _gpus()}
     missing = compiler.why_not()
     found["GPU compiler"] = f"NVRTC {compiler.version()}" if missing is None else f"none: {missing}"

@@ -16,13 +16,13 @@ from torch.autograd import forward_ad
 
 from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
-from . import cpu, direct, epilogue, onednn, reference
+from . import cpu, direct, epilogue, onednn, reference, vendor
 from .cuda import backend as cuda
 from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
-_BACKENDS = ("reference", "cpu", "cuda", "onednn")
+_BACKENDS = ("reference", "cpu", "cuda", "vendor", "onednn")
 for _backend in _BACKENDS:
     _LIBRARY.define(
         f"linear_{_backend}(Tensor x, Tensor values, Tensor metadata, Tensor? bias, str pattern, int out_features,"
@@ -133,6 +133,8 @@ _LIBRARY.impl("linear_cpu", _linear_cpu, "CPU")
 _LIBRARY.impl("to_dense_cpu", _to_dense_cpu, "CPU")
 _LIBRARY.impl("linear_cuda", cuda.linear, "CUDA")
 _LIBRARY.impl("to_dense_cuda", cuda.to_dense, "CUDA")
+_LIBRARY.impl("linear_vendor", vendor.linear, "CUDA")
+_LIBRARY.impl("to_dense_vendor", vendor.to_dense, "CUDA")
 _LIBRARY.impl("linear_onednn", _linear_onednn, "CPU")
 _LIBRARY.impl("to_dense_onednn", _to_dense_onednn, "CPU")
 _LIBRARY.impl("pack_linear_cpu", cpu.pack, "CPU")
@@ -142,7 +144,13 @@ for _backend in _BACKENDS:
 torch.library.register_fake("twofour::pack_linear_cpu", _pack_fake, lib=_LIBRARY)
 
 _LINEAR = {name: getattr(torch.ops.twofour, f"linear_{name}").default for name in _BACKENDS}
-_DIRECT = {"reference": _linear_reference, "cpu": _linear_cpu, "cuda": cuda.linear, "onednn": _linear_onednn}
+_DIRECT: dict[str, Callable[..., Tensor]] = {
+    "reference": _linear_reference,
+    "cpu": _linear_cpu,
+    "cuda": cuda.linear,
+    "vendor": vendor.linear,
+    "onednn": _linear_onednn,
+}
 """What the dispatcher would call in the end, for calls that need nothing else of it."""
 _TO_DENSE = {name: getattr(torch.ops.twofour, f"to_dense_{name}").default for name in _BACKENDS}
 """The weight written out."""
@@ -189,7 +197,9 @@ def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
         elif ctx.needs_input_grad[0]:
             grad_x = grad @ _TO_DENSE[backend](values, metadata, *ctx.arguments).to(grad.dtype)
         if ctx.needs_input_grad[1] and backend not in GRAD_VALUES:
-            raise UnsupportedError(f"backend {backend!r} has no gradient of the values: train with backend='cpu'.")
+            raise UnsupportedError(
+                f"backend {backend!r} has no gradient of the values: train with backend='cpu', or 'cuda' on a GPU."
+            )
         if ctx.needs_input_grad[1]:
             grad_values = GRAD_VALUES[backend](grad, x, metadata, *ctx.arguments)
             grad_values = _converted(grad_values, values.dtype, backend) if mixed else grad_values

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from ..format import SparseMatrix
 from ..masks.rows import WINDOW_ROWS
 from ..pattern import Pattern
-from . import cpu, onednn
+from . import cpu, onednn, vendor
 from .cuda import backend as cuda
 from .cuda import layout as cuda_layout
 
@@ -129,6 +129,15 @@ def _cuda_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
     return SparseMatrix(*canonical, spec.pattern, (spec.out_features, spec.in_features))
 
 
+def _vendor_why_not(spec: LinearSpec) -> str | None:
+    missing = cuda.missing() if spec.device.type == "cuda" else None
+    return vendor.why_not(spec) if missing is None else missing
+
+
+def _vendor_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    return vendor.unpack(*operands, spec.pattern, spec.out_features, spec.in_features)
+
+
 def _onednn_why_not(spec: LinearSpec) -> str | None:
     if spec.device.type != "cpu":
         return f"the weight is on {spec.device}"
@@ -166,6 +175,7 @@ KERNELS: dict[str, Kernel] = {
         "cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy, False, _cpu_why_slower
     ),
     "cuda": Kernel("cuda", _cuda_why_not, _cuda_pack, _cuda_unpack, cuda.label, on_gpu=True),
+    "vendor": Kernel("vendor", _vendor_why_not, vendor.pack, _vendor_unpack, vendor.label, on_gpu=True),
     "reference": Kernel("reference", _reference_why_not, _reference_pack, _reference_unpack, lambda: "reference"),
     "onednn": Kernel(
         "onednn", _onednn_why_not, onednn.pack, _onednn_unpack, lambda: "onednn (dense)", _onednn_copy, dense=True

@@ -68,7 +68,8 @@ def compress(
     as torch runs it, oneDNN with the weight packed in advance, and the sparse kernel. A layer becomes a SparseLinear on
     the sparse kernel, a SparseLinear that holds its weight dense for oneDNN, or stays (or goes back to) an nn.Linear,
     whichever wins; the sparse kernel is preferred down to 0.97x of oneDNN, because it holds half the bytes, but never
-    where torch's Linear is faster. One kernel serves all token counts of a layer: two would hold its weight twice.
+    where torch's Linear is faster. On a GPU the sparse kernel is the faster of our own and NVIDIA's. One kernel serves
+    all token counts of a layer: two would hold its weight twice.
     Nothing is dropped: a layer that does not hold the pattern stays dense.
 
     Times are kept on disk (`twofour info` says where), so that the next model with these shapes is not timed again.
@@ -316,7 +317,15 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         candidate.row["weight_error"] = rounding
     if comparison is None:
         return
-    times = comparison.times(sparse, module if isinstance(module, nn.Linear) else None, candidate.tokens)
+    dense = module if isinstance(module, nn.Linear) else None
+    times = comparison.times(sparse, dense, candidate.tokens)
+    for other in _others_on_gpu(sparse):
+        others = comparison.times(other, dense, candidate.tokens)
+        if others.sparse_us < times.sparse_us:
+            reason = f"{choice.kernel.label()} would take {times.sparse_us / others.sparse_us:.2f}x the time"
+            sparse, times, choice = other, others, other.choice
+            candidate.sparse = sparse
+            candidate.row.update(kernel=choice.kernel.label(), bytes=sparse.nbytes, reason=reason)
     candidate.times, candidate.spec = times, sparse.spec
     candidate.row.update(
         tokens=", ".join(map(str, sorted(set(candidate.tokens)))),
@@ -348,6 +357,18 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
         candidate.sparse = None
         candidate.row.pop("weight_error", None)
         candidate.row.update(action="dense", kernel=DENSE, bytes=dense_bytes, reason=reason)
+
+
+def _others_on_gpu(sparse: SparseLinear) -> list[SparseLinear]:
+    """The layer on each other kernel of the table that is for GPUs: which is faster depends on the shape."""
+    if not KERNELS[sparse.backend].on_gpu or isinstance(sparse, QuantizedSparseLinear):
+        return []
+    rows = [kernel for kernel in KERNELS.values() if kernel.on_gpu and kernel.backend != sparse.backend]
+    return [
+        SparseLinear(sparse.matrix, sparse.bias, backend=kernel.backend).train(sparse.training)
+        for kernel in rows
+        if kernel.why_not(sparse.spec) is None
+    ]
 
 
 def _rounding(exact: SparseMatrix, stored: Tensor) -> float:

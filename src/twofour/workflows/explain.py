@@ -53,7 +53,8 @@ def explain(model: nn.Module, *, kernels: bool = False) -> Report:
         row = layer.identity()
         if isinstance(layer.module, SparseLinear):
             choice = layer.module.choice
-            reason = decisions.get(layer.module, choice.reason) if choice.kernel.dense else choice.reason
+            was_decided = choice.kernel.dense or choice.kernel.on_gpu
+            reason = decisions.get(layer.module, choice.reason) if was_decided else choice.reason
             row.update(kernel=choice.kernel.label(), bytes=layer.module.nbytes, reason=reason)
         else:
             row.update(kernel=DENSE, bytes=layer.weight.nbytes, reason=_why_dense(layer))

@@ -32,15 +32,20 @@ def why_not(
 
 def unusable(device: torch.device) -> str | None:
     """Why no kernel of csrc/cuda can run on a GPU of this machine; None where they can."""
-    reason = driver.why_not() or compiler.why_not()
+    reason = driver.why_not() or compiler.why_not() or missing()
     if reason is not None:
         return reason
-    if not torch.cuda.is_available():
-        return "torch sees no GPU" if torch.version.cuda else "this build of torch has no CUDA"
     major, minor = _capability(device)
     if (major, minor) < compiler.OLDEST:
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor}) has no sparse tensor cores: they begin at 8.0"
     return None
+
+
+def missing() -> str | None:
+    """Why torch has no GPU; None where it has."""
+    if torch.cuda.is_available():
+        return None
+    return "torch sees no GPU" if torch.version.cuda else "this build of torch has no CUDA"
 
 
 def label() -> str:
