@@ -199,6 +199,29 @@ def test_the_hash_tells_sources_architectures_and_options_apart(
     assert len(names) == len(compiler.ARCHITECTURES) + 2
 
 
+def test_what_measurements_are_judged_by_changes_with_the_code_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("cuda", "nm"):
+        shutil.copytree(compiler.sources() / folder, tmp_path / folder)
+    monkeypatch.setattr(compiler, "sources", lambda: tmp_path)
+    first = compiler.source_digest("pack.cu")
+    assert compiler.source_digest("pack.cu", ("A=1",)) != first
+    assert compiler.source_digest("decode.cu") != first
+    monkeypatch.setattr(compiler, "version", lambda: "99.9")
+    mask = tmp_path / "cuda" / "best_mask.h"
+    text = mask.read_text()
+    mask.write_text("// a remark\n\n" + text.replace("  ", "    "))
+    (tmp_path / "cuda" / "another.h").write_text("int another;\n")
+    assert compiler.source_digest("pack.cu") == first
+    decode = compiler.source_digest("decode.cu")
+    mask.write_text(text + "int more;\n")  # pack.cu alone includes it
+    assert compiler.source_digest("pack.cu") != first
+    assert compiler.source_digest("decode.cu") == decode
+    (tmp_path / "cuda" / "device.h").write_text("int other;\n")  # included by what is included
+    assert compiler.source_digest("decode.cu") != decode
+
+
 def test_nothing_is_kept_where_nothing_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     for where in ("off", str(tmp_path / "file")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,37 @@ def digest(file: str, architecture: str, options: tuple[str, ...] = OPTIONS) -> 
     return found.hexdigest()
 
 
+def source_digest(file: str, defines: tuple[str, ...] = ()) -> str:
+    """Of the code of a file and of what it includes, whatever compiles it: what measurements are judged by.
+
+    Comments and blanks do not count.
+
+    Args:
+        defines: "NAME=VALUE" of what to make of the file.
+    """
+    texts: dict[str, str] = {}
+    missing = [f"cuda/{file}"]
+    while missing:
+        name = missing.pop()
+        text = re.sub(r"//.*", "", (sources() / name).read_text(encoding="utf-8"))
+        texts[name] = " ".join(text.split())
+        missing += [each for each in re.findall(r'#include "([^"]+)"', text) if _is_new(each, texts)]
+    found = hashlib.sha256("\n".join([*OPTIONS, *defines]).encode())
+    for name, text in sorted(texts.items()):
+        found.update(f"\n{name}\n{text}".encode())
+    return found.hexdigest()
+
+
+def _is_new(name: str, texts: dict[str, str]) -> bool:
+    """False for what was read already, and for what only emulated GPUs have."""
+    return name not in texts and (sources() / name).is_file()
+
+
 @cache
 def text_digest() -> str:
-    """Of all CUDA texts, whoever compiles them."""
-    found = hashlib.sha256()
-    for path in sorted([*(sources() / "cuda").iterdir(), *(sources() / "nm").iterdir()]):
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()
+    """Of the code of all kernels, likewise."""
+    names = sorted(path.name for path in (sources() / "cuda").glob("*.cu"))
+    return hashlib.sha256("".join(map(source_digest, names)).encode()).hexdigest()
 
 
 def compiled(file: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
