@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,9 @@ from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DEVICE = torch.device(os.environ.get("TWOFOUR_TEST_DEVICE", "cpu"))
+"""Where tests that use `device` run; `make gpu` runs them on a GPU."""
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,16 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("TWOFOUR_CACHE", str(tmp_path_factory.getbasetemp() / "no-timings" / os.urandom(8).hex()))
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    """The device that tensors of a test are made on."""
+    if DEVICE.type == "cpu":
+        yield DEVICE
+        return
+    with DEVICE:
+        yield DEVICE
 
 
 @pytest.fixture
@@ -46,6 +59,8 @@ def needs_native() -> None:
     """Skips where the native kernels are left out on purpose; fails where they are missing by accident."""
     from twofour.kernels import cpu
 
+    if DEVICE.type != "cpu":
+        pytest.skip("native kernels are of the CPU")
     reason = cpu.available()
     if reason is None:
         return
@@ -86,9 +101,18 @@ def trained_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session", params=["cpu", "reference", "onednn"])
+def _backends() -> list[str]:
+    """Of the CPU; on another device every one that the table has."""
+    from twofour.kernels import KERNELS
+
+    return ["cpu", "reference", "onednn"] if DEVICE.type == "cpu" else list(KERNELS)
+
+
+@pytest.fixture(scope="session", params=_backends())
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend of the CPU in turn."""
+    """Each backend in turn."""
+    if DEVICE.type != "cpu":
+        return str(request.param)
     if request.param == "cpu":
         needs_native()
     if request.param == "onednn":
@@ -97,8 +121,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what `backend` gives to a test together with a dtype that oneDNN cannot run on this processor."""
+    """Skips what `backend` gives to a test together with a dtype that the backend cannot run here."""
     callspec = getattr(item, "callspec", None)
+    if callspec is not None and DEVICE.type != "cpu" and "backend" in callspec.params:
+        from twofour import Pattern
+        from twofour.kernels import KERNELS, LinearSpec
+
+        dtype = callspec.params.get("dtype", torch.float32)
+        backend = str(callspec.params["backend"])
+        reason = KERNELS[backend].why_not(LinearSpec(64, 64, Pattern(), dtype, DEVICE))
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")
+        return
     if callspec is not None and callspec.params.get("backend") == "onednn":
         for value in callspec.params.values():
             if isinstance(value, torch.dtype):

@@ -15,6 +15,7 @@ from twofour.pattern import Pattern
 from twofour.testing import assert_within_bound
 
 DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def integer_case(
@@ -152,7 +153,7 @@ def test_mistakes_are_named() -> None:
         kernels.linear(x, matrix, torch.zeros(31))
     with pytest.raises(UnsupportedError, match=r"Pass x.to\(torch.float32\), or convert the weight"):
         kernels.linear(x.half(), matrix)
-    with pytest.raises(UnsupportedError, match="x is on meta and the weight on cpu: move one of them"):
+    with pytest.raises(UnsupportedError, match=f"x is on meta and the weight on {matrix.device}: move one"):
         kernels.linear(x.to("meta"), matrix)
 
 

@@ -1,0 +1,81 @@
+"""Tests that need a GPU.
+
+They are skipped where there is none, unless TWOFOUR_GPU_TESTS says otherwise: "required" fails instead, as `make gpu` wants;
+"emulated" runs those that can on the emulated GPU of tests/cuda, which checks the tests themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+MODE = os.environ.get("TWOFOUR_GPU_TESTS", "")
+
+
+def why_no_gpu() -> str | None:
+    """None where a device with sparse tensor cores, a driver and a compiler are."""
+    from twofour.kernels.cuda import compiler, driver
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device: torch.cuda.is_available() is False"
+    if torch.cuda.get_device_capability() < compiler.OLDEST:
+        return "needs a CUDA device with sparse tensor cores"
+    return driver.why_not() or compiler.why_not()
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """Where kernels run."""
+    if MODE == "emulated":
+        with pytest.MonkeyPatch.context() as patch:
+            emulate(patch)
+            yield torch.device("cpu")
+        return
+    reason = why_no_gpu()
+    if reason is not None and MODE == "required":
+        pytest.fail(reason)
+    if reason is not None:
+        pytest.skip(reason)
+    yield torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """A GPU that is none of the emulated ones: streams, graphs, memory of its own."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU that is not emulated")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache for all of these tests in place of one for each: compiling takes seconds."""
+    if "TWOFOUR_CACHE" not in os.environ:
+        monkeypatch.setenv("TWOFOUR_CACHE", str(Path(tmp_path_factory.getbasetemp()) / "gpu-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _faults_belong_to_their_test(device: torch.device) -> Iterator[None]:
+    """Waits for the GPU after each test, so that what fails there fails here. Without a GPU it skips every test."""
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def emulate(patch: pytest.MonkeyPatch) -> None:
+    """Kernels run on the CPU."""
+    from tests.cuda import emulation
+
+    from twofour.kernels.cuda import decode, packing, table
+
+    def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
+        text = table.KERNEL_TEXTS[name]
+        emulation.launch(name, grid, text.threads, *arguments)
+
+    patch.setattr(table, "launch", launch)
+    for module in (packing, decode):
+        patch.setattr(module, "_on_gpu", lambda _: True)

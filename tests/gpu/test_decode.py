@@ -1,0 +1,187 @@
+"""Few tokens on a GPU: exact in whole numbers for every number of tokens, within the bound of every output in others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.gpu.support import pruned, specified
+from torch import Tensor
+
+from twofour import DeviceError, ShapeError, UnsupportedError
+from twofour.kernels.cuda import decode, packing
+from twofour.testing import assert_same_bits, assert_within_bound
+
+DTYPES = [torch.bfloat16, torch.float16, torch.int8]
+LARGE = [(8192, 8192), (28672, 8192), (4096, 14336)]
+
+
+def packed_of(dense: Tensor, device: torch.device) -> packing.PackedMatrix:
+    """By the specification, so that a fault of the kernels that pack is not taken for one of this kernel."""
+    found = specified(dense, _kept(dense))
+    return packing.PackedMatrix(found.values.to(device), found.metadata.to(device), found.shape)
+
+
+def _kept(dense: Tensor) -> Tensor:
+    groups = (dense != 0).view(len(dense), -1, 4).int()
+    order = (torch.arange(4) - 8 * groups).argsort(-1)[..., :2]
+    return torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, order, True).view(dense.shape)
+
+
+def tokens_of(count: int, columns: int, dtype: torch.dtype, seed: int, *, whole: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if whole or not dtype.is_floating_point:
+        high = 5 if whole else 128
+        return torch.randint(-high + 1, high, (count, columns), generator=generator).to(dtype)
+    return torch.randn(count, columns, generator=generator).to(dtype)
+
+
+def out_of(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_floating_point else torch.bfloat16
+
+
+def assert_exact(shape: tuple[int, int], dtype: torch.dtype, counts: list[int], device: torch.device) -> None:
+    """With bias, and for int8 with scales."""
+    dense = pruned(shape, dtype, whole=True)
+    packed, out = packed_of(dense, device), out_of(dtype)
+    bias = (torch.arange(shape[0]) % 9 - 4).to(out)
+    for count in counts:
+        x = tokens_of(count, shape[1], dtype, count, whole=True)
+        wanted = x.double() @ dense.double().T + bias.double()
+        assert_same_bits(decode.linear(x.to(device), packed, bias.to(device)), wanted.to(out))
+        of_rows = 2.0 ** (torch.arange(shape[0]) % 5 - 2)
+        of_tokens = 2.0 ** (torch.arange(count) % 3 - 1)
+        found = decode.linear(
+            x.to(device),
+            packed,
+            row_scale=of_rows.float().to(device),
+            token_scale=of_tokens.float().to(device),
+        )
+        wanted = x.double() @ dense.double().T * of_rows.double() * of_tokens.double()[:, None]
+        assert torch.equal(found.cpu(), wanted.to(out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smallest_products_are_exact(dtype: torch.dtype, device: torch.device) -> None:
+    assert_exact((40, 200), dtype, [1, 9], device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 1160), (16, 64), (130, 60), (4096, 520)], ids=str)
+def test_every_number_of_tokens_is_exact(shape: tuple[int, int], dtype: torch.dtype, gpu: torch.device) -> None:
+    assert_exact(shape, dtype, [*range(1, 67), 100, 127, 128, 129, 200, 513], gpu)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 64, 65, 150])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_numbers_stay_within_the_bound(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
+    dense, x = pruned((200, 1432), dtype), tokens_of(tokens, 1432, dtype, tokens)
+    bias = torch.randn(200).to(out_of(dtype))
+    y = decode.linear(x.to(device), packed_of(dense, device), bias.to(device))
+    assert_within_bound(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_layers_stay_within_the_bound(dtype: torch.dtype, shape: tuple[int, int], gpu: torch.device) -> None:
+    generator = torch.Generator(gpu).manual_seed(0)
+    dense = torch.randn(shape, generator=generator, device=gpu) * (30 if dtype == torch.int8 else 1)
+    weight = packing.expand(packing.prune(dense.bfloat16()))
+    dense = weight.round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else weight.to(dtype)
+    packed, some = packing.compress(dense), torch.arange(0, shape[0], 61, device=gpu)
+    for tokens in (1, 16, 64):
+        x = tokens_of(tokens, shape[1], dtype, tokens).to(gpu)
+        y = decode.linear(x, packed)
+        assert_within_bound(y[:, some], x, dense[some])
+        for _ in range(3):  # whichever block comes last
+            assert_same_bits(decode.linear(x, packed), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_places_that_are_dropped_are_never_looked_at(dtype: torch.dtype, device: torch.device) -> None:
+    dense = torch.zeros(20, 64, dtype=dtype)
+    dense[:, 1::4], dense[:, 2::4] = 1, -1
+    x = torch.ones(9, 64, dtype=dtype)
+    x[:, 0::4], x[:, 3::4] = float("inf"), float("nan")
+    y = decode.linear(x.to(device), packed_of(dense, device))
+    assert torch.equal(y.cpu(), torch.zeros(9, 20, dtype=dtype))
+    x[:, 1] = float("nan")
+    assert bool(decode.linear(x.to(device), packed_of(dense, device)).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_are_read_where_they_lie(dtype: torch.dtype, device: torch.device) -> None:
+    dense = pruned((40, 120), dtype, whole=True)
+    packed, whole = packed_of(dense, device), tokens_of(12, 260, dtype, 1, whole=True).to(device)
+    for x in (whole[:, 16:136], whole[:, 1:121], whole[::2, :120], whole[:, :120].T.contiguous().T, whole[:1, 3:123]):
+        wanted = (x.cpu().double() @ dense.double().T).to(out_of(dtype))
+        assert_same_bits(decode.linear(x, packed), wanted)
+
+
+def test_empty_sides(device: torch.device) -> None:
+    packed = packed_of(pruned((40, 64), torch.bfloat16), device)
+    assert decode.linear(torch.zeros(0, 64, dtype=torch.bfloat16, device=device), packed).shape == (0, 40)
+
+
+def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
+    shape = (1000, 8192)  # blocks that share columns count up in memory of their own
+    dense = pruned(shape, torch.bfloat16, whole=True)
+    packed = packed_of(dense, gpu)
+    inputs = [tokens_of(16, shape[1], torch.bfloat16, seed, whole=True).to(gpu) for seed in range(4)]
+    wanted = [(x.double() @ dense.to(gpu).double().T).bfloat16() for x in inputs]
+    assert_same_bits(decode.linear(inputs[0], packed), wanted[0])
+    x = inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = decode.linear(x, packed)
+    for given, right in zip(inputs, wanted, strict=True):
+        x.copy_(given)
+        graph.replay()
+        assert_same_bits(y, right)
+    streams = [torch.cuda.Stream(gpu) for _ in inputs]
+    torch.cuda.synchronize(gpu)
+    found: list[list[Tensor]] = [[] for _ in inputs]
+    for _ in range(10):
+        for place, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found[place].append(decode.linear(inputs[place], packed))
+    torch.cuda.synchronize(gpu)
+    for place, right in enumerate(wanted):
+        for each in found[place]:
+            assert_same_bits(each, right)
+
+
+def test_out_of_memory_leaves_nothing_behind(gpu: torch.device) -> None:
+    dense = pruned((2048, 1024), torch.bfloat16, whole=True)
+    packed, x = packed_of(dense, gpu), tokens_of(32768, 1024, torch.bfloat16, 0, whole=True).to(gpu)
+    first = decode.linear(x[:64], packed)
+    torch.cuda.synchronize(gpu)
+    torch.cuda.empty_cache()
+    before, total = torch.cuda.memory_allocated(gpu), torch.cuda.get_device_properties(gpu).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(gpu) + (32 << 20)) / total, gpu)
+    try:
+        with pytest.raises((torch.cuda.OutOfMemoryError, DeviceError)):
+            decode.linear(x, packed)  # 134 MB of outputs
+        assert torch.cuda.memory_allocated(gpu) == before
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+    assert_same_bits(decode.linear(x[:64], packed), first)
+
+
+def test_what_it_refuses(device: torch.device) -> None:
+    packed = packed_of(pruned((40, 64), torch.bfloat16), device)
+    with pytest.raises(UnsupportedError, match=r"x is torch.float16, the weight torch.bfloat16"):
+        decode.linear(torch.zeros(1, 64, dtype=torch.float16, device=device), packed)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ShapeError, match=r"x is \[1, 60\]: a weight of \[40, 64\] takes"):
+        decode.linear(x[:, :60], packed)
+    with pytest.raises(ShapeError, match=r"bias is \[39\]"):
+        decode.linear(x, packed, torch.zeros(39, dtype=torch.bfloat16, device=device))
+
+
+def test_devices_are_not_mixed(gpu: torch.device) -> None:
+    packed = packed_of(pruned((40, 64), torch.bfloat16), gpu)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"x is on cpu, the weight on cuda:\d: put both on one GPU"):
+        decode.linear(x, packed)
+    with pytest.raises(UnsupportedError, match=r"x is on cuda:\d, bias on cpu: put them on one device"):
+        decode.linear(x.to(gpu), packed, torch.zeros(40, dtype=torch.bfloat16))
