@@ -14,7 +14,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_by
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench bench-training bench-smallest native-test sanitize sanitize-threads neon emulated check clean
+.PHONY: demo test lint types examples bench bench-training bench-smallest gpu gpu-dry native-test sanitize sanitize-threads neon emulated check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -66,6 +66,16 @@ bench-training: $(VENV)/installed
 
 bench-smallest: $(VENV)/installed
 	for bench in benchmarks/kernels/bench_*.py benchmarks/masks/bench_*.py benchmarks/solvers/bench_*.py benchmarks/training/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench --smallest || exit 1; done
+
+# All that needs a GPU, in under nine minutes: tests, compute-sanitizer, measurements, each with a time limit and saved before the
+# next begins. It takes the environment of PYTHON as it is and downloads nothing; twofour goes into build/gpu-site. The result is
+# benchmarks/results/<gpu>/<date>.json; GPU_ARGS may be "--out FOLDER" (copies of result and logs), "--only STEP", "--commit HASH".
+gpu:
+	$(PYTHON) benchmarks/gpu/run.py $(GPU_ARGS)
+
+# The same on a CPU, tiny, with stand-ins for kernels: do the scripts work?
+gpu-dry: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu/run.py --dry-run $(GPU_ARGS)
 
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.

@@ -1,0 +1,134 @@
+"""Few tokens on a GPU: our kernel against cuBLAS and cuSPARSELt, with weights that come from memory.
+
+    python benchmarks/gpu/bench_decode.py --json build/gpu/decode.json
+
+Inputs and weights are N(0, 1), weights pruned to 2:4 by magnitude for all. cuSPARSELt is called plainly, and after it has
+measured its algorithms ("searched"). Every result is compared with float64 in the same run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import cases, record, timing
+
+SHAPES = ((8192, 8192), (28672, 8192))
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+FEWER = (1, 16, 64)
+MOST_COPIES = 8
+
+
+class Layer:
+    """A weight in each form that a rival takes: copies that exceed the caches, made once for all numbers of tokens."""
+
+    def __init__(self, shape: tuple[int, int], dtype: str, device: torch.device) -> None:
+        self.shape, self.name, self.dtype, self.device = shape, dtype, cases.DTYPES[dtype], device
+        self.weight = cases.pruned(cases.normal(shape, self.dtype, device))
+        dense = min(timing.copies_for(self.weight.nbytes, device), MOST_COPIES)
+        packed = min(timing.copies_for(self.weight.nbytes * 9 // 16, device), 2 * MOST_COPIES)
+        self.dense = [self.weight, *(self.weight.clone() for _ in range(dense - 1))]
+        self.packed = [cases.compress(self.weight) for _ in range(packed)]
+        self.missing: dict[str, str] = {}
+        found = cases.tried("cuSPARSELt", lambda: [partial(cases.cslt_compressed, self.weight)] * packed, self.missing)
+        self.compressed = [call() for call in found.get("cuSPARSELt", [])]
+
+    def row(self, tokens: int, rounds: int) -> record.Row:
+        """All rivals in turns."""
+        x = cases.normal((tokens, self.shape[1]), self.dtype, self.device, tokens)
+        missing = dict(self.missing)
+        kernels = cases.tried("twofour", lambda: [partial(cases.few_tokens, x, each) for each in self.packed], missing)
+        if self.dtype == torch.int8:
+            missing["cuBLAS"] = "torch._int_mm takes 17 tokens at least"
+            if tokens > 16:
+                del missing["cuBLAS"]
+                kernels |= cases.tried(
+                    "cuBLAS", lambda: [partial(torch._int_mm, x, w.t()) for w in self.dense], missing
+                )
+        else:
+            kernels |= cases.tried("cuBLAS", lambda: [partial(F.linear, x, w) for w in self.dense], missing)
+        kernels |= cslt(x, self.compressed, self.shape[0], missing)
+        errors, right = checked(kernels, x, self.weight)
+        nbytes = self.shape[0] * self.shape[1] * self.dtype.itemsize // 2 + self.shape[0] * self.shape[1] // 8
+        return cases.measured(
+            kernels,
+            self.device,
+            rounds=rounds,
+            calls=max(8, len(self.packed)),
+            nbytes=nbytes,
+            bench="decode",
+            what="few tokens",
+            out_features=self.shape[0],
+            in_features=self.shape[1],
+            dtype=self.name,
+            tokens=tokens,
+            missing=missing,
+            errors=errors,
+            right=right,
+        )
+
+
+def cslt(
+    x: Tensor, compressed: Sequence[Tensor], features: int, missing: dict[str, str]
+) -> dict[str, Sequence[timing.Call]]:
+    """cuSPARSELt with and without a search, one search for all copies."""
+    found: dict[str, Sequence[timing.Call]] = {}
+    if not compressed:
+        return found
+    for name, search in (("cuSPARSELt", False), ("cuSPARSELt, searched", True)):
+        found |= cases.tried(
+            name, lambda search=search: [cases.cslt_linear(x, w, features, search) for w in compressed], missing
+        )
+    return found
+
+
+def checked(
+    kernels: dict[str, Sequence[timing.Call]], x: Tensor, weight: Tensor
+) -> tuple[dict[str, dict[str, float]], dict[str, bool]]:
+    """Errors of each, and whether ours is within its bound, others near enough to be the same product."""
+    errors, right = {}, {}
+    for name, calls in kernels.items():
+        y = calls[-1]()
+        assert isinstance(y, Tensor)
+        y = y.to(torch.bfloat16) if not y.dtype.is_floating_point else y
+        errors[name] = cases.error_of(y, x, weight)
+        ours = name.startswith("twofour")
+        right[name] = errors[name]["of_bound"] <= 1 if ours else errors[name]["relative"] < 0.02
+    return errors, right
+
+
+def main(
+    device: cases.Device = "cuda", json_path: cases.Json = None, rounds: int = 25, smallest: cases.Smallest = False
+) -> None:
+    """Measures few tokens."""
+    chosen = cases.chosen_device(device)
+    shapes: Sequence[tuple[int, int]] = SHAPES
+    tokens: Sequence[int] = TOKENS
+    fewer: Sequence[int] = FEWER
+    if smallest:
+        shapes, tokens, fewer, rounds = [(64, 128)], (1, 8), (17,), 2
+    part, failed = record.Part(json_path), False
+    for shape in shapes:
+        for dtype, counts in (("bf16", tokens), ("fp16", fewer), ("int8", fewer)):
+            layer = Layer(shape, dtype, chosen)
+            for count in counts:
+                row = layer.row(count, rounds)
+                part.add(row)
+                failed |= not all(right for name, right in row["right"].items() if name.startswith("twofour"))
+                print(cases.line_of(row), flush=True)
+    if failed:
+        raise SystemExit("some results are wrong")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        typer.run(main)

@@ -1,0 +1,143 @@
+"""Pruning and packing on a GPU against torch's own: W and W.T at once, one way, what is 2:4 already.
+
+    python benchmarks/gpu/bench_packing.py --json build/gpu/packing.json
+
+Inputs are N(0, 1) and cold: each call takes the next of several. "copy" is torch's clone of the dense matrix, a measure of
+what memory gives. What our kernels write is compared with `layout.pack`, bit for bit, in the same run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import cases, record, timing
+
+SHAPES = ((8192, 8192), (4096, 4096), (4096, 14336))
+TILE_ALGORITHMS = {"torch tile": ("", False), "torch tile, CUTLASS": ("", True)}
+
+
+def bytes_of(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Of the dense matrix, and of its values and metadata."""
+    dense = rows * columns * itemsize
+    return dense, dense // 2 + rows * columns // 8
+
+
+def both(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
+    """W and W.T by a transposable mask."""
+    weights, copies = _inputs(shape, dtype, device)
+    missing: dict[str, str] = {}
+    kernels = cases.tried("twofour", lambda: [partial(cases.prune_both, each) for each in weights], missing)
+    for name, (algorithm, cutlass) in TILE_ALGORITHMS.items():
+        tile = torch._sparse_semi_structured_tile
+        calls = partial(
+            _each, weights, lambda w, a=algorithm, c=cutlass, t=tile: partial(t, w, algorithm=a, use_cutlass=c)
+        )
+        kernels |= cases.tried(name, calls, missing)
+    kernels |= cases.tried("copy", lambda: [each.clone for each in weights], missing)
+    right = {}
+    if "twofour" in kernels:
+        right["twofour"] = cases.same_packed(cases.prune_both(weights[0]), cases.specified_both(weights[0]))
+    dense, packed = bytes_of(*shape, weights[0].itemsize)
+    return _row("prune both", shape, dtype, kernels, device, rounds, dense + 2 * packed, missing, right, copies)
+
+
+def one_way(what: str, shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
+    """ "prune", "compress", "take" or "expand"."""
+    weights, copies = _inputs(shape, dtype, device)
+    missing: dict[str, str] = {}
+    dense, packed = bytes_of(*shape, weights[0].itemsize)
+    wanted = cases.specified(weights[0])
+    sparse = [cases.pruned(each) for each in weights] if what == "compress" else weights
+    ours: dict[str, Callable[[Tensor], Any]] = {
+        "prune": cases.prune,
+        "compress": cases.compress,
+        "take": partial(cases.take, packed=wanted),
+    }
+    right = {}
+    if what == "expand":
+        held = [cases.specified(each) for each in weights]
+        kernels = cases.tried("twofour", lambda: [partial(cases.expand, each) for each in held], missing)
+        if kernels:
+            right["twofour"] = torch.equal(cases.expand(held[0]).float(), cases.pruned(weights[0]).float())
+    else:
+        kernels = cases.tried("twofour", lambda: [partial(ours[what], each) for each in sparse], missing)
+        if kernels and what == "take":
+            right["twofour"] = torch.equal(ours[what](sparse[0]).view(torch.uint8), wanted.values.view(torch.uint8))
+        elif kernels:
+            right["twofour"] = cases.same_packed([ours[what](sparse[0])], [wanted])
+    if what == "compress":
+        if "twofour" in kernels:
+            checked = partial(cases.compress, check=True)
+            kernels |= cases.tried("twofour, checked", lambda: [partial(checked, each) for each in sparse], missing)
+        kernels |= cases.tried("cuSPARSELt", lambda: [partial(cases.cslt_compressed, each) for each in sparse], missing)
+    kernels |= cases.tried("copy", lambda: [each.clone for each in sparse], missing)
+    return _row(what, shape, dtype, kernels, device, rounds, dense + packed, missing, right, copies)
+
+
+def _each(weights: Sequence[Tensor], make: Callable[[Tensor], timing.Call]) -> list[timing.Call]:
+    return [make(each) for each in weights]
+
+
+def _inputs(shape: tuple[int, int], dtype: str, device: torch.device) -> tuple[list[Tensor], int]:
+    kind = cases.DTYPES[dtype]
+    copies = timing.copies_for(shape[0] * shape[1] * kind.itemsize, device)
+    return [cases.normal(shape, kind, device, seed) for seed in range(copies)], copies
+
+
+def _row(
+    what: str,
+    shape: tuple[int, int],
+    dtype: str,
+    kernels: dict[str, Sequence[timing.Call]],
+    device: torch.device,
+    rounds: int,
+    nbytes: int,
+    missing: dict[str, str],
+    right: dict[str, bool],
+    copies: int,
+) -> record.Row:
+    case = {"bench": "packing", "what": what, "out_features": shape[0], "in_features": shape[1], "dtype": dtype}
+    return cases.measured(
+        kernels, device, rounds=rounds, calls=2 * copies, nbytes=nbytes, **case, missing=missing, right=right
+    )
+
+
+def main(
+    device: cases.Device = "cuda", json_path: cases.Json = None, rounds: int = 25, smallest: cases.Smallest = False
+) -> None:
+    """Measures packing."""
+    chosen = cases.chosen_device(device)
+    shapes: Sequence[tuple[int, int]] = SHAPES
+    if smallest:
+        shapes, rounds = [(64, 128)], 2
+    part, failed = record.Part(json_path), False
+    for shape in shapes:
+        todo: list[Callable[[], record.Row]] = [
+            partial(both, shape, "bf16", chosen, rounds),
+            partial(both, shape, "fp16", chosen, rounds),
+            *(partial(one_way, "compress", shape, dtype, chosen, rounds) for dtype in ("bf16", "int8", "fp8")),
+            *(partial(one_way, "prune", shape, dtype, chosen, rounds) for dtype in ("bf16", "fp8")),
+            *(partial(one_way, what, shape, "bf16", chosen, rounds) for what in ("take", "expand")),
+        ]
+        for measure in todo:
+            row = measure()
+            part.add(row)
+            failed |= not all(row["right"].values())
+            print(cases.line_of(row), flush=True)
+    if failed:
+        raise SystemExit("some results are wrong")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        typer.run(main)

@@ -1,0 +1,283 @@
+"""What the benchmarks on GPUs share: inputs, our kernels and what stands for them on a CPU, rivals, errors, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from benchmarks.gpu import record, timing
+from torch import Tensor
+
+from twofour import SparseMatrix
+from twofour.errors import UnsupportedError
+from twofour.kernels.cuda import decode, layout, packing
+from twofour.masks import nm_mask
+from twofour.testing import tolerances
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+Device = Annotated[str, typer.Option(help="cuda; cpu checks the script alone, with stand-ins for kernels.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write rows here, after each.")]
+Smallest = Annotated[bool, typer.Option("--smallest", help="Tiny cases.")]
+CHECKED_TOKENS = 4
+CHECKED_FEATURES = 2048
+BANDWIDTH = 4.8e12
+"""Bytes per second of the memory of an H200, by its datasheet: what floors are given for."""
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device, or an end of the script with the reason why there is none."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: torch.cuda.is_available() is False. --device cpu checks the script alone.")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """N(0, 1); for int8 N(0, 32), rounded."""
+    generator = torch.Generator(device).manual_seed(seed)
+    found = torch.randn(shape, generator=generator, device=device)
+    if dtype == torch.int8:
+        return (found * 32).round().clamp(-127, 127).to(dtype)
+    return found.to(dtype)
+
+
+def pruned(weight: Tensor) -> Tensor:
+    """2:4 by magnitude, dense."""
+    mask = nm_mask(weight.float().abs(), "2:4")
+    return (
+        weight.masked_fill(~mask, 0)
+        if weight.dtype != torch.float8_e4m3fn
+        else (weight.float() * mask).to(DTYPES["fp8"])
+    )
+
+
+# ---- our kernels, and what stands for them on a CPU ------------------------------------------------------------------
+
+
+def _packed(dense: Tensor, mask: Tensor) -> packing.PackedMatrix:
+    """The specification, in plain torch, on any device."""
+    matrix = SparseMatrix.from_dense(dense, "2:4", mask=mask)
+    rows, columns = matrix.shape
+    return packing.PackedMatrix(*layout.pack(matrix.values, matrix.metadata, rows, columns), (rows, columns))
+
+
+def specified_both(weight: Tensor) -> tuple[packing.PackedMatrix, packing.PackedMatrix]:
+    """What `prune_both` must give."""
+    mask = nm_mask(weight.float().abs(), "2:4t")
+    return _packed(weight, mask), _packed(weight.T.contiguous(), mask.T.contiguous())
+
+
+def specified(weight: Tensor) -> packing.PackedMatrix:
+    """What `prune`, and `compress` of a pruned matrix, must give."""
+    return _packed(weight, nm_mask(weight.float().abs(), "2:4"))
+
+
+def prune_both(weight: Tensor) -> Any:
+    """Our kernel, or its stand-in on a CPU; so below."""
+    return packing.prune_both(weight) if weight.is_cuda else specified_both(weight)
+
+
+def prune(weight: Tensor) -> Any:
+    return packing.prune(weight) if weight.is_cuda else specified(weight)
+
+
+def compress(matrix: Tensor, check: bool = False) -> Any:
+    return packing.compress(matrix, check=check) if matrix.is_cuda else specified(matrix)
+
+
+def take(matrix: Tensor, packed: packing.PackedMatrix) -> Tensor:
+    return packing.take(matrix, packed) if matrix.is_cuda else packed.values
+
+
+def expand(packed: packing.PackedMatrix) -> Tensor:
+    if packed.values.is_cuda:
+        return packing.expand(packed)
+    rows, columns = packed.shape
+    return SparseMatrix(
+        *layout.unpack(packed.values, packed.metadata, rows, columns), _PATTERN, packed.shape
+    ).to_dense()
+
+
+def few_tokens(x: Tensor, packed: packing.PackedMatrix) -> Tensor:
+    """y of our kernel for few tokens."""
+    if x.is_cuda:
+        return decode.linear(x, packed)
+    y = x.float() @ expand(packed).float().T
+    return y.to(torch.bfloat16 if x.dtype == torch.int8 else x.dtype)
+
+
+_PATTERN = SparseMatrix.from_dense(torch.zeros(1, 4)).pattern
+
+
+# ---- rivals ----------------------------------------------------------------------------------------------------------
+
+
+class Missing(Exception):
+    """A rival that is not here, and why."""
+
+
+def tried(
+    name: str, make: Callable[[], Sequence[timing.Call]], missing: dict[str, str]
+) -> dict[str, Sequence[timing.Call]]:
+    """The calls of a rival after one trial of each; nothing, and the reason in `missing`, where it cannot run.
+
+    Ours may refuse what they have no kernel for; whatever else goes wrong with them is raised.
+    """
+    try:
+        calls = make()
+        for call in calls:
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except (Missing, RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+        if name.startswith("twofour") and not isinstance(error, UnsupportedError):
+            raise
+        missing[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return {}
+    return {name: calls}
+
+
+def cusparselt_version() -> int | None:
+    """As 800, of the library that torch has loaded."""
+    if not torch.cuda.is_available() or not torch.backends.cusparselt.is_available():
+        return None
+    version: int = torch._C._cusparselt.getVersionInt()
+    return version
+
+
+def cslt_compressed(matrix: Tensor) -> Tensor:
+    """A 2:4 matrix in cuSPARSELt's layout."""
+    if not matrix.is_cuda:
+        raise Missing("cuSPARSELt needs a GPU")
+    return torch._cslt_compress(matrix)
+
+
+def cslt_linear(x: Tensor, compressed: Tensor, features: int, search: bool) -> timing.Call:
+    """x @ W.T by cuSPARSELt, W first and its result transposed, as torch calls it; tokens padded to what it takes.
+
+    Args:
+        search: let it measure its algorithms and split-K first.
+    """
+    multiple = 16 if x.dtype.itemsize == 1 else 8
+    tokens = len(x)
+    padded = x.new_zeros(-(-tokens // multiple) * multiple, x.shape[1])
+    padded[:tokens] = x
+    out = torch.bfloat16 if x.dtype == torch.int8 else None
+    options: dict[str, Any] = {}
+    if search:
+        found = torch._C._cusparselt.mm_search(compressed, padded.t(), None, None, out, True)
+        options = {"alg_id": int(found[0]), "split_k": int(found[1]), "split_k_mode": int(found[2])}
+
+    def run() -> Tensor:
+        y = torch._cslt_sparse_mm(compressed, padded.t(), out_dtype=out, transpose_result=True, **options)
+        y = y if tuple(y.shape) == (len(padded), features) else y.t()
+        return y[:tokens]
+
+    return run
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def error_of(y: Tensor, x: Tensor, weight: Tensor, seed: int = 0) -> dict[str, float]:
+    """Against float64 for some tokens and features: ‖y - y64‖ / ‖y64‖, and the largest part of the bound that
+    `twofour.testing` allows to one output; more than 1 is wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(len(x), generator=generator)[:CHECKED_TOKENS].to(x.device)
+    features = torch.randperm(len(weight), generator=generator)[:CHECKED_FEATURES].to(x.device)
+    ours, x64, w64 = y[tokens][:, features].double(), x[tokens].double(), weight[features].double()
+    y64, size = x64 @ w64.T, x64.abs() @ w64.abs().T
+    exact = x.dtype == torch.int8
+    unit = torch.finfo(y.dtype).eps / 2
+    sums = 0.0 if exact else (weight.shape[1] + 1) * torch.finfo(torch.float32).eps / 2
+    allowed = unit * y64.abs() + (1 + unit) * sums * size + torch.finfo(y.dtype).smallest_normal
+    error = (ours - y64).abs()
+    return {
+        "relative": float(error.norm() / y64.norm()),
+        "of_bound": float((error / allowed).max().nan_to_num(nan=9e9)),
+    }
+
+
+def same_packed(found: Iterable[packing.PackedMatrix], wanted: Iterable[packing.PackedMatrix]) -> bool:
+    """Bit for bit."""
+    for own, other in zip(found, wanted, strict=True):
+        try:
+            tolerances.assert_same_bits(own.values, other.values)
+            tolerances.assert_same_bits(own.metadata, other.metadata)
+        except AssertionError:
+            return False
+    return True
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def measured(
+    kernels: Mapping[str, Sequence[timing.Call]],
+    device: torch.device,
+    *,
+    rounds: int,
+    calls: int,
+    nbytes: int | None = None,
+    **case: Any,
+) -> record.Row:
+    """A row: times of all kernels in turns, ours first by the name "twofour", and which kernels of ours ran.
+
+    Args:
+        nbytes: least bytes that ours must move.
+        case: what tells the row apart, and what else is known of it.
+    """
+    grids: dict[str, list[int]] = {}
+    if "twofour" in kernels:
+        with record.launches() as grids:
+            kernels["twofour"][0]()
+    times = timing.in_turns(kernels, device, rounds=rounds, calls=calls)
+    row: record.Row = {
+        **case,
+        "rounds": rounds,
+        "calls": calls,
+        "copies": {name: len(copies) for name, copies in kernels.items()},
+        "processors": processors(device),
+        "kernels": {name: record.source_of(name) for name in grids},
+        "grids": grids,
+        "us": {name: each.median for name, each in times.items()},
+        "quartiles_us": {name: each.quartiles for name, each in times.items()},
+        "host_us": {name: sorted(each.host_us)[len(each.host_us) // 2] for name, each in times.items()},
+        "waited": {name: each.waited for name, each in times.items() if each.waited},
+    }
+    if "twofour" in times:
+        row["x"] = timing.ratios_to("twofour", times)
+        if nbytes is not None:
+            seconds = times["twofour"].median / 1e6
+            row["gigabytes_per_second"] = nbytes / seconds / 1e9
+            row["floor_us"] = nbytes / BANDWIDTH * 1e6
+    return row
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def line_of(row: record.Row) -> str:
+    """A row for people."""
+    tokens = f" {row['tokens']:5} tokens" if "tokens" in row else ""
+    times = "  ".join(f"{name} {us:.1f}" for name, us in row.get("us", {}).items())
+    ratios = "  ".join(f"{ratio:.2f} x {name}" for name, ratio in row.get("x", {}).items())
+    wrong = (
+        ""
+        if all(row.get("right", {}).values())
+        else "  WRONG: " + ", ".join(n for n, r in row["right"].items() if not r)
+    )
+    missing = "".join(f"  no {name}: {why[:60]}" for name, why in row.get("missing", {}).items())
+    shape = f"{row['out_features']}x{row['in_features']}"
+    return f"{row['what']:16} {shape:12} {row['dtype']:5}{tokens}  us: {times} | {ratios}{wrong}{missing}"

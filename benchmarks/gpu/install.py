@@ -1,0 +1,61 @@
+"""Puts twofour where the steps after this find it: with its C++ if there is a compiler, without it if not. Downloads nothing.
+
+python benchmarks/gpu/install.py build/gpu-site
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE_SECONDS = 80
+"""The rest of the step's time is for an installation without C++."""
+QUESTION = "import importlib.util as u; s = u.find_spec('twofour'); print(s.origin if s and s.origin else '')"
+
+
+def editable() -> bool:
+    """Is this repository's twofour in the environment already?"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", QUESTION], capture_output=True, text=True, env=environment, cwd="/", check=False
+    )
+    return done.stdout.strip() == str(ROOT / "src" / "twofour" / "__init__.py")
+
+
+def install(target: Path, native: bool) -> bool:
+    """True where pip succeeds."""
+    shutil.rmtree(target, ignore_errors=True)
+    environment = dict(os.environ)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    if not native:
+        environment["TWOFOUR_NO_NATIVE"] = "1"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps"]
+    command += ["--disable-pip-version-check", "--target", str(target), str(ROOT)]
+    try:
+        return subprocess.run(command, env=environment, timeout=NATIVE_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"not built after {NATIVE_SECONDS} s")
+        return False
+
+
+def main(target: Path) -> int:
+    """0 where twofour can be imported afterwards."""
+    if editable():
+        print("this repository's twofour is in the environment already")
+        return 0
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler and not os.environ.get("TWOFOUR_NO_NATIVE") and install(target, native=True):
+        print(f"installed into {target}, built with {compiler}")
+        return 0
+    if install(target, native=False):
+        print(f"installed into {target} without C++")
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve()))

@@ -1,0 +1,86 @@
+"""Every kernel once, on the smallest matrices that have all their edges: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck python benchmarks/gpu/smallest.py
+    compute-sanitizer --tool racecheck python benchmarks/gpu/smallest.py --planted race
+
+With `--planted` one faulty kernel runs instead, which the tool must notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import cases
+
+from twofour.kernels.cuda import compiler, decode, driver, packing, table
+
+SHAPE = (72, 100)
+WIDE = (132, 1604)
+"""Columns that several blocks share."""
+TOKENS = {"bf16": (1, 9, 17, 33), "fp16": (1, 9, 17, 33), "int8": (1, 9, 17, 33)}
+PLANTED = {
+    "bounds": 'extern "C" __global__ void planted(int* to, long long count) { to[count + threadIdx.x] = 1; }',
+    "race": """extern "C" __global__ void planted(int* to, long long count) {
+  __shared__ int cells[128];
+  cells[threadIdx.x] = threadIdx.x;
+  to[threadIdx.x] = cells[(threadIdx.x + 33) % 128];
+}""",
+}
+
+
+def run_planted(fault: str) -> None:
+    """One block of a kernel that writes behind its memory, or reads what another warp may not have written yet."""
+    memory = torch.zeros(128, dtype=torch.int32, device="cuda")
+    architecture = compiler.architecture_of(torch.cuda.get_device_capability())
+    cubin, _ = compiler.compile_text(PLANTED[fault], "planted.cu", architecture)
+    kernel = driver.driver().kernel(cubin, hashlib.sha256(cubin).digest(), "planted")
+    stream = torch.cuda.current_stream().cuda_stream
+    driver.driver().launch(kernel, (1,), 128, (memory.data_ptr(), memory.numel()), stream)
+    torch.cuda.synchronize()
+
+
+def run_all(device: torch.device) -> set[str]:
+    """Names of the kernels that ran; their results are right. All else happens on the CPU, where no tool slows it."""
+    from benchmarks.gpu import record
+
+    with record.launches() as launched:
+        for name, dtype in cases.DTYPES.items():
+            weight = cases.normal(SHAPE, dtype, torch.device("cpu"))
+            wanted, there = cases.specified(weight), weight.to(device)
+            held = packing.PackedMatrix(wanted.values.to(device), wanted.metadata.to(device), SHAPE)
+            if dtype.itemsize == 2:
+                assert cases.same_packed(packing.prune_both(there), cases.specified_both(weight)), name
+                assert cases.same_packed([packing.prune(there)], [wanted]), name
+            sparse = cases.pruned(weight)
+            assert cases.same_packed([packing.compress(sparse.to(device))], [wanted]), name
+            assert torch.equal(packing.take(there, held).cpu().view(torch.uint8), wanted.values.view(torch.uint8)), name
+            assert torch.equal(packing.expand(held).cpu().float(), sparse.float()), name
+            for tokens in TOKENS.get(name, ()):
+                weight = cases.pruned(cases.normal(WIDE, dtype, torch.device("cpu")))
+                x = cases.normal((tokens, WIDE[1]), dtype, torch.device("cpu"), tokens)
+                y = decode.linear(x.to(device), packing.compress(weight.to(device)))
+                found = cases.error_of(y.cpu(), x, weight)
+                assert found["of_bound"] <= 1, (name, tokens, found)
+    return set(launched)
+
+
+def main(planted: Annotated[str, typer.Option(help="bounds or race.")] = "") -> None:
+    """Runs them."""
+    device = cases.chosen_device("cuda")
+    if planted:
+        run_planted(planted)
+        return
+    left = sorted(set(table.KERNEL_TEXTS) - run_all(device))
+    print(f"{len(table.KERNEL_TEXTS) - len(left)} kernels ran" + (f"; not {', '.join(left)}" if left else ""))
+
+
+if __name__ == "__main__":
+    typer.run(main)
