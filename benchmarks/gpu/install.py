@@ -9,11 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import run
+from benchmarks.gpu.record import ROOT
+
 NATIVE_SECONDS = 80
 """The rest of the step's time is for an installation without C++."""
+MOST_SAID = 4000
 QUESTION = "import importlib.util as u; s = u.find_spec('twofour'); print(s.origin if s and s.origin else '')"
 
 
@@ -29,17 +35,16 @@ def editable() -> bool:
 def install(target: Path, native: bool) -> bool:
     """True where pip succeeds."""
     shutil.rmtree(target, ignore_errors=True)
-    environment = dict(os.environ)
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if not native:
         environment["TWOFOUR_NO_NATIVE"] = "1"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation", "--no-deps"]
     command += ["--disable-pip-version-check", "--target", str(target), str(ROOT)]
-    try:
-        return subprocess.run(command, env=environment, timeout=NATIVE_SECONDS, check=False).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"not built after {NATIVE_SECONDS} s")
-        return False
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        status = run.run(command, log, NATIVE_SECONDS, environment)
+        print(log.read_text(encoding="utf-8", errors="replace")[-MOST_SAID:])
+    return status == 0
 
 
 def main(target: Path) -> int:

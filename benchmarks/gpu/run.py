@@ -145,7 +145,8 @@ class Run:
     def environment(self) -> dict[str, str]:
         """Of every step: where twofour is, and where compiled kernels are kept."""
         path = os.pathsep.join(filter(None, [str(site_of(self.dry)), os.environ.get("PYTHONPATH", "")]))
-        return {"PYTHONPATH": path, "TWOFOUR_CACHE": str(self.work / "cache")}
+        cache = str(self.work / "cache")
+        return {"PYTHONPATH": path, "TWOFOUR_CACHE": cache, "TYPER_STANDARD_TRACEBACK": "1"}
 
     def table(self) -> str:
         """A line for each step."""

@@ -67,7 +67,7 @@ def run_all(device: torch.device) -> set[str]:
                 weight = cases.pruned(cases.normal(WIDE, dtype, torch.device("cpu")))
                 x = cases.normal((tokens, WIDE[1]), dtype, torch.device("cpu"), tokens)
                 y = decode.linear(x.to(device), packing.compress(weight.to(device)))
-                found = cases.error_of(y.cpu(), x, weight)
+                found = cases.Exact(x, weight).error(y.cpu())
                 assert found["of_bound"] <= 1, (name, tokens, found)
     return set(launched)
 

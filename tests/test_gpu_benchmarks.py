@@ -1,0 +1,176 @@
+"""The benchmarks for GPUs with kernels on the emulated GPU of tests/cuda, and their clock on a GPU that is made up."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing
+from tests.gpu.conftest import emulate
+
+from twofour.kernels.cuda import table
+
+Run = Callable[[Callable[..., None]], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch)
+    monkeypatch.setattr(cases, "has_kernels", lambda _: True)
+
+
+@pytest.fixture
+def run(tmp_path: Path, emulated: None) -> Run:
+    """The rows of a benchmark."""
+
+    def rows(main: Callable[..., None]) -> list[dict[str, Any]]:
+        main(device="cpu", json_path=tmp_path / "rows.json", smallest=True)
+        found = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert isinstance(found, list)
+        return found
+
+    return rows
+
+
+def test_rows_name_the_kernels_that_ran_and_are_fresh(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run(bench_packing.main)
+    assert {name for row in rows for name in row["kernels"]} >= {"prune_both_bf16", "compress_fp8", "take_half"}
+    for row in rows:
+        if row["missing"].get("twofour"):
+            assert (row["what"], row["dtype"]) == ("prune", "fp8")  # there is no such kernel yet
+            assert "twofour" not in row["us"]
+            assert not record.is_right(row)
+        else:
+            assert record.state(row) == "fresh", row
+            assert record.is_right(row)
+    assert "no twofour: float8_e4m3fn is not packed by a GPU kernel" in capsys.readouterr().out
+
+
+def test_few_tokens_are_fresh_where_the_plan_is_that_of_the_shape(run: Run) -> None:
+    rows = run(bench_decode.main)
+    assert {name for row in rows for name in row["kernels"]} == {"decode_bf16_8", "decode_fp16_32", "decode_int8_32"}
+    for row in rows:
+        assert row["errors"]["twofour"]["of_bound"] <= 1
+        assert len(row["grids"]) == 1
+        row["processors"] = 2  # as the emulated GPU says
+        assert record.state(row) == "fresh", row
+
+
+@pytest.mark.parametrize(
+    ("main", "kernel", "place"), [(bench_packing.main, "compress_int8", 4), (bench_decode.main, "decode_fp16", 7)]
+)
+def test_one_wrong_number_is_told_and_ends_the_benchmark_as_failed(
+    main: Callable[..., None], kernel: str, place: int, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launch = table.launch
+
+    def faulty(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
+        launch(name, grid, device, *arguments)
+        if name.startswith(kernel):
+            ctypes.memset(arguments[place], 0x3F, 2)  # the first of what it has written
+
+    monkeypatch.setattr(table, "launch", faulty)
+    with pytest.raises(SystemExit, match="some results are wrong"):
+        run(main)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    wrong = [row for row in rows if row["right"].get("twofour") is False]
+    assert [row["dtype"] for row in wrong] == [kernel.split("_")[1]]
+    assert len(rows) > 2
+    assert not record.is_right(wrong[0])
+
+
+def test_a_kernel_that_raises_is_no_missing_rival(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(table, "launch", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(bench_packing.main)
+
+
+def test_the_cases_for_sanitizers_run_every_kernel(emulated: None) -> None:
+    assert smallest.run_all(torch.device("cpu")) == set(table.KERNEL_TEXTS)
+
+
+def test_ranking_by_value_is_told_from_ranking_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 64).bfloat16()
+
+    def tile(w: torch.Tensor, algorithm: str, use_cutlass: bool) -> tuple[torch.Tensor]:
+        groups = w.reshape(-1, 4)
+        keys = groups.abs() if algorithm else groups
+        kept = groups.gather(1, keys.float().topk(2).indices)
+        return (torch.cat([kept.flatten(), torch.full((256,), -9.0).bfloat16()]),)  # metadata behind the values
+
+    monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
+    assert find_ranking.finding(weight, "", False)["ranks"] == "signed values"
+    assert find_ranking.finding(weight, "largest_abs_values_greedy", False)["ranks"] == "magnitudes"
+
+
+class Gpu:
+    """Work waits in a queue while Python goes on; Python's time stands still but for what calls cost."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.busy_until = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(gpu.host, gpu.busy_until)
+
+            def query(self) -> bool:
+                return gpu.host >= self.at
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, other: Event) -> float:
+                return (other.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(
+            torch.cuda, "_sleep", lambda cycles: self.work(cycles / timing.CYCLES_OF_SECOND), raising=False
+        )
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: self.wait())
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host)
+
+    def work(self, seconds: float, python: float = 0.0) -> None:
+        self.host += python
+        self.busy_until = max(self.busy_until, self.host) + seconds
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.busy_until)
+
+
+def test_times_are_those_of_the_gpu_whatever_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, order = Gpu(monkeypatch), list[str]()
+
+    def call(name: str, seconds: float, python: float, waits: bool = False) -> timing.Call:
+        def run() -> None:
+            order.append(name)
+            gpu.work(seconds, python)
+            if waits:
+                gpu.wait()
+
+        return run
+
+    kernels = {
+        "ours": [call(f"ours {copy}", 20e-6, 60e-6) for copy in range(3)],
+        "rival": [call("rival", 30e-6, 5e-6)],
+        "waiting": [call("waiting", 30e-6, 5e-6, waits=True)],
+    }
+    found = timing.in_turns(kernels, torch.device("cuda"), rounds=5, calls=4)
+    assert found["ours"].median == pytest.approx(20)
+    assert found["rival"].median == pytest.approx(30)
+    assert found["ours"].host_us == pytest.approx([60] * 5)
+    assert (found["ours"].waited, found["rival"].waited, found["waiting"].waited) == (0, 0, 5)
+    assert timing.ratios_to("ours", found)["rival"] == pytest.approx(1.5)
+    assert order[:9] == [*(f"ours {i}" for i in (0, 1, 2, 0)), *["rival"] * 4, "waiting"]
+    assert order[12:16] == [f"ours {i}" for i in (1, 2, 0, 1)]  # the next copy each time, in turns
