@@ -104,7 +104,7 @@ def test_ranking_by_value_is_told_from_ranking_by_size(monkeypatch: pytest.Monke
         groups = w.reshape(-1, 4)
         keys = groups.abs() if algorithm else groups
         kept = groups.gather(1, keys.float().topk(2).indices)
-        return (torch.cat([kept.flatten(), torch.full((256,), -9.0).bfloat16()]),)  # metadata behind the values
+        return (torch.cat([kept.flatten(), torch.full((2048,), -9.0).bfloat16()]),)  # metadata behind the values
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
     assert find_ranking.finding(weight, "", False)["ranks"] == "signed values"

@@ -108,7 +108,9 @@ def test_another_plan_of_the_launch_makes_a_result_stale() -> None:
 
 def test_results_that_are_wrong_dry_or_in_part_are_not_shown(write: Callable[..., Path]) -> None:
     wrong = [made_up("compress", "compress_half", right={"twofour": False})]
-    for results in (write(wrong), write(decode_rows(), dry=True), write(decode_rows()[:-1])):
+    for rows, more in ((wrong, {}), (decode_rows(), {"dry": True}), (decode_rows()[:-1], {})):
+        results = write(rows, **more)
+        assert readme.states(results)[0].endswith(f"{len(rows)} of {len(rows)} rows are fresh")
         assert all(line.endswith(": not yet run on hardware.") for line in lines(results))
 
 

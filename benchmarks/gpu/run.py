@@ -68,18 +68,19 @@ def steps(dry: bool, python: str = sys.executable) -> list[Step]:
     tiny = ["--smallest"]
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
     pytest += [] if dry else ["-n", str(WORKERS)]
+    few_threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of each of several processes
     gpu_tests = Step(
         "tests",
         [*pytest, "tests/gpu", *(["-k", "smallest"] if dry else [])],
         100,
-        {"TWOFOUR_GPU_TESTS": "emulated" if dry else "required", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        {"TWOFOUR_GPU_TESTS": "emulated" if dry else "required", **few_threads},
         writes=False,
     )
     suites = Step(
         "suites",
         [*pytest, "tests/kernels/test_linear.py", *(["-k", "layout"] if dry else [])],
         45,
-        {"TWOFOUR_TEST_DEVICE": "cpu" if dry else "cuda"},
+        {"TWOFOUR_TEST_DEVICE": "cpu" if dry else "cuda", **few_threads},
         writes=False,
     )
     return [
