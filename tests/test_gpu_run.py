@@ -204,4 +204,8 @@ def test_without_a_compiler_it_is_installed_without_cpp(
     monkeypatch.setenv("CXX", sys.executable)  # anything that is there; the build fails
     assert install.main(tmp_path) == 0
     assert asked == [False, True, False]
+    monkeypatch.setattr(install, "editable", lambda: True)
+    (tmp_path / "twofour").mkdir()
+    assert install.main(tmp_path) == 0
+    assert not tmp_path.exists()  # an older copy could hide what is there
     assert "without C++" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -247,6 +248,7 @@ def measured(
         with record.launches() as grids:
             kernels["twofour"][0]()
     times = timing.in_turns(kernels, device, rounds=rounds, calls=calls)
+    now = clocks(device)
     row: record.Row = {
         **case,
         "rounds": rounds,
@@ -258,6 +260,7 @@ def measured(
         "us": {name: each.median for name, each in times.items()},
         "quartiles_us": {name: each.quartiles for name, each in times.items()},
         "host_us": {name: sorted(each.host_us)[len(each.host_us) // 2] for name, each in times.items()},
+        **({"clocks": now} if now else {}),
         "waited": {name: each.waited for name, each in times.items() if each.waited},
     }
     if "twofour" in times:
@@ -267,6 +270,17 @@ def measured(
             row["gigabytes_per_second"] = nbytes / seconds / 1e9
             row["floor_us"] = nbytes / BANDWIDTH * 1e6
     return row
+
+
+def clocks(device: torch.device) -> dict[str, float]:
+    """Of the GPU at work just now; empty where nothing tells them."""
+    found: dict[str, float] = {}
+    with contextlib.suppress(Exception):  # torch asks by way of nvidia-ml-py, which has errors of its own
+        if device.type == "cuda":
+            found["sm_mhz"] = torch.cuda.clock_rate(device)
+            found["watts"] = torch.cuda.power_draw(device) / 1e3
+            found["celsius"] = torch.cuda.temperature(device)
+    return found
 
 
 @cache

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu import record
 
 HERE = Path(__file__).resolve().parent
-ALL_SECONDS = 530.0
+ALL_SECONDS = 520.0
 SKIPPED = 77
 GRACE_SECONDS = 3.0
 WORKERS = 6
@@ -84,7 +84,7 @@ def steps(dry: bool, python: str = sys.executable) -> list[Step]:
         writes=False,
     )
     return [
-        script("install", 110, str(site_of(dry)), writes=False),
+        script("install", 100, str(site_of(dry)), writes=False),
         script("machine", 45),
         gpu_tests,
         suites,

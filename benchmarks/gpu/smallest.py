@@ -20,11 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import cases
 
+from twofour import SparseMatrix, kernels
+from twofour.kernels import KERNELS, LinearSpec
 from twofour.kernels.cuda import compiler, decode, driver, packing, table
 
 SHAPE = (72, 100)
 WIDE = (132, 1604)
 """Columns that several blocks share."""
+LINEAR = (256, 512)
 TOKENS = {"bf16": (1, 9, 17, 33), "fp16": (1, 9, 17, 33), "int8": (1, 9, 17, 33)}
 PLANTED = {
     "bounds": 'extern "C" __global__ void planted(int* to, long long count) { to[count + threadIdx.x] = 1; }',
@@ -69,7 +72,23 @@ def run_all(device: torch.device) -> set[str]:
                 y = decode.linear(x.to(device), packing.compress(weight.to(device)))
                 found = cases.Exact(x, weight).error(y.cpu())
                 assert found["of_bound"] <= 1, (name, tokens, found)
+        run_table(device)
     return set(launched)
+
+
+def run_table(device: torch.device) -> None:
+    """Every kernel for linear layers that skips zeros and applies there."""
+    for name in ("bf16", "fp16"):
+        weight = cases.pruned(cases.normal(LINEAR, cases.DTYPES[name], torch.device("cpu")))
+        matrix = SparseMatrix.from_dense(weight.to(device))
+        for backend, row in KERNELS.items():
+            if backend == "reference" or row.dense or row.why_not(LinearSpec.of(matrix)) is not None:
+                continue
+            for tokens in (1, 40, 200):
+                x = cases.normal((tokens, LINEAR[1]), weight.dtype, torch.device("cpu"), tokens)
+                y = kernels.linear(x.to(device), matrix, backend=backend)
+                found = cases.Exact(x, weight).error(y.cpu())
+                assert found["of_bound"] <= 1, (backend, name, tokens, found)
 
 
 def main(planted: Annotated[str, typer.Option(help="bounds or race.")] = "") -> None:
