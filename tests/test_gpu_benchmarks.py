@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing
 from tests.gpu.conftest import emulate
 
-from twofour.kernels.cuda import table
+from twofour.kernels.cuda import compiler, table
 
 Run = Callable[[Callable[..., None]], list[dict[str, Any]]]
 
@@ -75,7 +75,7 @@ def test_one_wrong_number_is_told_and_ends_the_benchmark_as_failed(
             ctypes.memset(arguments[place], 0x3F, 2)  # the first of what it has written
 
     monkeypatch.setattr(table, "launch", faulty)
-    with pytest.raises(SystemExit, match="some results are wrong"):
+    with pytest.raises(SystemExit, match=f"1 of . rows failed\n.*{kernel.split('_')[1]}.*: twofour is wrong"):
         run(main)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     wrong = [row for row in rows if row["right"].get("twofour") is False]
@@ -84,18 +84,39 @@ def test_one_wrong_number_is_told_and_ends_the_benchmark_as_failed(
     assert not record.is_right(wrong[0])
 
 
-def test_a_kernel_that_raises_is_no_missing_rival(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("an illegal memory access was encountered")
+def test_a_kernel_that_raises_is_no_missing_rival_and_stops_its_row_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launch = table.launch
+
+    def broken(name: str, *rest: Any) -> None:
+        if name == "prune_both_bf16":
+            raise RuntimeError("an illegal memory access was encountered")
+        launch(name, *rest)
 
     monkeypatch.setattr(table, "launch", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(
+        SystemExit, match=r"1 of 9 rows failed\nprune both .* bf16: RuntimeError: an illegal memory access"
+    ):
         run(bench_packing.main)
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert len(found["rows"]) == 8
+    assert len(found["facts"]["failed in packing"]) == 1
 
 
 def test_the_cases_for_sanitizers_run_every_kernel(emulated: None) -> None:
     ran = smallest.run_all(torch.device("cpu"))
     assert ran >= {name for name, text in table.KERNEL_TEXTS.items() if text.file in ("pack.cu", "decode.cu")}
+
+
+@pytest.mark.parametrize("fault", smallest.PLANTED)
+def test_planted_faults_compile(fault: str) -> None:
+    reason = compiler.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    cubin, said = compiler.compile_text(smallest.PLANTED[fault], "planted.cu", "sm_90a")
+    assert b"planted" in cubin
+    assert said == ""
 
 
 def test_ranking_by_value_is_told_from_ranking_by_size(monkeypatch: pytest.MonkeyPatch) -> None:

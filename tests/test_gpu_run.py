@@ -90,15 +90,18 @@ def test_a_step_that_is_stopped_leaves_its_rows_and_the_next_begins(this: run.Ru
     assert "stopped after 2 s" in saved(this)["steps"][1]["detail"]
 
 
-def test_a_step_that_ignores_signals_and_its_children_are_stopped_too(this: run.Run, tmp_path: Path) -> None:
+def test_a_step_that_ignores_signals_and_its_children_are_stopped_too(
+    this: run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "GRACE_SECONDS", 0.5)
     mark = tmp_path / "still-here"
-    child = f"import time; time.sleep(6); open({str(mark)!r}, 'w')"
+    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     code = "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     code += f"subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)\n"
     start = time.monotonic()
     assert this.go([step("deaf", code, 1)]) == 1
     assert time.monotonic() - start < 10
-    time.sleep(max(0.0, 7 - (time.monotonic() - start)))
+    time.sleep(max(0.0, 4.5 - (time.monotonic() - start)))
     assert not mark.exists()
 
 

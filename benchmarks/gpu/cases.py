@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -270,6 +271,32 @@ def measured(
             row["gigabytes_per_second"] = nbytes / seconds / 1e9
             row["floor_us"] = nbytes / BANDWIDTH * 1e6
     return row
+
+
+def measure_all(bench: str, path: Path | None, todo: Sequence[tuple[str, Callable[[], record.Row]]]) -> None:
+    """Rows one by one, each kept and printed before the next; those that raise are told, and the others go on.
+
+    Raises:
+        SystemExit: some raised, or a result of ours is wrong.
+    """
+    part, failed = record.Part(path), list[str]()
+    for name, measure in todo:
+        try:
+            row = measure()
+        except Exception:
+            traceback.print_exc()
+            failed.append(f"{name}: {traceback.format_exc().strip().splitlines()[-1][:200]}")
+            part.tell(**{f"failed in {bench}": failed})
+            continue
+        part.add(row)
+        print(line_of(row), flush=True)
+        failed += [
+            f"{name}: {each} is wrong"
+            for each, right in row["right"].items()
+            if each.startswith("twofour") and not right
+        ]
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} of {len(todo)} rows failed", *failed]))
 
 
 def clocks(device: torch.device) -> dict[str, float]:
