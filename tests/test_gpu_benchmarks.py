@@ -13,6 +13,7 @@ import torch
 from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing
 from tests.gpu.conftest import emulate
 
+from twofour import UnsupportedError
 from twofour.kernels.cuda import compiler, table
 
 Run = Callable[[Callable[..., None]], list[dict[str, Any]]]
@@ -37,18 +38,30 @@ def run(tmp_path: Path, emulated: None) -> Run:
     return rows
 
 
-def test_rows_name_the_kernels_that_ran_and_are_fresh(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_name_the_kernels_that_ran_and_are_fresh(run: Run) -> None:
     rows = run(bench_packing.main)
-    assert {name for row in rows for name in row["kernels"]} >= {"prune_both_bf16", "compress_fp8", "take_half"}
+    ran = {"prune_both_bf16", "keep_both_half", "quantize_bf16", "prune_e4m3", "compress_fp8", "take_half"}
+    assert {name for row in rows for name in row["kernels"]} >= ran
     for row in rows:
-        if row["missing"].get("twofour"):
-            assert (row["what"], row["dtype"]) == ("prune", "fp8")  # there is no such kernel yet
-            assert "twofour" not in row["us"]
-            assert not record.is_right(row)
-        else:
-            assert record.state(row) == "fresh", row
-            assert record.is_right(row)
-    assert "no twofour: float8_e4m3fn is not packed by a GPU kernel" in capsys.readouterr().out
+        assert record.state(row) == "fresh", row
+        assert record.is_right(row)
+
+
+def test_what_a_kernel_refuses_is_missing_and_no_failure(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = table.launch
+
+    def refusing(name: str, *rest: Any) -> None:
+        if name == "prune_e4m3":
+            raise UnsupportedError("float8_e4m3fn is not for this GPU.")
+        launch(name, *rest)
+
+    monkeypatch.setattr(table, "launch", refusing)
+    (row,) = (row for row in run(bench_packing.main) if (row["what"], row["dtype"]) == ("prune", "fp8"))
+    assert "twofour" not in row["us"]
+    assert not record.is_right(row)
+    assert "no twofour: float8_e4m3fn is not for this GPU." in capsys.readouterr().out
 
 
 def test_few_tokens_are_fresh_where_the_plan_is_that_of_the_shape(run: Run) -> None:
@@ -75,7 +88,7 @@ def test_one_wrong_number_is_told_and_ends_the_benchmark_as_failed(
             ctypes.memset(arguments[place], 0x3F, 2)  # the first of what it has written
 
     monkeypatch.setattr(table, "launch", faulty)
-    with pytest.raises(SystemExit, match=f"1 of . rows failed\n.*{kernel.split('_')[1]}.*: twofour is wrong"):
+    with pytest.raises(SystemExit, match=f"1 of \\d+ rows failed\n.*{kernel.split('_')[1]}.*: twofour is wrong"):
         run(main)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     wrong = [row for row in rows if row["right"].get("twofour") is False]
@@ -96,17 +109,19 @@ def test_a_kernel_that_raises_is_no_missing_rival_and_stops_its_row_alone(
 
     monkeypatch.setattr(table, "launch", broken)
     with pytest.raises(
-        SystemExit, match=r"1 of 9 rows failed\nprune both .* bf16: RuntimeError: an illegal memory access"
+        SystemExit, match=r"1 of 11 rows failed\nprune both .* bf16: RuntimeError: an illegal memory access"
     ):
         run(bench_packing.main)
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert len(found["rows"]) == 8
+    assert len(found["rows"]) == 10
     assert len(found["facts"]["failed in packing"]) == 1
 
 
 def test_the_cases_for_sanitizers_run_every_kernel(emulated: None) -> None:
     ran = smallest.run_all(torch.device("cpu"))
-    assert ran >= {name for name, text in table.KERNEL_TEXTS.items() if text.file in ("pack.cu", "decode.cu")}
+    assert ran >= {
+        name for name, text in table.KERNEL_TEXTS.items() if text.file in ("pack.cu", "decode.cu", "tokens.cu")
+    }
 
 
 @pytest.mark.parametrize("fault", smallest.PLANTED)

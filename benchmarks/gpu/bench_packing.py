@@ -22,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import cases, record, timing
 
+from twofour.kernels import reference
+from twofour.masks import nm_mask
+
 SHAPES = ((8192, 8192), (4096, 4096), (4096, 14336))
 ONE_WAY = {"prune": ("bf16", "fp8"), "compress": ("bf16", "int8", "fp8"), "take": ("bf16",), "expand": ("bf16",)}
 TILE_ALGORITHMS = {"torch tile": ("", False), "torch tile, CUTLASS": ("", True)}
@@ -50,6 +53,39 @@ def both(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) 
         right["twofour"] = cases.same_packed(cases.prune_both(weights[0]), cases.specified_both(weights[0]))
     dense, packed = bytes_of(*shape, weights[0].itemsize)
     return _row("prune both", shape, dtype, kernels, device, rounds, dense + 2 * packed, missing, right, copies)
+
+
+def kept_both(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
+    """W and W.T under a mask that is given, as each step of training packs them; torch's way is a product and two packings."""
+    weights, copies = _inputs(shape, dtype, device)
+    missing: dict[str, str] = {}
+    mask = nm_mask(weights[0].float().abs(), "2:4t")
+    kernels = cases.tried("twofour", lambda: [partial(cases.keep_both, each, mask) for each in weights], missing)
+    kernels |= cases.tried("torch masks alone", lambda: [partial(torch.mul, each, mask) for each in weights], missing)
+    kernels |= cases.tried("copy", lambda: [each.clone for each in weights], missing)
+    right = {}
+    if "twofour" in kernels:
+        right["twofour"] = cases.same_packed(cases.keep_both(weights[0], mask), cases.specified_both(weights[0]))
+    dense, packed = bytes_of(*shape, weights[0].itemsize)
+    nbytes = dense + mask.nbytes + 2 * packed
+    return _row("keep both", shape, dtype, kernels, device, rounds, nbytes, missing, right, copies)
+
+
+def quantized(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
+    """To e4m3 with a scale for each row, pruned and packed; torch's quantizing alone beside it."""
+    weights, copies = _inputs(shape, dtype, device)
+    missing: dict[str, str] = {}
+    kernels = cases.tried("twofour", lambda: [partial(cases.quantize, each) for each in weights], missing)
+    by_torch = [partial(reference.quantize_rows_e4m3, each) for each in weights]
+    kernels |= cases.tried("torch quantizes alone", lambda: by_torch, missing)
+    kernels |= cases.tried("copy", lambda: [each.clone for each in weights], missing)
+    right = {}
+    if "twofour" in kernels:
+        own, wanted = cases.quantize(weights[0]), cases.specified_quantized(weights[0])
+        right["twofour"] = cases.same_packed([own[0]], [wanted[0]]) and torch.equal(own[1], wanted[1])
+    dense, _ = bytes_of(*shape, weights[0].itemsize)
+    _, packed = bytes_of(*shape, 1)
+    return _row("quantize", shape, dtype, kernels, device, rounds, dense + packed, missing, right, copies)
 
 
 def one_way(what: str, shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
@@ -125,6 +161,8 @@ def main(
     for shape in shapes:
         for dtype in ("bf16", "fp16"):
             todo.append((f"prune both {shape} {dtype}", partial(both, shape, dtype, chosen, rounds)))
+        todo.append((f"keep both {shape} bf16", partial(kept_both, shape, "bf16", chosen, rounds)))
+        todo.append((f"quantize {shape} bf16", partial(quantized, shape, "bf16", chosen, rounds)))
         for what, dtypes in ONE_WAY.items():
             for dtype in dtypes:
                 todo.append((f"{what} {shape} {dtype}", partial(one_way, what, shape, dtype, chosen, rounds)))

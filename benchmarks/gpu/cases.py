@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twofour import SparseMatrix
 from twofour.errors import UnsupportedError
+from twofour.kernels import reference
 from twofour.kernels.cuda import decode, layout, packing
 from twofour.masks import nm_mask
 from twofour.testing import tolerances
@@ -81,6 +82,12 @@ def specified(weight: Tensor) -> packing.PackedMatrix:
     return _packed(weight, nm_mask(weight.float().abs(), "2:4"))
 
 
+def specified_quantized(weight: Tensor) -> tuple[packing.PackedMatrix, Tensor]:
+    """What `quantize` must give."""
+    q, scales = reference.quantize_rows_e4m3(weight)
+    return _packed(q, nm_mask(weight.float().abs(), "2:4")), scales
+
+
 def has_kernels(tensor: Tensor) -> bool:
     """Do our kernels run where it lies?"""
     return tensor.is_cuda
@@ -93,6 +100,15 @@ def prune_both(weight: Tensor) -> Any:
 
 def prune(weight: Tensor) -> Any:
     return packing.prune(weight) if has_kernels(weight) else specified(weight)
+
+
+def keep_both(weight: Tensor, mask: Tensor) -> Any:
+    """Without the check, which waits for the GPU."""
+    return packing.keep_both(weight, mask, check=False) if has_kernels(weight) else specified_both(weight)
+
+
+def quantize(weight: Tensor) -> tuple[packing.PackedMatrix, Tensor]:
+    return packing.quantize(weight) if has_kernels(weight) else specified_quantized(weight)
 
 
 def compress(matrix: Tensor, check: bool = False) -> Any:

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu import cases
 
 from twofour import SparseMatrix, kernels
-from twofour.kernels import KERNELS, LinearSpec
-from twofour.kernels.cuda import compiler, decode, driver, packing, table
+from twofour.kernels import KERNELS, LinearSpec, reference
+from twofour.kernels.cuda import compiler, decode, driver, layout, packing, table, tokens
+from twofour.masks import nm_mask
 
 SHAPE = (72, 100)
 WIDE = (132, 1604)
@@ -61,19 +62,40 @@ def run_all(device: torch.device) -> set[str]:
             held = packing.PackedMatrix(wanted.values.to(device), wanted.metadata.to(device), SHAPE)
             if dtype.itemsize == 2:
                 assert cases.same_packed(packing.prune_both(there), cases.specified_both(weight)), name
-                assert cases.same_packed([packing.prune(there)], [wanted]), name
+                mask = nm_mask(weight.float().abs(), "2:4t")
+                assert cases.same_packed(packing.keep_both(there, mask.to(device)), cases.specified_both(weight)), name
+                run_quantizers(weight, device)
+            assert cases.same_packed([packing.prune(there)], [wanted]), name
             sparse = cases.pruned(weight)
             assert cases.same_packed([packing.compress(sparse.to(device))], [wanted]), name
             assert torch.equal(packing.take(there, held).cpu().view(torch.uint8), wanted.values.view(torch.uint8)), name
             assert torch.equal(packing.expand(held).cpu().float(), sparse.float()), name
-            for tokens in TOKENS.get(name, ()):
+            for count in TOKENS.get(name, ()):
                 weight = cases.pruned(cases.normal(WIDE, dtype, torch.device("cpu")))
-                x = cases.normal((tokens, WIDE[1]), dtype, torch.device("cpu"), tokens)
+                x = cases.normal((count, WIDE[1]), dtype, torch.device("cpu"), count)
                 y = decode.linear(x.to(device), packing.compress(weight.to(device)))
                 found = cases.Exact(x, weight).error(y.cpu())
-                assert found["of_bound"] <= 1, (name, tokens, found)
+                assert found["of_bound"] <= 1, (name, count, found)
         run_table(device)
     return set(launched)
+
+
+def run_quantizers(weight: torch.Tensor, device: torch.device) -> None:
+    """Of weights and of inputs, to 8 bits."""
+    packed, scales = packing.quantize(weight.to(device))
+    q, wanted = reference.quantize_rows_e4m3(weight)
+    mask = nm_mask(weight.float().abs(), "2:4")
+    matrix = SparseMatrix.from_dense(q, "2:4", mask=mask)
+    held = packing.PackedMatrix(*layout.pack(matrix.values, matrix.metadata, *matrix.shape), matrix.shape)
+    assert cases.same_packed([packed], [held])
+    assert torch.equal(scales.cpu(), wanted)
+    e5m2 = weight.to(torch.float8_e5m2)
+    assert torch.equal(
+        packing.expand(packing.prune(e5m2.to(device))).cpu().float(), e5m2.float() * nm_mask(e5m2.float().abs(), "2:4")
+    )
+    for x in (weight, weight.float()):
+        found = tokens.quantize(x.to(device))
+        assert all(torch.equal(own.cpu(), each) for own, each in zip(found, reference.quantize_tokens(x), strict=True))
 
 
 def run_table(device: torch.device) -> None:
@@ -84,11 +106,11 @@ def run_table(device: torch.device) -> None:
         for backend, row in KERNELS.items():
             if backend == "reference" or row.dense or row.why_not(LinearSpec.of(matrix)) is not None:
                 continue
-            for tokens in (1, 40, 200):
-                x = cases.normal((tokens, LINEAR[1]), weight.dtype, torch.device("cpu"), tokens)
+            for count in (1, 40, 200):
+                x = cases.normal((count, LINEAR[1]), weight.dtype, torch.device("cpu"), count)
                 y = kernels.linear(x.to(device), matrix, backend=backend)
                 found = cases.Exact(x, weight).error(y.cpu())
-                assert found["of_bound"] <= 1, (backend, name, tokens, found)
+                assert found["of_bound"] <= 1, (backend, name, count, found)
 
 
 def main(planted: Annotated[str, typer.Option(help="bounds or race.")] = "") -> None:

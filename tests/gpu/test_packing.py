@@ -10,7 +10,8 @@ from tests.cuda.test_pack import weights
 from tests.gpu.support import assert_packed, mask_of, pruned
 
 from twofour import DeviceError, PatternError, ShapeError, UnsupportedError
-from twofour.kernels.cuda import layout, packing
+from twofour.kernels import reference
+from twofour.kernels.cuda import layout, packing, tokens
 from twofour.testing import assert_same_bits, hostile_tensor
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -112,6 +113,54 @@ def test_kernels_write_nothing_around_what_they_are_given(device: torch.device) 
     assert torch.equal(mask.cpu(), mask_of(weight, "2:4t"))
     assert bool((guard[:16] == 0x5A).all())
     assert bool((guard[16 + 64 * 36 :] == 0x5A).all())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_under_a_mask_that_is_given(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    before = weights(shape, dtype, "edges")
+    mask = mask_of(torch.rand(shape, generator=torch.Generator().manual_seed(1)), "2:4t")
+    weight = before.to(device)
+    for in_place in (False, True):
+        own, turned = packing.keep_both(weight, mask.to(device), in_place=in_place)
+        assert_packed(own, before, mask)
+        assert_packed(turned, before.T, mask.T)
+        assert_same_bits(weight, torch.where(mask, before, torch.zeros_like(before)) if in_place else before)
+    with pytest.raises(PatternError, match="does not keep two of each four along both axes"):
+        packing.keep_both(weight, torch.ones(shape, dtype=torch.bool, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(5, 4), (40, 100), (130, 1028)], ids=str)
+def test_weights_of_8_bits_are_pruned(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(shape[1])
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator).view(dtype)
+    assert_packed(packing.prune(weight.to(device)), weight, mask_of(weight.double(), "2:4"))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 4), (40, 100), (130, 1028)], ids=str)
+def test_weights_are_quantized_row_by_row(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    weight = weights(shape, dtype, "normal")
+    weight[1] = 0
+    weight[2] *= 2.0**-12
+    weight[3, 0] = -7.0
+    packed, scales = packing.quantize(weight.to(device))
+    q, wanted = reference.quantize_rows_e4m3(weight)
+    assert_same_bits(scales, wanted)
+    assert_packed(packed, q, mask_of(weight, "2:4"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("columns", [1, 100, 4099])
+def test_tokens_are_quantized_as_the_reference_does(columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = hostile_tensor((9, columns), dtype, seed=columns)
+    x[0], x[1] = 0, 2.0**-120
+    x[2] = torch.randn(columns).to(dtype)
+    q, scales = tokens.quantize(x.to(device))
+    wanted, wanted_scales = reference.quantize_tokens(x)
+    assert_same_bits(q.contiguous(), wanted)
+    assert_same_bits(scales, wanted_scales)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])

@@ -1,6 +1,6 @@
 """NVIDIA's kernels themselves, where there is a GPU: all that the CPU model in tests/kernels/fake_nvidia.py takes on trust.
 
-`python -m pytest tests/cuda/test_vendor_on_gpu.py` on a machine with a GPU of compute capability 8.0 or later.
+`python -m pytest tests/gpu/test_vendor.py` on a machine with a GPU of compute capability 8.0 or later.
 """
 
 from __future__ import annotations
