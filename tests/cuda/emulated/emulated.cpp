@@ -1,4 +1,5 @@
 // Every kernel, built for the GPU of gpu.h, and a way to launch one by its address.
+#undef _FORTIFY_SOURCE  // fibers jump between stacks, which its longjmp takes for an accident
 #include <sys/mman.h>
 #include <unistd.h>
 

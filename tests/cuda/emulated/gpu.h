@@ -1,10 +1,13 @@
 // A GPU for g++: the text of the kernels runs thread by thread on the CPU, so that tests see what they compute and where they
 // write on machines without a GPU. It knows nothing of time.
 //
-// The threads of a block are fibers. One runs until it waits for others, at a barrier of its block or warp; blocks run one
-// after the other. What cuda/ptx.h says in PTX is written out here from the PTX ISA.
+// The threads of a block are fibers. A warp runs until all of its threads wait at a barrier of the block, then another one;
+// blocks run one after the other. Asynchronous copies spoil their destination at once and bring what they copy when their
+// thread waits for them: no later wait or barrier than the kernel's own helps it. What cuda/ptx.h says in PTX is written
+// out here from the PTX ISA.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -65,42 +68,84 @@ struct Warp {
   uint32_t slots[kWarp][kMostWords];  // what lanes tell each other
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it waits
+  bool begun = false, done = false;
+  const Barrier* barrier = nullptr;  // what it waits for, and until when
+  uint64_t round = 0;
+  std::vector<Copy> copies;                  // not committed yet
+  std::vector<std::vector<Copy>> committed;  // under way, the oldest first
+
+  bool may_run() const { return !done && (barrier == nullptr || barrier->round != round); }
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barrier;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   size_t current = 0;
 };
 
 inline Block* block = nullptr;
 inline void (*body)() = nullptr;
 
+inline Fiber& fiber() { return block->fibers[block->current]; }
 inline Warp& warp() { return block->warps[block->current / kWarp]; }
 inline int lane() { return static_cast<int>(block->current % kWarp); }
 
+// Jumps rather than swapcontext, which asks the kernel for the mask of signals each time.
+__attribute__((noinline)) inline void resume(Fiber& next) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (next.begun) _longjmp(next.place, 1);
+  next.begun = true;
+  setcontext(&next.context);
+}
+__attribute__((noinline)) inline void pause() {
+  if (_setjmp(fiber().place) == 0) _longjmp(block->scheduler, 1);
+}
+
 inline void wait(Barrier& barrier) {
-  const uint64_t round = barrier.round;
+  fiber().barrier = &barrier;
+  fiber().round = barrier.round;
   barrier.arrive();
-  while (barrier.round == round) swapcontext(&block->fibers[block->current].context, &block->scheduler);
+  if (!fiber().may_run()) pause();
+  fiber().barrier = nullptr;
 }
 
 inline void fiber_main() {
   body();
-  Fiber& own = block->fibers[block->current];
-  own.done = true;
+  fiber().done = true;
   block->barrier.leave_for_good();
   warp().barrier.leave_for_good();
-  swapcontext(&own.context, &block->scheduler);
+  pause();
+}
+
+// Runs the threads of a warp until all of them wait for others; whether any ran.
+inline bool run_warp(size_t first, size_t last) {
+  bool ran = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (size_t t = first; t < last; ++t) {
+      if (!block->fibers[t].may_run()) continue;
+      again = ran = true;
+      block->current = t;
+      threadIdx.x = static_cast<uint32_t>(t);
+      resume(block->fibers[t]);
+    }
+  }
+  return ran;
 }
 
 inline void run_block(uint32_t threads) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
   Block own;
   block = &own;
   std::memset(shared_memory, 0xff, sizeof shared_memory);
@@ -110,22 +155,26 @@ inline void run_block(uint32_t threads) {
   for (uint32_t t = 0; t < threads; ++t) {
     ++own.warps[t / kWarp].barrier.expected;
     Fiber& fiber = own.fibers[t];
-    fiber.stack.reset(new char[kStackBytes]);
+    if (stacks.size() <= t) stacks.emplace_back(new char[kStackBytes]);
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = stacks[t].get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
-  for (bool any = true; any;) {
+  const size_t warps = own.warps.size();
+  bool upwards = true;  // the first warp runs ahead of the others, then the last one, so that a missing barrier shows
+  for (bool any = true; any; upwards = !upwards) {
     any = false;
-    for (uint32_t t = 0; t < threads; ++t) {
-      if (own.fibers[t].done) continue;
-      any = true;
-      own.current = t;
-      threadIdx.x = t;
-      swapcontext(&own.scheduler, &own.fibers[t].context);
+    for (size_t i = 0; i < warps; ++i) {
+      const size_t w = upwards ? i : warps - 1 - i;
+      any |= run_warp(w * kWarp, std::min<size_t>(threads, (w + 1) * kWarp));
     }
+  }
+  for (const Fiber& fiber : own.fibers) {
+    if (fiber.done) continue;
+    std::fprintf(stderr, "threads wait at a barrier that others never reach\n");
+    std::abort();
   }
   block = nullptr;
 }
@@ -208,12 +257,25 @@ inline void see_others() {}
 
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0)) std::abort();
-  std::memset(shared, 0, 16);
-  std::memcpy(shared, global, static_cast<size_t>(bytes));
+  std::memset(shared, 0xff, 16);
+  emulated::fiber().copies.push_back({shared, global, static_cast<size_t>(bytes)});
 }
-inline void commit_copies() {}
+inline void commit_copies() {
+  auto& own = emulated::fiber();
+  own.committed.push_back(std::move(own.copies));
+  own.copies.clear();
+}
 template <int kOpen>
-void wait_for_copies() {}
+void wait_for_copies() {
+  auto& open = emulated::fiber().committed;
+  while (open.size() > kOpen) {
+    for (const emulated::Copy& copy : open.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    open.erase(open.begin());
+  }
+}
 
 inline void load_matrices(const void* row, uint32_t (&words)[4]) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) std::abort();
