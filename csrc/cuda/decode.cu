@@ -4,64 +4,25 @@
 // each with a tile of its own, and shares a slice of the columns: x of a stage of it lies in shared memory, the next
 // stage on its way. A warp holds the fragments of kAhead chunks on their way from memory, past all caches but the last.
 //
-// Several blocks may share the columns of a tile (gridDim.y). They leave their sums in `partial`; the last one to come adds
-// them up in the order of the slices, so that results do not depend on who came last. `counters` begin and end as zeros.
-#include "cuda/layout.h"
-#include "cuda/ptx.h"
+// Several blocks may share the columns of a tile (gridDim.y, epilogue.h).
+#include "cuda/epilogue.h"
+#include "cuda/products.h"
 
 namespace twofour::cuda {
 
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * kWarp;
 constexpr int kAhead = 4;
-constexpr int kTokens = 8;  // of a tile
-
-struct Bf16Products {
-  using Sum = float;
-  static constexpr int kItemsize = 2;
-  template <int kSelector>
-  TWOFOUR_DEVICE static void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
-    multiply_bf16<kSelector>(sums, a, b, metadata);
-  }
-  TWOFOUR_DEVICE static float number(uint16_t bits) { return float_of_bf16(bits); }
-  TWOFOUR_DEVICE static uint16_t item(float value) { return bf16_of(value); }
-};
-struct Fp16Products {
-  using Sum = float;
-  static constexpr int kItemsize = 2;
-  template <int kSelector>
-  TWOFOUR_DEVICE static void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
-    multiply_fp16<kSelector>(sums, a, b, metadata);
-  }
-  TWOFOUR_DEVICE static float number(uint16_t bits) { return float_of_fp16(bits); }
-  TWOFOUR_DEVICE static uint16_t item(float value) { return fp16_of(value); }
-};
-// Outputs and bias of the 1-byte types are bf16.
-struct Int8Products {
-  using Sum = int32_t;
-  static constexpr int kItemsize = 1;
-  template <int kSelector>
-  TWOFOUR_DEVICE static void multiply(Sum (&sums)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
-    multiply_int8<kSelector>(sums, a, b, metadata);
-  }
-  TWOFOUR_DEVICE static float number(uint16_t bits) { return float_of_bf16(bits); }
-  TWOFOUR_DEVICE static uint16_t item(float value) { return bf16_of(value); }
-};
 
 struct DecodeArgs {
   const uint4* values;
   const uint32_t* metadata;
-  const char* x;          // [tokens, columns], rows `x_stride` bytes apart; address and stride multiples of 16
+  const char* x;  // [tokens, columns], rows `x_stride` bytes apart; address and stride multiples of 16
   int64_t x_stride;
-  const uint16_t* bias;   // [rows] or null
-  const float* row_scale;    // [rows] or null: what sums are multiplied with
-  const float* token_scale;  // [tokens] or null
-  uint16_t* y;            // [tokens, rows], rows `y_stride` items apart
-  int64_t y_stride;
   int64_t tokens, rows, columns;
-  int64_t slice;          // chunks of a block
-  void* partial;          // [gridDim.y, tokens, rows] of sums; null where gridDim.y is 1
-  uint32_t* counters;     // [gridDim.x], zeros
+  int64_t slice;       // chunks of a block
+  void* partial;       // of add_slices; null where gridDim.y is 1
+  uint32_t* counters;
 };
 
 template <class Products, int kTokenTiles>
@@ -86,30 +47,13 @@ struct Stage {
 };
 
 template <class Products, int kTokenTiles>
-TWOFOUR_DEVICE void finish(const DecodeArgs& args, const typename Products::Sum (&sums)[kTokenTiles][4], int64_t tile,
-                           int lane) {
-  unroll<kTokenTiles>([&](auto n) {
-    unroll<4>([&](auto i) {
-      const int64_t row = tile * kTile + lane / 4 + 8 * (i / 2), token = n * kTokens + lane % 4 * 2 + i % 2;
-      if (row >= args.rows || token >= args.tokens) return;
-      float value = static_cast<float>(sums[n][i]);
-      if (args.token_scale != nullptr) value *= args.token_scale[token];
-      if (args.row_scale != nullptr) value *= args.row_scale[row];
-      if (args.bias != nullptr) value += Products::number(args.bias[row]);
-      args.y[token * args.y_stride + row] = Products::item(value);
-    });
-  });
-}
-
-template <class Products, int kTokenTiles>
-TWOFOUR_DEVICE void decode(const DecodeArgs& args) {
+TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
   using Sum = typename Products::Sum;
   using Stages = Stage<Products, kTokenTiles>;
   constexpr int kSteps = steps_of(Products::kItemsize);
   TWOFOUR_DYNAMIC_SHARED(memory);
-  TWOFOUR_SHARED uint32_t came_before;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t tile = int64_t{blockIdx.x} * kDecodeWarps + threadIdx.x / kWarp, chunks = chunks_of(args.columns);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t tile = int64_t{blockIdx.x} * kDecodeWarps + warp, chunks = chunks_of(args.columns);
   const bool has_tile = tile < tiles_of(args.rows);
   const int64_t first = blockIdx.y * args.slice, last = first + args.slice < chunks ? first + args.slice : chunks;
 
@@ -155,42 +99,28 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args) {
     sync_block();
   }
 
-  if (gridDim.y == 1) {
-    if (has_tile) finish<Products, kTokenTiles>(args, sums, tile, lane);
-    return;
-  }
-  const auto for_each_sum = [&](auto&& use_sum) {
-    unroll<kTokenTiles>([&](auto n) {
-      unroll<4>([&](auto i) {
-        const int64_t row = tile * kTile + lane / 4 + 8 * (i / 2), token = n * kTokens + lane % 4 * 2 + i % 2;
-        if (row < args.rows && token < args.tokens) use_sum(sums[n][i], token * args.rows + row);
-      });
+  if (!add_slices<kDecodeThreads>(sums, args.partial, args.counters)) return;
+  constexpr int kRows = kDecodeWarps * kTile;
+  static_assert(kTokenTiles * kTokens * SumsOf<kRows>::kBytes <= 2 * Stages::kBytes, "sums take the place of x");
+  Sum* const shared = reinterpret_cast<Sum*>(memory);
+  unroll<kTokenTiles>([&](auto n) {
+    unroll<4>([&](auto i) {
+      const int token = n * kTokens + lane % 4 * 2 + i % 2;
+      shared[token * SumsOf<kRows>::kStride + warp * kTile + lane / 4 + 8 * (i / 2)] = sums[n][i];
     });
-  };
-  Sum* const partial = static_cast<Sum*>(args.partial);
-  const int64_t all = args.tokens * args.rows;
-  for_each_sum([&](Sum& sum, int64_t place) { partial[blockIdx.y * all + place] = sum; });
-  see_others();
-  sync_block();
-  if (threadIdx.x == 0) came_before = count_up(args.counters + blockIdx.x);
-  sync_block();
-  if (came_before != gridDim.y - 1) return;
-  see_others();
-  for_each_sum([&](Sum& sum, int64_t place) {
-    sum = 0;
-    for (uint32_t slice = 0; slice < gridDim.y; ++slice) sum += partial[slice * all + place];
   });
-  if (has_tile) finish<Products, kTokenTiles>(args, sums, tile, lane);
-  if (threadIdx.x == 0) args.counters[blockIdx.x] = 0;
+  sync_block();
+  finish<kRows, kDecodeThreads>(epilogue, shared, kTokenTiles * kTokens, int64_t{blockIdx.x} * kRows,
+                                [](int i) { return int64_t{i}; });
 }
 
-#define TWOFOUR_DECODE(name, Products, token_tiles, blocks)                                                                     \
-  TWOFOUR_KERNEL(kDecodeThreads, blocks)                                                                                     \
-  name(const uint4* values, const uint32_t* metadata, const char* x, int64_t x_stride, const uint16_t* bias,            \
-       const float* row_scale, const float* token_scale, uint16_t* y, int64_t y_stride, int64_t tokens, int64_t rows,   \
-       int64_t columns, int64_t slice, void* partial, uint32_t* counters) {                                             \
-    decode<Products, token_tiles>(DecodeArgs{values, metadata, x, x_stride, bias, row_scale, token_scale, y, y_stride,  \
-                                             tokens, rows, columns, slice, partial, counters});                         \
+#define TWOFOUR_DECODE(name, Products, token_tiles, blocks)                                                               \
+  TWOFOUR_KERNEL(kDecodeThreads, blocks)                                                                                  \
+  name(const uint4* values, const uint32_t* metadata, const char* x, int64_t x_stride, int64_t tokens, int64_t rows,      \
+       int64_t columns, int64_t slice, void* partial, uint32_t* counters, TWOFOUR_EPILOGUE_PARAMETERS) {                  \
+    decode<Products, token_tiles>(                                                                                        \
+        DecodeArgs{values, metadata, x, x_stride, tokens, rows, columns, slice, partial, counters},                       \
+        TWOFOUR_EPILOGUE(tokens, rows));                                                                                  \
   }
 #if defined(TWOFOUR_NAME)  // one of them: all take seconds to compile
 TWOFOUR_DECODE(TWOFOUR_NAME, TWOFOUR_PRODUCTS, TWOFOUR_TOKEN_TILES, TWOFOUR_BLOCKS)

@@ -121,6 +121,8 @@ TWOFOUR_DEVICE uint16_t fp16_of(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 }
+TWOFOUR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+TWOFOUR_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 TWOFOUR_DEVICE float float_of_bf16(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
 TWOFOUR_DEVICE float float_of_fp16(uint16_t bits) {
   float value;
@@ -143,6 +145,19 @@ TWOFOUR_DEVICE uint32_t two_e4m3_of(float low, float high) {
 TWOFOUR_DEVICE void store_wide(uint2* to, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
 }
+TWOFOUR_DEVICE void store_wide(uint4* to, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// What another block of this kernel has written: past the first cache, which does not hear of it.
+TWOFOUR_DEVICE uint4 load_latest(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
 
 #else
 #define TWOFOUR_E4M3_BY_HAND
@@ -162,6 +177,18 @@ TWOFOUR_DEVICE uint32_t e4m3_of(float value) {
 }
 TWOFOUR_DEVICE uint32_t two_e4m3_of(float low, float high) { return e4m3_of(low) | e4m3_of(high) << 8; }
 #endif
+
+// Sums as words, and back.
+TWOFOUR_DEVICE uint32_t bits_of(float sum) { return bits_of_float(sum); }
+TWOFOUR_DEVICE uint32_t bits_of(int32_t sum) { return static_cast<uint32_t>(sum); }
+template <class Sum>
+TWOFOUR_DEVICE Sum number_of(uint32_t bits) {
+  if constexpr (Sum(0.5f) != Sum(0)) {
+    return float_of_bits(bits);
+  } else {
+    return static_cast<Sum>(bits);
+  }
+}
 
 // Four items of a row, at once where their address allows it.
 TWOFOUR_DEVICE uint2 load_four(const uint16_t* from) {

@@ -3,6 +3,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
+#include <tuple>
+#include <utility>
+
 #include "gpu.h"
 
 #include "cuda/decode.cu"
@@ -13,11 +17,14 @@
 
 namespace {
 
-constexpr int kMostArguments = 16;
-using Kernel = void (*)(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t,
-                        uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
+constexpr int kMostArguments = 24;
+template <size_t>
+using Word = uint64_t;
+template <size_t... kPlaces>
+auto of_words(std::index_sequence<kPlaces...>) -> void (*)(Word<kPlaces>...);
+using Kernel = decltype(of_words(std::make_index_sequence<kMostArguments>{}));
 Kernel kernel = nullptr;
-uint64_t a[kMostArguments];
+std::array<uint64_t, kMostArguments> a;
 
 uint64_t page_bytes() { return static_cast<uint64_t>(sysconf(_SC_PAGESIZE)); }
 uint64_t whole_pages(uint64_t bytes) { return (bytes + page_bytes() - 1) / page_bytes() * page_bytes(); }
@@ -28,10 +35,11 @@ uint64_t whole_pages(uint64_t bytes) { return (bytes + page_bytes() - 1) / page_
 TWOFOUR_EXPORT void emulated_launch(void* address, const uint32_t* grid, uint32_t threads, const uint64_t* arguments,
                                     int count) {
   kernel = reinterpret_cast<Kernel>(address);
-  std::fill(a, a + kMostArguments, 0);
-  std::copy(arguments, arguments + count, a);
+  if (count > kMostArguments) std::abort();
+  a.fill(0);
+  std::copy(arguments, arguments + count, a.begin());
   emulated::run_grid(Dim3{grid[0], grid[1], grid[2]}, threads, [] {
-    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]);
+    std::apply([](auto... words) { kernel(words...); }, a);
   });
 }
 

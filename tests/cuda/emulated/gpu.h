@@ -390,6 +390,11 @@ void multiply_e4m3(float (&sums)[4], const uint4& a, const uint32_t (&b)[4], uin
   multiply<4>(sums, a, b, metadata, kSelector, [](uint32_t word, int i) { return float_of_e4m3(byte_at(word, i)); });
 }
 
-inline void store_wide(uint2* to, uint2 value) { *to = value; }
+template <class V>
+void store_wide(V* to, V value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(V) != 0) std::abort();
+  *to = value;
+}
+inline uint4 load_latest(const uint4* from) { return load_stream(from); }
 
 }  // namespace twofour::cuda

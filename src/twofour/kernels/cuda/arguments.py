@@ -1,0 +1,150 @@
+"""What the products on a GPU take: checked in one place, and brought into the order in which their kernels take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import ShapeError, UnsupportedError
+from .. import epilogue
+from .packing import PackedMatrix, _on_gpu
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+"""Of x and the weight, as kernels are called."""
+ITEMS = (torch.bfloat16, torch.float16, torch.float32)
+"""Of the result, in the order of csrc/cuda/epilogue.h."""
+_ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Of y = activation(x @ W.T * token_scale * row_scale + bias) + residual, which fit each other; kernels can read them."""
+
+    x: Tensor
+    packed: PackedMatrix
+    bias: Tensor | None
+    row_scale: Tensor | None
+    token_scale: Tensor | None
+    activation: str
+    residual: Tensor | None
+    y: Tensor
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.x.dtype]
+
+    @property
+    def sums(self) -> torch.dtype:
+        return torch.int32 if self.x.dtype == torch.int8 else torch.float32
+
+    def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
+        """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
+        weight, x = self.packed, self.x
+        stride = x.stride(0) * x.itemsize
+        return (
+            weight.values.data_ptr(),
+            weight.metadata.data_ptr(),
+            x.data_ptr() + first * stride,
+            stride,
+            tokens,
+            *weight.shape,
+        )
+
+    def of_epilogue(self, first: int) -> tuple[int, ...]:
+        """TWOFOUR_EPILOGUE_PARAMETERS, for tokens from `first` on."""
+        residual = self.residual
+        stride = 0 if residual is None else residual.stride(0)
+        return (
+            _address(self.bias),
+            _address(self.row_scale),
+            _address(self.token_scale, first),
+            _address(residual, first * stride),
+            stride,
+            _ACTIVATIONS[self.activation],
+            _address(self.y, first * self.y.stride(0)),
+            self.y.stride(0),
+            ITEMS.index(self.y.dtype),
+        )
+
+    def without_kernels(self) -> Tensor | None:
+        """y where there is nothing to multiply; None where there is."""
+        if self.y.numel() and self.x.shape[1]:
+            return None
+        wide = torch.zeros_like(self.y, dtype=torch.float32)
+        wide = wide if self.bias is None else wide + self.bias
+        residual = None if self.residual is None else self.residual.float()
+        return self.y.copy_(epilogue.finish(wide, self.activation, residual))
+
+
+def check(
+    x: Tensor,
+    packed: PackedMatrix,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    token_scale: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Arguments:
+    """The arguments of a product, with an empty y. x and residual are copied where kernels cannot read them.
+
+    Raises:
+        ShapeError, UnsupportedError: they do not fit.
+    """
+    rows, columns = packed.shape
+    if packed.values.dtype not in NAMES or x.dtype != packed.values.dtype:
+        raise UnsupportedError(
+            f"x is {x.dtype}, the weight {packed.values.dtype}: one of {_of(NAMES)}, the same for both."
+        )
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [tokens, {columns}].")
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
+    if out_dtype not in ITEMS:
+        raise UnsupportedError(f"out_dtype is {out_dtype}: sums are rounded to {_of(ITEMS)}.")
+    epilogue.require(x, activation, None, rows)
+    for name, vector, size, dtype in (
+        ("bias", bias, rows, out_dtype),
+        ("row_scale", row_scale, rows, torch.float32),
+        ("token_scale", token_scale, len(x), torch.float32),
+    ):
+        if vector is not None and (vector.shape != (size,) or vector.dtype != dtype or not vector.is_contiguous()):
+            raise ShapeError(f"{name} is {list(vector.shape)} {vector.dtype}: it must be [{size}] {dtype}, contiguous.")
+    if residual is not None and (residual.shape != (len(x), rows) or residual.dtype != out_dtype):
+        raise ShapeError(
+            f"residual is {list(residual.shape)} {residual.dtype}: it must be [{len(x)}, {rows}] {out_dtype}, as y."
+        )
+    for name, tensor in (
+        ("bias", bias),
+        ("row_scale", row_scale),
+        ("token_scale", token_scale),
+        ("residual", residual),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise UnsupportedError(f"x is on {x.device}, {name} on {tensor.device}: put them on one device.")
+    if not _on_gpu(x) or x.device != packed.values.device:
+        raise UnsupportedError(f"x is on {x.device}, the weight on {packed.values.device}: put both on one GPU.")
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    y = torch.empty(len(x), rows, dtype=out_dtype, device=x.device)
+    return Arguments(_aligned(x.detach()), packed, bias, row_scale, token_scale, activation, residual, y)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """With rows that begin at multiples of 16 bytes; what lies behind their ends is not read."""
+    items = 16 // x.itemsize
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (x.stride(0) % items == 0 or len(x) == 1):
+        return x
+    wide = x.new_empty(len(x), -(-x.shape[1] // items) * items)
+    return wide[:, : x.shape[1]].copy_(x)
+
+
+def _address(tensor: Tensor | None, item: int = 0) -> int:
+    return 0 if tensor is None else tensor.data_ptr() + item * tensor.itemsize
+
+
+def _of(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
