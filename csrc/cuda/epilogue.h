@@ -110,7 +110,7 @@ template <int kRows, int kThreads, class Sum, class TokenOf>
 TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count, int64_t row0, TokenOf&& token_of) {
   constexpr int kFours = kRows / 4;
   static_assert(kThreads % kFours == 0, "a thread keeps to its rows");
-  const int thread = static_cast<int>(threadIdx.x), four = thread % kFours * 4;
+  const int thread = thread_again(), four = thread % kFours * 4;
   const int64_t row = row0 + four, left = epilogue.rows - row;
   if (left <= 0) return;
   float bias[4] = {}, scale[4] = {1, 1, 1, 1};
@@ -143,17 +143,19 @@ template <int kThreads, int kCount, class Sum>
 TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* counters) {
   TWOFOUR_SHARED uint32_t came_before;
   if (gridDim.y == 1) return true;
+  const int thread = thread_again();
   const int64_t block = int64_t{blockIdx.x} * kCount, of_slice = int64_t{gridDim.x} * kCount;
-  uint4* const own = static_cast<uint4*>(partial) + block * kThreads + threadIdx.x;
+  uint4* const own = static_cast<uint4*>(partial) + block * kThreads + thread;
   unroll<kCount>([&](auto n) {
     store_wide(own + (blockIdx.y * of_slice + n) * kThreads,
                uint4{bits_of(sums[n][0]), bits_of(sums[n][1]), bits_of(sums[n][2]), bits_of(sums[n][3])});
   });
   see_others();
   sync_block();
-  if (threadIdx.x == 0) came_before = count_up(counters + blockIdx.x);
+  if (thread == 0) came_before = count_up(counters + blockIdx.x);
   sync_block();
   if (came_before != gridDim.y - 1) return false;
+  if (thread == 0) counters[blockIdx.x] = 0;
   see_others();
   unroll<kCount>([&](auto n) { unroll<4>([&](auto i) { sums[n][i] = 0; }); });
   TWOFOUR_ROLLED
@@ -164,7 +166,6 @@ TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* 
       sums[n][2] += number_of<Sum>(four.z), sums[n][3] += number_of<Sum>(four.w);
     });
   }
-  if (threadIdx.x == 0) counters[blockIdx.x] = 0;
   return true;
 }
 

@@ -28,6 +28,19 @@ TWOFOUR_DEVICE int32_t add_max(int32_t a, int32_t b, int32_t c) { return __viadd
 
 TWOFOUR_DEVICE double power_of_two(int exponent) { return __longlong_as_double(int64_t{exponent + 1023} << 52); }
 
+// A number that the compiler knows nothing of: what depends on it is computed here, and takes no registers before.
+TWOFOUR_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// threadIdx.x, read anew rather than kept.
+TWOFOUR_DEVICE int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 TWOFOUR_DEVICE void sync_block() { __syncthreads(); }
 
 TWOFOUR_DEVICE void or_into(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }

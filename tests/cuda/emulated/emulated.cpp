@@ -10,6 +10,7 @@
 #include "gpu.h"
 
 #include "cuda/decode.cu"
+#include "cuda/gemm.cu"
 #include "cuda/pack.cu"
 #include "cuda/tokens.cu"
 

@@ -234,6 +234,9 @@ inline double power_of_two(int exponent) {
   return result;
 }
 
+inline int opaque(int value) { return value; }
+inline int thread_again() { return static_cast<int>(threadIdx.x); }
+
 inline void sync_block() { emulated::wait(emulated::block->barrier); }
 inline void or_into(uint32_t* word, uint32_t bits) { *word |= bits; }
 inline void max_into(uint32_t* word, uint32_t value) { *word = std::max(*word, value); }

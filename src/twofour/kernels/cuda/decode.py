@@ -72,10 +72,11 @@ def linear(
     """
     call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
     done = call.without_kernels()
-    return _multiplied(call) if done is None else done
+    return multiplied(call) if done is None else done
 
 
-def _multiplied(call: arguments.Arguments) -> Tensor:
+def multiplied(call: arguments.Arguments) -> Tensor:
+    """y of arguments that have something to multiply."""
     tokens, device = len(call.x), call.x.device
     share = plan(*call.packed.shape, resources.processors(device))
     partial = counters = None

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from . import compiler, driver
+from . import compiler, driver, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class KernelText:
         dynamic_bytes: of shared memory that a launch gives it besides.
         defines: what makes the file this kernel alone.
         multiplies: the instruction that skips zeros, and how often the text has it; None where it does not multiply.
+        matrix_loads: how often it loads four matrices from shared memory.
         oldest: the first compute capability it runs on.
     """
 
@@ -36,6 +37,7 @@ class KernelText:
     spilling: tuple[str, ...] = ()
     dynamic_bytes: int = 0
     multiplies: tuple[str, int] | None = None
+    matrix_loads: int = 0
     defines: tuple[str, ...] = ()
     oldest: tuple[int, int] = compiler.OLDEST
 
@@ -62,10 +64,13 @@ _ONE_WAY = (
 )
 
 
+_SPARSE = {"bf16": "HMMA.SP.16832.F32.BF16", "fp16": "HMMA.SP.16832.F32", "int8": "IMMA.SP.16864.S8.S8"}
+
+
 def _decode(dtype: str, tokens: int) -> KernelText:
     """As Stage of decode.cu: two of them, of `chunks` chunks of 64 columns of each token, 16 bytes apart."""
     itemsize, chunks = (1 if dtype == "int8" else 2), (4 if tokens == 64 else 8)
-    instruction = {"bf16": "HMMA.SP.16832.F32.BF16", "fp16": "HMMA.SP.16832.F32", "int8": "IMMA.SP.16864.S8.S8"}[dtype]
+    times = chunks * itemsize * tokens // 8
     return KernelText(
         f"decode_{dtype}_{tokens}",
         "decode.cu",
@@ -73,12 +78,37 @@ def _decode(dtype: str, tokens: int) -> KernelText:
         1 if tokens == 64 else 2,
         shared_bytes=16,
         dynamic_bytes=2 * tokens * (chunks * 64 * itemsize + 16),
-        multiplies=(instruction, chunks * itemsize * tokens // 8),
+        multiplies=(_SPARSE[dtype], times),
+        matrix_loads=times,
         defines=(
             f"TWOFOUR_NAME=decode_{dtype}_{tokens}",
             f"TWOFOUR_PRODUCTS={dtype.capitalize()}Products",
             f"TWOFOUR_TOKEN_TILES={tokens // 8}",
             f"TWOFOUR_BLOCKS={1 if tokens == 64 else 2}",
+        ),
+    )
+
+
+def _gemm(dtype: str, name: str, tile: tiles.Tile) -> KernelText:
+    """Two steps of each warp's tile in a stage, of x three loads ahead."""
+    of_tokens = tile.warp_tokens // 8
+    return KernelText(
+        f"gemm_{dtype}_{name}",
+        "gemm.cu",
+        tile.threads,
+        tile.blocks,
+        shared_bytes=16,
+        dynamic_bytes=tile.stages * tile.stage_bytes(1 if dtype == "int8" else 2),
+        multiplies=(_SPARSE[dtype], 2 * 4 * of_tokens),
+        matrix_loads=2 * of_tokens + 3,
+        defines=(
+            f"TWOFOUR_NAME=gemm_{dtype}_{name}",
+            f"TWOFOUR_PRODUCTS={dtype.capitalize()}Products",
+            f"TWOFOUR_ROWS={tile.rows}",
+            f"TWOFOUR_TOKENS={tile.tokens}",
+            f"TWOFOUR_WARP_TOKENS={tile.warp_tokens}",
+            f"TWOFOUR_STAGES={tile.stages}",
+            f"TWOFOUR_BLOCKS={tile.blocks}",
         ),
     )
 
@@ -89,7 +119,8 @@ _TEXTS = (
     *(KernelText(name, "pack.cu", 256, 4) for name in _ONE_WAY),
     *(KernelText(name, "pack.cu", 512, 2, 64) for name in ("quantize_bf16", "quantize_fp16")),
     *(KernelText(f"quantize_tokens_{dtype}", "tokens.cu", 256, 4, 4) for dtype in ("fp32", "bf16", "fp16")),
-    *(_decode(dtype, tokens) for dtype in ("bf16", "fp16", "int8") for tokens in (8, 16, 32, 64)),
+    *(_decode(dtype, tokens) for dtype in _SPARSE for tokens in (8, 16, 32, 64)),
+    *(_gemm(dtype, name, tile) for dtype in _SPARSE for name, tile in tiles.TILES.items()),
 )
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
 

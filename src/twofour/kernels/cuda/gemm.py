@@ -1,0 +1,99 @@
+"""y = x @ W.T and what follows it, on a GPU for many tokens, by the kernels of csrc/cuda/gemm.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import arguments, resources, table
+from .packing import PackedMatrix
+from .tiles import STAGE_BYTES, TILES
+
+_MOST_SLICES = 16
+_PAIRS_OF_CLOCK = (
+    4096  # of bytes, that a multiprocessor multiplies, zeros included: sm_80; others are alike to each other
+)
+_BYTES_OF_CLOCK = 40  # that it gets from the second cache
+_CLOCKS_OF_BLOCK = 2000  # to begin, and to finish
+_BYTES_OF_SUM = 8  # written and read where columns are shared
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a launch shares the work: the tile of a block, tiles, slices of the columns, stages of a slice."""
+
+    tile: str
+    blocks: int
+    slices: int
+    slice: int
+
+
+def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, shared_bytes: int) -> Plan:
+    """The tile and the slices that should take least time, by what a multiprocessor multiplies and reads in a clock.
+
+    Args:
+        processors, shared_bytes: of the GPU, and of shared memory for a block.
+    """
+    stages = -(-columns * itemsize // STAGE_BYTES)
+    best, least = None, float("inf")
+    for name, tile in TILES.items():
+        stage_bytes = tile.stage_bytes(itemsize)
+        if tile.stages * stage_bytes > shared_bytes:
+            continue
+        blocks = -(-rows // tile.rows) * -(-tokens // tile.tokens)
+        for wanted in range(1, min(_MOST_SLICES, stages) + 1):
+            each = -(-stages // wanted)
+            slices = -(-stages // each)
+            together = -(-blocks * slices // processors)  # blocks of the busiest multiprocessor, one after the other
+            pairs = tile.rows * tile.tokens * STAGE_BYTES
+            clocks = each * max(pairs / _PAIRS_OF_CLOCK, stage_bytes / _BYTES_OF_CLOCK) + _CLOCKS_OF_BLOCK
+            clocks += (slices > 1) * tile.rows * tile.tokens * _BYTES_OF_SUM / _BYTES_OF_CLOCK
+            # A block alone waits for memory as long as it multiplies.
+            clocks *= together + (0.5 if together < tile.blocks else 0)
+            if clocks < least:
+                best, least = Plan(name, blocks, slices, each), clocks
+    assert best is not None  # the first tile fits everywhere
+    return best
+
+
+def linear(
+    x: Tensor,
+    packed: PackedMatrix,
+    bias: Tensor | None = None,
+    *,
+    row_scale: Tensor | None = None,
+    token_scale: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As `decode.linear`, arguments, result and errors, for many tokens: it reads the weight about once for all of them."""
+    call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
+    done = call.without_kernels()
+    return multiplied(call) if done is None else done
+
+
+def multiplied(call: arguments.Arguments) -> Tensor:
+    """y of arguments that have something to multiply."""
+    (rows, columns), tokens, device = call.packed.shape, len(call.x), call.x.device
+    processors, room = resources.processors(device), resources.shared_bytes(device)
+    share = plan(rows, columns, tokens, call.x.itemsize, processors, room)
+    partial = counters = None
+    if share.slices > 1:
+        tile = TILES[share.tile]
+        shape = (share.slices, share.blocks, tile.tokens, tile.rows)
+        partial = torch.empty(shape, dtype=call.sums, device=device)
+        counters = resources.counters(device, share.blocks)
+    table.launch(
+        f"gemm_{call.name}_{share.tile}",
+        (share.blocks, share.slices),
+        device,
+        *call.of_product(0, tokens),
+        share.slice,
+        0 if partial is None else partial.data_ptr(),
+        0 if counters is None else counters.data_ptr(),
+        *call.of_epilogue(0),
+    )
+    return call.y
