@@ -286,6 +286,11 @@ inline void load_matrices(const void* row, uint32_t (&words)[4]) {
   std::memcpy(address, &row, sizeof address);
   const int g = emulated::lane() / 4, q = emulated::lane() % 4;
   const auto found = emulated::together(address, [&](const auto& slots) {
+    for (int other = g + 1; other < 8; ++other) {  // rows of a matrix in the same banks would be read one after the other
+      if ((slots[8 * q + g][0] ^ slots[8 * q + other][0]) / 16 % 8 != 0) continue;
+      std::fprintf(stderr, "rows %d and %d of a matrix lie in the same banks\n", g, other);
+      std::abort();
+    }
     uint4 four;
     uint32_t* const to[4] = {&four.x, &four.y, &four.z, &four.w};
     for (int i = 0; i < 4; ++i) {

@@ -17,7 +17,8 @@ _PAIRS_OF_CLOCK = (
 )
 _BYTES_OF_CLOCK = 40  # that it gets from the second cache
 _CLOCKS_OF_BLOCK = 2000  # to begin, and to finish
-_BYTES_OF_SUM = 8  # written and read where columns are shared
+_BYTES_OF_SUM = 4
+_ALONE = 0.25  # of its time, that a block waits where a multiprocessor has room for more and none are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, s
             together = -(-blocks * slices // processors)  # blocks of the busiest multiprocessor, one after the other
             pairs = tile.rows * tile.tokens * STAGE_BYTES
             clocks = each * max(pairs / _PAIRS_OF_CLOCK, stage_bytes / _BYTES_OF_CLOCK) + _CLOCKS_OF_BLOCK
-            clocks += (slices > 1) * tile.rows * tile.tokens * _BYTES_OF_SUM / _BYTES_OF_CLOCK
-            # A block alone waits for memory as long as it multiplies.
-            clocks *= together + (0.5 if together < tile.blocks else 0)
+            if slices > 1:  # each block writes its sums, the last one of a tile reads those of all
+                clocks += tile.rows * tile.tokens * _BYTES_OF_SUM * (1 + slices) / _BYTES_OF_CLOCK
+            clocks *= together + (_ALONE if together < tile.blocks else 0)
             if clocks < least:
                 best, least = Plan(name, blocks, slices, each), clocks
     assert best is not None  # the first tile fits everywhere
