@@ -123,7 +123,8 @@ TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count,
     const float of_token = epilogue.token_scale != nullptr ? epilogue.token_scale[token] : 1.0f;
     float y[4];
     unroll<4>([&](auto j) {
-      y[j] = static_cast<float>(sums[i * SumsOf<kRows>::kStride + four + j]) * of_token * scale[j] + bias[j];
+      const float sum = static_cast<float>(sums[i * SumsOf<kRows>::kStride + four + j]);
+      y[j] = rounded_product(rounded_product(sum, of_token), scale[j]) + bias[j];  // as reference.linear_int8
     });
     activate(epilogue.activation, y);
     if (epilogue.residual != nullptr) {

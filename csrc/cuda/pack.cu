@@ -409,7 +409,7 @@ TWOFOUR_DEVICE void load_two_groups(const uint16_t* weight, int64_t stride, int6
 }
 
 template <class Format>
-TWOFOUR_DEVICE float number_of(uint32_t bits) {
+TWOFOUR_DEVICE float half_of(uint32_t bits) {
   if constexpr (Format::kFraction == Bfloat16::kFraction) return float_of_bf16(static_cast<uint16_t>(bits));
   return float_of_fp16(static_cast<uint16_t>(bits));
 }
@@ -446,11 +446,11 @@ TWOFOUR_DEVICE void quantize(const uint16_t* weight, int64_t stride, int64_t row
   sync_block();
   float factors[2];
   unroll<2>([&](auto k) {
-    const float size = number_of<Format>(largest[g + 8 * k]);
+    const float size = half_of<Format>(largest[g + 8 * k]);
     factors[k] = size >= kSmallestRow ? kLargestE4m3 / size : 0.0f;
   });
   if (thread < kTile && row0 + thread < rows) {
-    const float size = number_of<Format>(largest[thread]);
+    const float size = half_of<Format>(largest[thread]);
     scales[row0 + thread] = size >= kSmallestRow ? size / kLargestE4m3 : 0.0f;
   }
   for (int64_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
@@ -465,7 +465,7 @@ TWOFOUR_DEVICE void quantize(const uint16_t* weight, int64_t stride, int64_t row
         nibbles[i] = row < rows && column + 4 * k < columns ? choose<ByMagnitude<Format>>(fours[k], unused) : kPaddingNibble;
         const uint32_t two = kept_of_two_bytes(fours[k], nibbles[i]);
         const float factor = factors[pair % 2];
-        const float low = number_of<Format>(two & 0xffffu) * factor, high = number_of<Format>(two >> 16) * factor;
+        const float low = half_of<Format>(two & 0xffffu) * factor, high = half_of<Format>(two >> 16) * factor;
         Part::put(registers, i, two_e4m3_of(low, high));
       });
     });

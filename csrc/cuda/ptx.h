@@ -121,6 +121,7 @@ TWOFOUR_MULTIPLY(multiply_e4m3, "m16n8k64.row.col.f32.e4m3.e4m3.f32", float, "f"
 
 TWOFOUR_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 TWOFOUR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+TWOFOUR_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }  // never part of another operation
 TWOFOUR_DEVICE int32_t nearest_integer(float value) { return __float2int_rn(value); }  // ties to even
 
 // To nearest, ties to even.
@@ -134,8 +135,6 @@ TWOFOUR_DEVICE uint16_t fp16_of(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 }
-TWOFOUR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
-TWOFOUR_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 TWOFOUR_DEVICE float float_of_bf16(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
 TWOFOUR_DEVICE float float_of_fp16(uint16_t bits) {
   float value;

@@ -13,9 +13,9 @@ from tests.cuda import emulation
 from torch import nn
 
 import twofour
-from twofour import Pattern, SparseLinear, SparseMatrix, UnsupportedError, explain
+from twofour import Pattern, QuantizedSparseLinear, SparseLinear, SparseMatrix, UnsupportedError, explain
 from twofour.kernels import KERNELS, LinearSpec, choose, linear, products, registry
-from twofour.kernels.cuda import backend, compiler, driver, packing, table
+from twofour.kernels.cuda import arguments, backend, compiler, driver, packing, table
 from twofour.masks import nm_mask
 from twofour.workflows import timing
 from twofour.workflows.comparison import Comparison, LayerTimes
@@ -33,16 +33,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments)
 
     monkeypatch.setattr(table, "launch", launch)
-    monkeypatch.setattr(packing, "_on_gpu", lambda _: True)
-    for module in (backend.decode,):
+    for module in (packing, arguments):
         monkeypatch.setattr(module, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(backend, "why_not", lambda pattern, dtype, *_: None if dtype in DTYPES else "no")
+    monkeypatch.setattr(backend, "why_not", lambda pattern, dtype, *_: None if dtype in (*DTYPES, torch.int8) else "no")
     on_cpu = torch.library.Library("twofour", "IMPL")
     for name, run in (
         ("linear_cuda", backend.linear),
         ("to_dense_cuda", backend.to_dense),
         ("linear_grad_input_cuda", backend.grad_input),
         ("linear_grad_values_cuda", backend.grad_values),
+        ("linear_int8_cuda", backend.linear_int8),
+        ("to_dense_int8_cuda", backend.to_dense),
     ):
         on_cpu.impl(name, run, "CPU")
     yield names
@@ -117,6 +118,43 @@ def test_gradients_are_those_of_the_reference(dtype: torch.dtype, gpu: list[str]
         found[name] = (x.grad, values, layer.bias.grad)
     for mine, right in zip(found["cuda"], found["reference"], strict=True):
         assert torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_a_bias_of_float32_is_added_before_anything_is_rounded(activation: str, gpu: list[str]) -> None:
+    held, x = matrix((40, 100), torch.bfloat16), inputs(3, 100).bfloat16()
+    bias, residual = torch.randn(40), torch.randn(3, 40).bfloat16()
+    for added in (None, residual):
+        found = linear(x, held, bias, activation=activation, residual=added, backend="cuda")
+        assert torch.equal(found, linear(x, held, bias, activation=activation, residual=added, backend="reference"))
+
+
+@pytest.mark.parametrize("of_bias", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_int8_layers_give_the_bits_of_the_reference(
+    dtype: torch.dtype, of_bias: torch.dtype | None, gpu: list[str]
+) -> None:
+    scaled = SparseMatrix.from_dense(torch.randn(40, 100), prune=True)
+    bias = None if of_bias is None else torch.randn(40).to(of_bias)
+    mine, plain = (QuantizedSparseLinear.from_matrix(scaled, bias, backend=name) for name in ("cuda", "reference"))
+    assert (mine.backend, plain.backend) == ("cuda", "reference")
+    assert torch.equal(mine.matrix.values, plain.matrix.values)
+    assert torch.equal(mine.matrix.metadata, plain.matrix.metadata)
+    for tokens in (0, 3, 70):
+        x = torch.randn(tokens, 2, 100).to(dtype)
+        x[1:2, 0, 7] = float("nan")
+        assert torch.equal(torch.nan_to_num(mine(x)), torch.nan_to_num(plain(x)))
+        assert torch.equal(mine(x).isnan(), plain(x).isnan())
+    x.nan_to_num_().requires_grad_()
+    mine(x).sum().backward()
+    assert x.grad is not None
+    first, x.grad = x.grad, None
+    plain(x).sum().backward()
+    assert torch.allclose(first, x.grad)
+    assert mine.choice.kernel.backend == "cuda" or mine.choice.rejected[-1][1] == "backend='cuda' was asked for"
+    state = copy.deepcopy(mine).state_dict()
+    plain.load_state_dict(state)
+    assert torch.equal(torch.nan_to_num(mine(x)), torch.nan_to_num(plain(x)))
 
 
 def test_it_compiles_and_batches(gpu: list[str]) -> None:

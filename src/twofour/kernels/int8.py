@@ -7,7 +7,7 @@ specification, and the native kernels give the same bits (csrc/cpu/linear_int8.h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
 from ..pattern import Pattern
 from . import cpu, reference
+from .cuda import backend as cuda
+from .cuda import layout
 from .registry import Kernel, LinearSpec
 
 MOST_INPUTS = 1 << 18
 """in_features up to which every sum of products fits an int32."""
 
 Operands = tuple[Tensor, Tensor]
-Backend = Literal["cpu", "reference"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -235,7 +236,8 @@ def _require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features:
 
 _LIBRARY = torch.library.Library("twofour", "FRAGMENT")  # kept alive: operations vanish with it
 
-for _backend in ("reference", "cpu"):
+_BACKENDS = ("reference", "cpu", "cuda")
+for _backend in _BACKENDS:
     _LIBRARY.define(
         f"linear_int8_{_backend}(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? bias, str pattern,"
         " int out_features, int in_features) -> Tensor"
@@ -307,6 +309,8 @@ _LIBRARY.impl("linear_int8_reference", _linear_reference, "CompositeExplicitAuto
 _LIBRARY.impl("to_dense_int8_reference", _to_dense_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_int8_cpu", _linear_cpu, "CPU")
 _LIBRARY.impl("to_dense_int8_cpu", _to_dense_cpu, "CPU")
+_LIBRARY.impl("linear_int8_cuda", cuda.linear_int8, "CUDA")
+_LIBRARY.impl("to_dense_int8_cuda", cuda.to_dense, "CUDA")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -333,18 +337,18 @@ def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
-for _backend in ("reference", "cpu"):
+for _backend in _BACKENDS:
     torch.library.register_fake(f"twofour::linear_int8_{_backend}", _linear_fake, lib=_LIBRARY)
     torch.library.register_fake(f"twofour::to_dense_int8_{_backend}", _to_dense_fake, lib=_LIBRARY)
     torch.library.register_autograd(
         f"twofour::linear_int8_{_backend}", _backward(_backend), setup_context=_setup_context, lib=_LIBRARY
     )
 
-_LINEAR = {name: getattr(torch.ops.twofour, f"linear_int8_{name}").default for name in ("reference", "cpu")}
+_LINEAR = {name: getattr(torch.ops.twofour, f"linear_int8_{name}").default for name in _BACKENDS}
 
 
 def linear(
-    backend: Backend,
+    backend: str,
     x: Tensor,
     operands: Operands,
     scales: Tensor,
@@ -356,7 +360,7 @@ def linear(
     """quantized(x) @ W.T, scaled, + bias through one backend; gradients of x go straight through the rounding.
 
     Args:
-        backend: "reference" (operands in canonical form) or "cpu" (what `pack` returned).
+        backend: a row of KERNELS; `operands` are what its `pack` makes of a matrix.
         x: [..., in_features], any floating dtype.
         scales: float32 [out_features].
         bias: [out_features] or None.
@@ -378,7 +382,19 @@ def _canonical(operands: Operands, spec: LinearSpec) -> SparseMatrix:
 
 
 def _spec_why_not(spec: LinearSpec) -> str | None:
-    return why_not(spec.in_features, spec.pattern, spec.device)
+    reason = why_not(spec.in_features, spec.pattern, spec.device)
+    return "the weight is empty" if reason is None and spec.out_features == 0 else reason
+
+
+def _cuda_why_not(spec: LinearSpec) -> str | None:
+    if spec.in_features > MOST_INPUTS:
+        return f"in_features {spec.in_features} is not in 1 .. {MOST_INPUTS}"
+    shape = (spec.out_features, spec.in_features)
+    return cuda.why_not(spec.pattern, spec.dtype, *shape, spec.device, (torch.int8,))
+
+
+def _cuda_label() -> str:
+    return f"{cuda.label()} int8"
 
 
 KERNELS: dict[str, Kernel] = {
@@ -388,6 +404,14 @@ KERNELS: dict[str, Kernel] = {
         lambda matrix: pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
         lambda operands, spec: _canonical(unpack(*operands, spec.out_features, spec.in_features), spec),
         lambda: f"cpu {isa()} int8",
+    ),
+    "cuda": Kernel(
+        "cuda",
+        _cuda_why_not,
+        lambda matrix: cuda.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
+        lambda operands, spec: _canonical(layout.unpack(*operands, spec.out_features, spec.in_features), spec),
+        _cuda_label,
+        on_gpu=True,
     ),
     "reference": Kernel(
         "reference",

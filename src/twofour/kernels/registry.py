@@ -6,7 +6,7 @@ Decided once per layer, stored in the layer, printable (`twofour.explain`). A sl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -189,23 +189,27 @@ def told_of(kernel: Kernel, device: torch.device) -> bool:
     return device.type == "cuda" or not kernel.on_gpu
 
 
-def choose(spec: LinearSpec, backend: str | None = None) -> Choice:
+def choose(spec: LinearSpec, backend: str | None = None, kernels: Mapping[str, Kernel] | None = None) -> Choice:
     """The first kernel of the table that applies and holds the weight compressed, or the one asked for.
+
+    Args:
+        kernels: another table than KERNELS.
 
     Raises:
         UnsupportedError: an unknown backend, or one that does not apply; says why.
     """
+    table = KERNELS if kernels is None else kernels
     if backend is not None:
-        if backend not in KERNELS:
-            raise UnsupportedError(f"unknown backend {backend!r}: the kernels are {', '.join(KERNELS)}.")
-        reason = KERNELS[backend].why_not(spec)
+        if backend not in table:
+            raise UnsupportedError(f"unknown backend {backend!r}: the kernels are {', '.join(table)}.")
+        reason = table[backend].why_not(spec)
         if reason is not None:
             raise UnsupportedError(
                 f"backend {backend!r} cannot run this layer: {reason}. backend=None picks one that can."
             )
-        return Choice(KERNELS[backend], ())
+        return Choice(table[backend], ())
     rejected: list[tuple[str, str]] = []
-    for kernel in KERNELS.values():
+    for kernel in table.values():
         if kernel.dense or not told_of(kernel, spec.device):
             continue
         reason = kernel.why_not(spec)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, TwofourError, UnsupportedError
 from ..format import SparseMatrix
-from ..kernels import Choice, LinearSpec, int8, reference
+from ..kernels import Choice, LinearSpec, choose, int8, reference
 from ..pattern import Pattern
 from .linear import SparseLinear, SparseWeight
 
@@ -53,7 +53,7 @@ class QuantizedSparseLinear(SparseLinear):
         matrix: the int8 weight, [out_features, in_features].
         scales: float32 [out_features].
         bias: [out_features], or None; a Parameter is used as it is.
-        backend: "cpu", "reference", or None for the first that applies.
+        backend: "cpu", "cuda", "reference", or None for the first that applies.
         dtype: what `weight.dtype` says: the dtype that the model's other layers compute in. Inputs may be of any.
     Raises:
         UnsupportedError: a matrix that is not int8, a backend that cannot run it. FormatError: scales that do not fit.
@@ -92,7 +92,7 @@ class QuantizedSparseLinear(SparseLinear):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        _choose(LinearSpec.of(matrix), backend)  # refuses a backend that cannot run the matrix
+        choose(LinearSpec.of(matrix), backend, int8.KERNELS)  # refuses a backend that cannot run the matrix
         self.register_buffer("scales", scales.detach(), persistent=False)
         self._set_matrix(matrix)
 
@@ -139,15 +139,15 @@ class QuantizedSparseLinear(SparseLinear):
     @property
     def matrix(self) -> SparseMatrix:
         """The int8 weight in canonical form, without its scales (bit for bit)."""
-        values, metadata = self.values, self.metadata
-        if self.backend == "cpu":
-            values, metadata = int8.unpack(values, metadata, self.out_features, self.in_features)
-        return SparseMatrix(values, metadata, self.pattern, (self.out_features, self.in_features))
+        return int8.KERNELS[self.backend].unpack((self.values, self.metadata), self.spec)
 
     @property
     def choice(self) -> Choice:
         """The kernel that runs, and why no faster one does."""
-        return _choose(self.spec, self.backend if self.backend == self._wanted_backend else None)
+        best = choose(self.spec, kernels=int8.KERNELS)
+        if best.kernel.backend == self.backend:
+            return best
+        return Choice(int8.KERNELS[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
 
     @property
     def weight(self) -> SparseWeight:
@@ -167,10 +167,9 @@ class QuantizedSparseLinear(SparseLinear):
         return y.to(torch.get_autocast_dtype(x.device.type))
 
     def _run(self, x: Tensor) -> Tensor:
-        backend: int8.Backend = "cpu" if self.backend == "cpu" else "reference"
         operands = (self.values, self.metadata)
         shape = (self.out_features, self.in_features)
-        return int8.linear(backend, x, operands, self.scales, self.bias, self._pattern_text, *shape)
+        return int8.linear(self.backend, x, operands, self.scales, self.bias, self._pattern_text, *shape)
 
     def extra_repr(self) -> str:
         return super().extra_repr().replace("dtype=int8", "weights=int8")
@@ -178,13 +177,10 @@ class QuantizedSparseLinear(SparseLinear):
     def _set_matrix(self, matrix: SparseMatrix) -> None:
         spec = LinearSpec.of(matrix)
         wanted = self._wanted_backend
-        if wanted == "cpu" and int8.why_not(spec.in_features, spec.pattern, spec.device) is not None:
-            wanted = None
-        self.backend = _choose(spec, wanted).kernel.backend
-        values, metadata = matrix.values, matrix.metadata
-        if self.backend == "cpu":
-            values, metadata = int8.pack(values, metadata, matrix.out_features, matrix.in_features)
-        self._hold(values, metadata)
+        fits = wanted is not None and int8.KERNELS[wanted].why_not(spec) is None
+        kernel = choose(spec, wanted if fits else None, int8.KERNELS).kernel
+        self.backend = kernel.backend
+        self._hold(*kernel.pack(matrix))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSparseLinear:
         """Devices move the weight; dtypes only the bias and what `dtype` says."""
@@ -262,19 +258,3 @@ def _require_scales(scales: Tensor, matrix: SparseMatrix) -> None:
         )
     if scales.device != matrix.device:
         raise FormatError(f"scales are on {scales.device}, values on {matrix.device}: put both on one.")
-
-
-def _choose(spec: LinearSpec, backend: str | None) -> Choice:
-    """As `kernels.choose`, for weights that have scales."""
-    if backend not in (None, "cpu", "reference"):
-        raise UnsupportedError(f"unknown backend {backend!r}: the int8 kernels are cpu, reference.")
-    reason = int8.why_not(spec.in_features, spec.pattern, spec.device)
-    if reason is None and spec.out_features == 0:
-        reason = "the weight is empty"
-    if backend == "cpu" and reason is not None:
-        raise UnsupportedError(f"backend 'cpu' cannot run this layer: {reason}. backend=None picks one that can.")
-    if backend == "reference" and reason is None:
-        return Choice(int8.KERNELS["reference"], (("cpu", "backend='reference' was asked for"),))
-    if reason is None:
-        return Choice(int8.KERNELS["cpu"], ())
-    return Choice(int8.KERNELS["reference"], (("cpu", reason),))

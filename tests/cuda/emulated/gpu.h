@@ -313,6 +313,7 @@ inline uint32_t bits_of_float(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+inline float rounded_product(float a, float b) { return a * b; }
 inline int32_t nearest_integer(float value) { return static_cast<int32_t>(std::nearbyint(value)); }
 inline float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 // Any small float: sign, exponent bits, fraction bits; e4m3 has no infinity.

@@ -9,24 +9,31 @@ from torch import Tensor
 
 from ...pattern import Pattern
 from .. import epilogue
-from . import compiler, decode, driver, layout, packing
+from . import arguments, compiler, driver, layout, packing, products, tokens
 from .packing import PackedMatrix
 
 DTYPES = (torch.bfloat16, torch.float16)
+"""Of weights without scales."""
 
 
 def why_not(
-    pattern: Pattern, dtype: torch.dtype, out_features: int, in_features: int, device: torch.device
+    pattern: Pattern,
+    dtype: torch.dtype,
+    out_features: int,
+    in_features: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> str | None:
-    """None where the kernels run such a weight, otherwise why they do not."""
+    """None where the kernels run such a weight, whose dtype must be one of `dtypes`; otherwise why they do not."""
     if device.type != "cuda":
         return f"the weight is on {device}"
     if out_features == 0 or in_features == 0:
         return "the weight is empty"
     if (pattern.keep, pattern.group) != (2, 4):
         return f"pattern {pattern} has no GPU kernel, only 2:4"
-    if dtype not in DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} has no GPU kernel, only bfloat16 and float16"
+    if dtype not in dtypes:
+        names = [str(each).removeprefix("torch.") for each in (dtype, *dtypes)]
+        return f"{names[0]} has no GPU kernel, only {' and '.join(names[1:])}"
     return unusable(device)
 
 
@@ -73,9 +80,42 @@ def linear(
 ) -> Tensor:
     """activation(x @ W.T + bias) + residual, as `ops.linear` says."""
     packed = PackedMatrix(values, metadata, (out_features, in_features))
-    y = decode.linear(x.reshape(-1, in_features), packed, bias)
-    y = y.view(*x.shape[:-1], out_features)
-    return epilogue.finish(y, activation, residual) if activation != "none" or residual is not None else y
+    rows = x.reshape(-1, in_features)
+    residual = None if residual is None else residual.reshape(-1, out_features)
+    if bias is None or bias.dtype == x.dtype:
+        y = products.linear(
+            rows, packed, None if bias is None else bias.contiguous(), activation=activation, residual=residual
+        )
+    else:  # a bias that x's dtype cannot hold is added before anything is rounded
+        y = products.linear(rows, packed, out_dtype=torch.float32) + bias.float()
+        y = epilogue.finish(y, activation, None if residual is None else residual.float()).to(x.dtype)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def linear_int8(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`reference.linear_int8`, the same bits."""
+    packed = PackedMatrix(values, metadata, (out_features, in_features))
+    rows = x.reshape(-1, in_features)
+    q, x_scales = tokens.quantize(rows.float() if x.dtype == torch.float64 else rows)
+    fits = x.dtype in arguments.ITEMS and (bias is None or bias.dtype == x.dtype)
+    y = products.linear(
+        q,
+        packed,
+        None if bias is None else (bias if fits else bias.float()).contiguous(),
+        row_scale=scales.contiguous(),
+        token_scale=x_scales,
+        out_dtype=x.dtype if fits else torch.float32,
+    )
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
 def to_dense(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
