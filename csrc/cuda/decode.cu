@@ -110,8 +110,7 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
     });
   });
   sync_block();
-  finish<kRows, kDecodeThreads>(epilogue, shared, kTokenTiles * kTokens, int64_t{blockIdx.x} * kRows,
-                                [](int i) { return int64_t{i}; });
+  finish<kRows, kDecodeThreads>(epilogue, shared, kTokenTiles * kTokens, int64_t{blockIdx.x} * kRows, 0);
 }
 
 #define TWOFOUR_DECODE(name, Products, token_tiles, blocks)                                                               \

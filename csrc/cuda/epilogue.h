@@ -104,10 +104,10 @@ TWOFOUR_DEVICE void activate(Activation activation, float (&y)[4]) {
   }
 }
 
-// Finishes `count` tokens of kRows rows from `row0` on. Their sums lie in shared memory, and all threads may read them;
-// `token_of(i)` is the token that the i-th of them are of.
-template <int kRows, int kThreads, class Sum, class TokenOf>
-TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count, int64_t row0, TokenOf&& token_of) {
+// Finishes `count` tokens from `token0` on, kRows rows of each from `row0` on. Their sums lie in shared memory, and all
+// threads may read them.
+template <int kRows, int kThreads, class Sum>
+TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count, int64_t row0, int64_t token0) {
   constexpr int kFours = kRows / 4;
   static_assert(kThreads % kFours == 0, "a thread keeps to its rows");
   const int thread = thread_again(), four = thread % kFours * 4;
@@ -118,8 +118,8 @@ TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count,
   if (epilogue.row_scale != nullptr) load_items(epilogue.row_scale, row, left, Item::kFp32, scale);
   TWOFOUR_ROLLED
   for (int i = thread / kFours; i < count; i += kThreads / kFours) {
-    const int64_t token = token_of(i);
-    if (token >= epilogue.tokens) continue;
+    const int64_t token = token0 + i;
+    if (token >= epilogue.tokens) return;
     const float of_token = epilogue.token_scale != nullptr ? epilogue.token_scale[token] : 1.0f;
     float y[4];
     unroll<4>([&](auto j) {

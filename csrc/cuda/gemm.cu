@@ -54,9 +54,7 @@ struct Tile {
   static constexpr int kWordsAt = kTiles * kTileBytes, kXAt = kWordsAt + kTiles * kWordBytes;
   static constexpr int kBytes = kXAt + kTokensOfBlock * kStageBytes;  // of a stage
 
-  // Sums are finished in so many parts, as shared memory has room.
-  static constexpr int kParts = kTokensOfBlock * SumsOf<kRows>::kBytes <= kStages * kBytes ? 1 : 2;
-  static_assert(kTokensOfBlock / kParts * SumsOf<kRows>::kBytes <= kStages * kBytes, "sums take the place of stages");
+  static_assert(kTokensOfBlock * SumsOf<kRows>::kBytes <= kStages * kBytes, "sums take the place of stages");
   static_assert(kTileBytes == kStageSteps * kFragmentBytes, "a step of mma.sp is a fragment");
 };
 
@@ -121,27 +119,21 @@ TWOFOUR_DEVICE void finish_tile(const Epilogue& epilogue,
                                 const typename T::Sum (&sums)[T::kTokenTiles * T::kRowTiles][4], char* memory) {
   const int rows = static_cast<int>(epilogue.rows), tokens = static_cast<int>(epilogue.tokens);
   const Place place = place_of<T>(opaque(rows), opaque(tokens), opaque(static_cast<int>(blockIdx.x)));
-  const int64_t row0 = int64_t{place.tile} * kTile, token0 = place.token;
+  const int64_t row0 = int64_t{place.tile} * kTile;
   const int thread = thread_again(), lane = thread % kWarp, warp = thread / kWarp;
   const int down = warp % T::kWarpsDown, across = warp / T::kWarpsDown;
-  constexpr int kPartTiles = T::kTokenTiles / T::kParts, kPartTokens = kPartTiles * kTokens;  // of a warp
   auto* const shared = reinterpret_cast<typename T::Sum*>(memory);
-  unroll<T::kParts>([&](auto part) {
-    sync_block();  // stages, or sums of the last part, have been read
-    unroll<kPartTiles>([&](auto n) {
-      unroll<T::kRowTiles>([&](auto m) {
-        unroll<4>([&](auto i) {
-          const int token = across * kPartTokens + n * kTokens + lane % 4 * 2 + i % 2;
-          const int row = down * T::kWarpRows + m * kTile + lane / 4 + 8 * (i / 2);
-          shared[token * SumsOf<T::kRows>::kStride + row] = sums[(part * kPartTiles + n) * T::kRowTiles + m][i];
-        });
+  unroll<T::kTokenTiles>([&](auto n) {
+    unroll<T::kRowTiles>([&](auto m) {
+      unroll<4>([&](auto i) {
+        const int token = across * T::kWarpTokens + n * kTokens + lane % 4 * 2 + i % 2;
+        const int row = down * T::kWarpRows + m * kTile + lane / 4 + 8 * (i / 2);
+        shared[token * SumsOf<T::kRows>::kStride + row] = sums[n * T::kRowTiles + m][i];
       });
     });
-    sync_block();
-    finish<T::kRows, T::kThreads>(epilogue, shared, T::kWarpsAcross * kPartTokens, row0, [&](int i) {
-      return token0 + i / kPartTokens * T::kWarpTokens + part * kPartTokens + i % kPartTokens;
-    });
   });
+  sync_block();
+  finish<T::kRows, T::kThreads>(epilogue, shared, T::kTokensOfBlock, row0, place.token);
 }
 
 template <class T>
@@ -219,7 +211,7 @@ TWOFOUR_DEVICE void gemm(const GemmArgs& args, const Epilogue& epilogue) {
   }
 
   if (!add_slices<T::kThreads>(sums, args.partial, args.counters)) return;
-  wait_for_copies<0>();
+  // At the last barrier all copies had come, and all fragments that are multiplied had been read.
   finish_tile<T>(epilogue, sums, memory);
 }
 
