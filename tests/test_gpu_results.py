@@ -31,16 +31,13 @@ def test_results_that_are_there_can_be_judged() -> None:
 
 def made_up(what: str, kernel: str, tokens: int | None = None, us: float = 18.0, **more: Any) -> Row:
     """A row of a kernel as it is now, of the square."""
-    plan = record._planned({"out_features": 8192, "in_features": 8192, "processors": 132})
-    grid = plan if kernel.startswith("decode") else [1]
+    shape = {"out_features": 8192, "in_features": 8192, "dtype": "bf16", "processors": 132, "shared_bytes": 227 << 10}
+    grid = (record._planned(kernel, {**shape, "tokens": tokens}) or [kernel, 1])[1:]
     found: Row = {
         "bench": "made up",
         "what": what,
-        "out_features": 8192,
-        "in_features": 8192,
-        "dtype": "bf16",
+        **shape,
         **({} if tokens is None else {"tokens": tokens}),
-        "processors": 132,
         "kernels": {kernel: record.source_of(kernel)},
         "grids": {kernel: grid},
         "us": {"twofour": us, "cuBLAS": 1.6 * us, "cuSPARSELt": 1.3 * us, "torch tile": 2 * us},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from twofour import SparseMatrix
 from twofour.errors import UnsupportedError
 from twofour.kernels import reference
-from twofour.kernels.cuda import decode, layout, packing
+from twofour.kernels.cuda import decode, layout, packing, resources
 from twofour.masks import nm_mask
 from twofour.testing import tolerances
 
@@ -271,7 +270,8 @@ def measured(
         "rounds": rounds,
         "calls": calls,
         "copies": {name: len(copies) for name, copies in kernels.items()},
-        "processors": processors(device),
+        "processors": resources.processors(device),
+        "shared_bytes": resources.shared_bytes(device),
         "kernels": {name: record.source_of(name) for name in grids},
         "grids": grids,
         "us": {name: each.median for name, each in times.items()},
@@ -324,12 +324,6 @@ def clocks(device: torch.device) -> dict[str, float]:
             found["watts"] = torch.cuda.power_draw(device) / 1e3
             found["celsius"] = torch.cuda.temperature(device)
     return found
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def line_of(row: record.Row) -> str:

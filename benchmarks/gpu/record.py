@@ -43,18 +43,23 @@ def state(row: Row) -> str:
         if now != digest:
             return f"stale: {name} has changed"
         grid = row.get("grids", {}).get(name)
-        if name.startswith("decode_") and grid is not None and list(grid) != _planned(row):
+        if name.startswith(("decode_", "gemm_")) and grid is not None and [name, *grid] != _planned(name, row):
             return f"stale: {name} is launched otherwise"
     return "fresh"
 
 
-def _planned(row: Row) -> list[int] | None:
-    """Blocks and slices that this shape would be launched with on that GPU."""
-    from twofour.kernels.cuda import decode
+def _planned(name: str, row: Row) -> list[Any] | None:
+    """The kernel, blocks and slices that this shape would be launched with on that GPU."""
+    from twofour.kernels.cuda import decode, gemm
 
     try:
-        found = decode.plan(row["out_features"], row["in_features"], row["processors"])
-        return [found.blocks, found.slices]
+        shape, processors = (row["out_features"], row["in_features"]), row["processors"]
+        if name.startswith("decode_"):
+            few = decode.plan(*shape, processors)
+            return [name, few.blocks, few.slices]
+        itemsize = 1 if row["dtype"] in ("int8", "fp8") else 2
+        many = gemm.plan(*shape, row["tokens"], itemsize, processors, row["shared_bytes"])
+        return [f"gemm_{row['dtype']}_{many.tile}", many.blocks, many.slices]
     except (AttributeError, KeyError, TypeError):  # of another time
         return None
 

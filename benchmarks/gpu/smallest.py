@@ -12,6 +12,7 @@ import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import torch
 import typer
@@ -22,7 +23,8 @@ from benchmarks.gpu import cases
 
 from twofour import SparseMatrix, kernels
 from twofour.kernels import KERNELS, LinearSpec, reference
-from twofour.kernels.cuda import compiler, decode, driver, layout, packing, table, tokens
+from twofour.kernels.cuda import arguments, compiler, decode, driver, gemm, layout, packing, resources, table, tiles
+from twofour.kernels.cuda import tokens as inputs
 from twofour.masks import nm_mask
 
 SHAPE = (72, 100)
@@ -76,8 +78,30 @@ def run_all(device: torch.device) -> set[str]:
                 y = decode.linear(x.to(device), packing.compress(weight.to(device)))
                 found = cases.Exact(x, weight).error(y.cpu())
                 assert found["of_bound"] <= 1, (name, count, found)
+        run_tiles(device)
         run_table(device)
     return set(launched)
+
+
+def run_tiles(device: torch.device) -> None:
+    """Every tile of the kernels for many tokens that the device has room for, with and without slices."""
+    tokens = 70
+    for name, dtype in cases.DTYPES.items():
+        if dtype not in arguments.NAMES:
+            continue
+        weight = cases.pruned(cases.normal(SHAPE, dtype, torch.device("cpu")))
+        x = cases.normal((tokens, SHAPE[1]), dtype, torch.device("cpu"))
+        exact, packed = cases.Exact(x, weight), packing.compress(weight.to(device))
+        stages = -(-SHAPE[1] * dtype.itemsize // tiles.STAGE_BYTES)
+        for tile, size in tiles.TILES.items():
+            if size.stages * size.stage_bytes(dtype.itemsize) > resources.shared_bytes(device):
+                continue
+            blocks = -(-SHAPE[0] // size.rows) * -(-tokens // size.tokens)
+            for slices in {1, stages}:
+                share = gemm.Plan(tile, blocks, slices, -(-stages // slices))
+                with mock.patch.object(gemm, "plan", lambda *_, share=share: share):
+                    found = exact.error(gemm.linear(x.to(device), packed).cpu())
+                assert found["of_bound"] <= 1, (name, tile, slices, found)
 
 
 def run_quantizers(weight: torch.Tensor, device: torch.device) -> None:
@@ -94,7 +118,7 @@ def run_quantizers(weight: torch.Tensor, device: torch.device) -> None:
         packing.expand(packing.prune(e5m2.to(device))).cpu().float(), e5m2.float() * nm_mask(e5m2.float().abs(), "2:4")
     )
     for x in (weight, weight.float()):
-        found = tokens.quantize(x.to(device))
+        found = inputs.quantize(x.to(device))
         assert all(torch.equal(own.cpu(), each) for own, each in zip(found, reference.quantize_tokens(x), strict=True))
 
 

@@ -77,12 +77,12 @@ def emulate(patch: pytest.MonkeyPatch) -> None:
     """Kernels run on the CPU."""
     from tests.cuda import emulation
 
-    from twofour.kernels.cuda import decode, packing, table
+    from twofour.kernels.cuda import arguments, packing, table
 
     def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
         text = table.KERNEL_TEXTS[name]
         emulation.launch(name, grid, text.threads, *arguments)
 
     patch.setattr(table, "launch", launch)
-    for module in (packing, decode):
+    for module in (packing, arguments):
         patch.setattr(module, "_on_gpu", lambda _: True)
