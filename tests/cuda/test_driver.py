@@ -40,7 +40,9 @@ def test_a_kernel_is_loaded_once_and_launched_with_what_was_given(fake: tuple[dr
     noted = library.fake_noted()
     assert noted[0] == 1
     assert (noted[1], noted[2], noted[3]) == (0x7F, 0x1000, 4)
-    assert (noted[4], noted[5]) == (8, 100_000)
+    assert (noted[4], noted[5], noted[6]) == (8, 100_000, 100)
+    assert own.kernel(b"\x7fELF", b"a", "name", shared_bytes=100_000, device=1) == kernel  # another GPU of the kind
+    assert (noted[0], noted[6]) == (1, 101)
     own.kernel(b"\x7fELF", b"b", "name")
     assert noted[0] == 2
     for way in (own._native, None):  # with and without the native module
@@ -63,6 +65,20 @@ def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[d
         own.launch(kernel, (1,), 32, (1, 2, 3), 0)
     library.fake_fail(b"", 0)
     own.launch(kernel, (1,), 32, (1, 2, 3), 0)
+
+
+def test_a_thread_without_a_context_enters_that_of_the_device(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    noted = library.fake_noted()
+    for way in (own._native, None):
+        own._native = way
+        library.fake_fail(b"cuLaunchKernel", 201)
+        own.launch(0x2000, (5,), 32, (1, 2, 3), 0, device=3)
+        assert noted[7] == 0x4000 + 103
+        assert noted[11] == 5
+        noted[7] = 0
+        own.launch(0x2000, (6,), 32, (1, 2, 3), 0, device=3)
+        assert (noted[7], noted[11]) == (0, 6)
 
 
 def test_no_driver_and_an_old_one_are_told_apart(tmp_path: Path) -> None:

@@ -1,20 +1,22 @@
 """The CUDA driver by way of ctypes: load what NVRTC compiled, launch it. No CUDA library is linked or needed to import this.
 
-The context is torch's: whoever holds a CUDA tensor has made it current.
+The context is torch's, the primary one of the device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 from ... import native
 from ...errors import DeviceError, UnsupportedError
 
 LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
+_NO_CONTEXT = 201
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FREE_SHARED_BYTES = 48 << 10  # what a launch may ask for without that
 
@@ -44,12 +46,13 @@ class Driver:
         self._function = ctypes.cast(self._cuda.cuLaunchKernel, ctypes.c_void_p).value
         self._native = getattr(native.LOADED, "launch_cuda", None)
 
-    def kernel(self, cubin: bytes, digest: bytes, name: str, shared_bytes: int = 0) -> int:
-        """A handle of a kernel of a cubin, loaded once.
+    def kernel(self, cubin: bytes, digest: bytes, name: str, shared_bytes: int = 0, device: int = 0) -> int:
+        """A handle of a kernel of a cubin, loaded once for all devices.
 
         Args:
             digest: tells cubins apart.
-            shared_bytes: dynamic shared memory that a launch will ask for.
+            shared_bytes: dynamic shared memory that a launch will ask for; each device is told anew.
+            device: its number.
         """
         key = (digest, name)
         with self._lock:
@@ -62,15 +65,27 @@ class Driver:
                 self._check(
                     self._cuda.cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode()), f"finding {name}"
                 )
-                if shared_bytes > _FREE_SHARED_BYTES:
-                    device = ctypes.c_int()
-                    self._check(self._cuda.cuCtxGetDevice(ctypes.byref(device)), "asking for the device")
-                    self._check(
-                        self._cuda.cuKernelSetAttribute(_MOST_SHARED_BYTES, shared_bytes, kernel, device),
-                        f"giving {name} {shared_bytes} bytes of shared memory",
-                    )
                 self._kernels[key] = kernel.value or 0
-            return self._kernels[key]
+            found = self._kernels[key]
+        if shared_bytes > _FREE_SHARED_BYTES:
+            handle = self._device(device)
+            self._check(
+                self._cuda.cuKernelSetAttribute(_MOST_SHARED_BYTES, shared_bytes, found, handle),
+                f"giving {name} {shared_bytes} bytes of shared memory",
+            )
+        return found
+
+    def _device(self, number: int) -> int:
+        handle = ctypes.c_int()
+        self._check(self._cuda.cuDeviceGet(ctypes.byref(handle), number), f"asking for device {number}")
+        return handle.value
+
+    def _enter(self, device: int) -> None:
+        """Makes torch's context current: in a thread that has only used memory torch had kept, none is."""
+        context = ctypes.c_void_p()
+        handle = self._device(device)
+        self._check(self._cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "asking for the context")
+        self._check(self._cuda.cuCtxSetCurrent(context), "entering the context")
 
     def launch(
         self,
@@ -80,17 +95,22 @@ class Driver:
         arguments: Sequence[int],
         stream: int,
         shared_bytes: int = 0,
+        device: int = 0,
     ) -> None:
         """Starts a kernel, all of whose arguments are integers or pointers of 8 bytes.
+
+        Args:
+            device: the number of the one that `stream` is of.
 
         Raises:
             DeviceError: the driver refuses; nothing was started.
         """
-        x, y, z = (*grid, 1, 1)[:3]
-        if self._native is None:
-            status = self._launch(kernel, x, y, z, threads, shared_bytes, stream, arguments)
-        else:  # a tenth of the time
-            status = self._native(self._function, kernel, x, y, z, threads, shared_bytes, stream, tuple(arguments))
+        start: Callable[..., int] = self._launch if self._native is None else partial(self._native, self._function)
+        everything: tuple[Any, ...] = (kernel, *(*grid, 1, 1)[:3], threads, shared_bytes, stream, tuple(arguments))
+        status = start(*everything)
+        if status == _NO_CONTEXT:
+            self._enter(device)
+            status = start(*everything)
         self._check(status, "a launch")
 
     def _launch(
@@ -104,7 +124,7 @@ class Driver:
         stream: int,
         arguments: Sequence[int],
     ) -> int:
-        """As the native module does it, where there is none."""
+        """As the native module does it in a tenth of the time, where there is none."""
         count = len(arguments)
         words = (ctypes.c_uint64 * count)(*(argument & (2**64 - 1) for argument in arguments))
         first = ctypes.addressof(words)
@@ -127,7 +147,9 @@ _SIGNATURES = {
     "cuLibraryLoadData": [_POINTER, ctypes.c_char_p, _POINTER, _POINTER, _UINT, _POINTER, _POINTER, _UINT],
     "cuLibraryGetKernel": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuKernelSetAttribute": [_INT, _INT, _POINTER, _INT],
-    "cuCtxGetDevice": [_POINTER],
+    "cuDeviceGet": [_POINTER, _INT],
+    "cuDevicePrimaryCtxRetain": [_POINTER, _INT],
+    "cuCtxSetCurrent": [_POINTER],
     "cuLaunchKernel": [_POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER],
     "cuGetErrorString": [_INT, _POINTER],
 }
