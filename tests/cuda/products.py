@@ -123,9 +123,10 @@ def close(found: Tensor, wanted: Tensor, added: Tensor | float = 0.0) -> bool:
         wanted: in double; NaN and infinities must be where it has them.
         added: the residual, as differences lose digits of what they are made of.
     """
+    rounded = wanted.to(found.dtype).double()  # may be infinite
     info, found = torch.finfo(found.dtype), found.double()
     least = max(info.eps * info.tiny, 2.0**-115)  # functions below it may become 0
-    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    same = (found == rounded) | (found.isnan() & wanted.isnan())
     added = torch.as_tensor(added).double()
     units = 16 + 4 * (wanted - added).abs().clamp_min(1e-300).log().abs()
     magnitude = wanted.abs() + added.abs()
