@@ -44,20 +44,23 @@ def counters(device: torch.device, count: int) -> Tensor:
         int32.
     Cost: nothing once they are there.
     """
-    on_gpu = device.type == "cuda"
-    if on_gpu and torch.cuda.is_current_stream_capturing():
+    if _captures(device):
         with _lock:
             reserve = _reserves.get(device)
             if reserve is not None and len(reserve) >= count:
                 _reserves[device] = reserve[count:]
                 return reserve[:count]
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _of_streams.get((device, stream))
     if found is None or len(found) < count:
         found = torch.zeros(max(count, _LEAST_COUNTERS), dtype=torch.int32, device=device)
         with _lock:
             _of_streams[device, stream] = found
-            if on_gpu and device not in _reserves:
+            if device not in _reserves:
                 _reserves[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
     return found
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
