@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_each_launch_in_a_graph_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert [len(each) for each in held[1:]] == [30, 30, 30, 30, 10]
     assert not any(each.any() for each in held)
     ends = places(*held)
-    assert all(end <= begin for (_, end), (begin, _) in zip(ends[:-1], ends[1:], strict=True))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
 
 
 def test_a_graph_captured_before_anything_ran_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

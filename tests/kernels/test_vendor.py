@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from twofour import ShapeError, SparseMatrix, UnsupportedError
-from twofour.kernels import LinearSpec, epilogue, vendor
+from twofour.kernels import LinearSpec, epilogue, int8, reference, vendor
 from twofour.kernels.vendor import packing, search, torch_operations
+from twofour.nn.quantized import quantize_rows
 from twofour.pattern import Pattern
 from twofour.testing import assert_same_bits, hostile_tensor, hostile_values, integer_tensor, random_mask
 
@@ -475,6 +476,25 @@ def test_products_of_8_bits(nvidia: FakeNvidia, library: str, dtype: torch.dtype
     assert y.dtype == (torch.int32 if dtype == torch.int8 else torch.float32)
     assert torch.equal(y.double(), x.double() @ matrix.to_dense().double().T)
     assert vendor.products(x[:, :0], *vendor.pack(matrix), *shape).shape == (2, 0, shape[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("library", ["cuSPARSELt", "CUTLASS"])
+def test_int8_layers_give_the_bits_of_the_reference(nvidia: FakeNvidia, library: str, dtype: torch.dtype) -> None:
+    use(nvidia, library)
+    weight = SparseMatrix.from_dense(torch.randn(33, 68), prune=True)
+    matrix, scales = quantize_rows(weight)
+    x = torch.randn(2, 5, 68).to(dtype)
+    x[1, 2, 3] = float("nan")
+    for bias in (None, torch.randn(33), torch.randn(33).to(dtype)):
+        found = vendor.linear_int8(x, *vendor.pack(matrix), scales, bias, matrix.pattern, *matrix.shape)
+        wanted = reference.linear_int8(x, matrix.values, matrix.metadata, scales, bias, matrix.pattern, 68)
+        assert_same_bits(found, wanted)
+    assert (
+        int8.KERNELS["vendor"].why_not(spec(torch.int8, (33, (1 << 18) + 4)))
+        == "in_features 262148 is not in 1 .. 262144"
+    )
+    assert int8.KERNELS["vendor"].why_not(spec(torch.int8, device="cpu")) == "the weight is on cpu"
 
 
 def test_products_that_there_are_not(nvidia: FakeNvidia) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
 from ..pattern import Pattern
-from . import cpu, reference
+from . import cpu, reference, vendor
 from .cuda import backend as cuda
 from .cuda import layout
 from .registry import Kernel, LinearSpec
@@ -236,7 +236,7 @@ def _require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features:
 
 _LIBRARY = torch.library.Library("twofour", "FRAGMENT")  # kept alive: operations vanish with it
 
-_BACKENDS = ("reference", "cpu", "cuda")
+_BACKENDS = ("reference", "cpu", "cuda", "vendor")
 for _backend in _BACKENDS:
     _LIBRARY.define(
         f"linear_int8_{_backend}(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? bias, str pattern,"
@@ -311,6 +311,8 @@ _LIBRARY.impl("linear_int8_cpu", _linear_cpu, "CPU")
 _LIBRARY.impl("to_dense_int8_cpu", _to_dense_cpu, "CPU")
 _LIBRARY.impl("linear_int8_cuda", cuda.linear_int8, "CUDA")
 _LIBRARY.impl("to_dense_int8_cuda", cuda.to_dense, "CUDA")
+_LIBRARY.impl("linear_int8_vendor", vendor.linear_int8, "CUDA")
+_LIBRARY.impl("to_dense_int8_vendor", vendor.to_dense, "CUDA")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -393,6 +395,13 @@ def _cuda_why_not(spec: LinearSpec) -> str | None:
     return cuda.why_not(spec.pattern, spec.dtype, *shape, spec.device, (torch.int8,))
 
 
+def _vendor_why_not(spec: LinearSpec) -> str | None:
+    if spec.in_features > MOST_INPUTS:
+        return f"in_features {spec.in_features} is not in 1 .. {MOST_INPUTS}"
+    missing = cuda.missing() if spec.device.type == "cuda" else None
+    return vendor.why_not(spec, torch.int8) if missing is None else missing
+
+
 def _cuda_label() -> str:
     return f"{cuda.label()} int8"
 
@@ -411,6 +420,14 @@ KERNELS: dict[str, Kernel] = {
         lambda matrix: cuda.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
         lambda operands, spec: _canonical(layout.unpack(*operands, spec.out_features, spec.in_features), spec),
         _cuda_label,
+        on_gpu=True,
+    ),
+    "vendor": Kernel(
+        "vendor",
+        _vendor_why_not,
+        vendor.pack,
+        lambda operands, spec: vendor.unpack(*operands, spec.pattern, spec.out_features, spec.in_features),
+        lambda: f"{vendor.label()} int8",
         on_gpu=True,
     ),
     "reference": Kernel(

@@ -53,7 +53,7 @@ class QuantizedSparseLinear(SparseLinear):
         matrix: the int8 weight, [out_features, in_features].
         scales: float32 [out_features].
         bias: [out_features], or None; a Parameter is used as it is.
-        backend: "cpu", "cuda", "reference", or None for the first that applies.
+        backend: "cpu", "cuda", "vendor", "reference", or None for the first that applies.
         dtype: what `weight.dtype` says: the dtype that the model's other layers compute in. Inputs may be of any.
     Raises:
         UnsupportedError: a matrix that is not int8, a backend that cannot run it. FormatError: scales that do not fit.

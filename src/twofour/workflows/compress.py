@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix
 from ..format.pack import VALUE_DTYPES
-from ..kernels import KERNELS, LinearSpec
+from ..kernels import KERNELS, LinearSpec, int8
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
@@ -360,15 +360,21 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
 
 
 def _others_on_gpu(sparse: SparseLinear) -> list[SparseLinear]:
-    """The layer on each other kernel of the table that is for GPUs: which is faster depends on the shape."""
-    if not KERNELS[sparse.backend].on_gpu or isinstance(sparse, QuantizedSparseLinear):
+    """The layer on each other kernel that is for GPUs: which is faster depends on the shape."""
+    table = int8.KERNELS if isinstance(sparse, QuantizedSparseLinear) else KERNELS
+    if not table[sparse.backend].on_gpu:
         return []
-    rows = [kernel for kernel in KERNELS.values() if kernel.on_gpu and kernel.backend != sparse.backend]
-    return [
-        SparseLinear(sparse.matrix, sparse.bias, backend=kernel.backend).train(sparse.training)
-        for kernel in rows
-        if kernel.why_not(sparse.spec) is None
-    ]
+    rows = [kernel for kernel in table.values() if kernel.on_gpu and kernel.backend != sparse.backend]
+    return [_on(sparse, kernel.backend) for kernel in rows if kernel.why_not(sparse.spec) is None]
+
+
+def _on(sparse: SparseLinear, backend: str) -> SparseLinear:
+    other: SparseLinear
+    if isinstance(sparse, QuantizedSparseLinear):
+        other = QuantizedSparseLinear(sparse.matrix, sparse.scales, sparse.bias, backend=backend, dtype=sparse.dtype)
+    else:
+        other = SparseLinear(sparse.matrix, sparse.bias, backend=backend)
+    return other.train(sparse.training)
 
 
 def _rounding(exact: SparseMatrix, stored: Tensor) -> float:

@@ -12,6 +12,7 @@ from .packing import pack as pack
 from .packing import to_dense as to_dense
 from .packing import unpack as unpack
 from .products import linear as linear
+from .products import linear_int8 as linear_int8
 from .products import products as products
 from .support import label as label
 from .support import version as version

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ...errors import ShapeError, UnsupportedError
 from ...pattern import Pattern
-from .. import epilogue
+from .. import epilogue, reference
 from . import packing, search, support, torch_operations
 
 _ALIGNMENT = 16  # bytes that the kernels load at once
@@ -93,6 +93,24 @@ def products(
             f"{x.dtype} products are not written as {out_dtype} by {packing.library_of(metadata)}: out_dtype=None is."
         )
     return _product(x, values, metadata, None, out_features, in_features, out_dtype)
+
+
+def linear_int8(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern | str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`reference.linear_int8`, the same bits: exact sums by `products`, all else in torch."""
+    with torch.autocast(x.device.type, enabled=False):
+        q, x_scales = reference.quantize_tokens(x.reshape(-1, in_features))
+        y = products(q, values, metadata, out_features, in_features).float() * x_scales[:, None] * scales
+        y = y if bias is None else y + bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
 def _product(
