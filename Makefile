@@ -14,7 +14,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_by
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench bench-training bench-smallest gpu gpu-dry native-test sanitize sanitize-threads neon emulated check clean
+.PHONY: demo test lint types examples bench bench-training bench-smallest gpu gpu-dry gpu-emulated native-test sanitize sanitize-threads neon emulated check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -76,6 +76,10 @@ gpu:
 # The same on a CPU, tiny, with stand-ins for kernels: do the scripts work?
 gpu-dry: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu/run.py --dry-run $(GPU_ARGS)
+
+# The tests for GPUs that can run on an emulated one.
+gpu-emulated: $(VENV)/installed
+	TWOFOUR_GPU_TESTS=emulated $(PYTEST) tests/gpu
 
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.

@@ -98,7 +98,7 @@ def test_stale_results_are_told_and_not_shown(write: Callable[..., Path]) -> Non
 def test_another_plan_of_the_launch_makes_a_result_stale() -> None:
     row = made_up("few tokens", "decode_bf16_8", 1)
     assert record.state(row) == "fresh"
-    assert record.state({**row, "grids": {"decode_bf16_8": [64, 4]}}) == "stale: decode_bf16_8 is launched otherwise"
+    assert record.state({**row, "grids": {"decode_bf16_8": [64, 5]}}) == "stale: decode_bf16_8 is launched otherwise"
     assert record.state({**row, "processors": None}) == "stale: decode_bf16_8 is launched otherwise"
     assert record.state({**row, "kernels": {}}) == "stale: no kernel is named"
 

@@ -73,18 +73,21 @@ def test_activations_of_any_number(out: torch.dtype, activation: str) -> None:
     assert close(run(case), case.wanted())
 
 
+@pytest.mark.parametrize("itemsize", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 8, 32, 64])
 @pytest.mark.parametrize(
     "shape", [(8192, 8192), (28672, 8192), (4096, 14336), (64, 64), (1024, 128), (128, 65536)], ids=str
 )
-def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], tokens: int) -> None:
-    found = plan(*shape, 132)
+def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], tokens: int, itemsize: int) -> None:
+    found = plan(*shape, tokens, itemsize, 132)
     chunks = -(-shape[1] // 64)
     assert found.slice * found.slices >= chunks > found.slice * (found.slices - 1)
     assert found.blocks == -(-shape[0] // 128)
     if shape[0] * shape[1] >= 1 << 26:
-        assert found.blocks * found.slices >= 1.5 * 132
-    assert found.slice >= min(chunks, 8)
+        places = 132 * (1 if tokens == 64 else 2)
+        rounds = found.blocks * found.slices / places
+        assert rounds > 0.7
+        assert rounds <= 1 or rounds % 1 == 0 or rounds % 1 > 0.5  # no last round of a few blocks, for whom all wait
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,8 +14,11 @@ MOST_TOKENS = 64
 """Of a launch; more take several."""
 TOKENS = (8, 16, 32, 64)
 _ROWS_OF_BLOCK = 8 * layout.TILE
-_LEAST_SLICE = 8  # chunks: below that a block spends its time at its ends
-_BLOCKS_OF_PROCESSOR = 2
+_CHUNKS_AHEAD = 4  # of each warp, under way from memory: kAhead of decode.cu
+_BYTES_OF_PROCESSOR = 56_000  # under way for each multiprocessor, that keep the memory busy; assumed, not measured
+_CHUNKS_OF_ENDS = 3  # that a block could read while it begins and finishes
+_BYTES_OF_SUM = 4
+_MOST_SLICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +30,44 @@ class Plan:
     slice: int
 
 
-def plan(rows: int, columns: int, processors: int) -> Plan:
-    """Two blocks for each multiprocessor, where slices stay long enough.
+def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int) -> Plan:
+    """The slices that should take least time, if the memory is what all wait for.
+
+    Blocks that fit on the GPU at once share what the memory gives. A last round of a few gets more for each of them, but
+    not as much as all together do: no more than they have under way. So a round should be full, or nearly.
 
     Args:
+        tokens: of a launch.
+        itemsize: of the weight.
         processors: of the GPU.
     """
-    blocks = -(-rows // _ROWS_OF_BLOCK)
-    chunks = -(-columns // layout.COLUMNS)
-    wanted = max(1, -(-_BLOCKS_OF_PROCESSOR * processors // blocks))
-    each = max(-(-chunks // wanted), min(chunks, _LEAST_SLICE))
-    return Plan(blocks, -(-chunks // each), each)
+    blocks, chunks = -(-rows // _ROWS_OF_BLOCK), -(-columns // layout.COLUMNS)
+    text = table.KERNEL_TEXTS[_name("int8" if itemsize == 1 else "bf16", tokens)]
+    places = text.blocks * processors
+    chunk_bytes = _ROWS_OF_BLOCK * (layout.COLUMNS // 2 * itemsize + layout.COLUMNS // 8)
+    alone = min(1.0, _BYTES_OF_PROCESSOR / text.blocks / (_CHUNKS_AHEAD * chunk_bytes))  # of a full round's time
+    sums = _ROWS_OF_BLOCK * _width(tokens) * _BYTES_OF_SUM / chunk_bytes
+    best, least = None, float("inf")
+    for wanted in range(1, min(_MOST_SLICES, chunks) + 1):
+        each = -(-chunks // wanted)
+        slices = -(-chunks // each)
+        # Every block writes its sums, the last one of a tile reads those of all.
+        work = each + _CHUNKS_OF_ENDS + (sums * (1 + slices) if slices > 1 else 0)
+        rounds, rest = divmod(blocks * slices, places)
+        time = work * (rounds + (max(rest / places, alone) if rest else 0))
+        if time < least:
+            best, least = Plan(blocks, slices, each), time
+    assert best is not None  # there is a chunk
+    return best
+
+
+def _width(tokens: int) -> int:
+    """Of the kernel for so many."""
+    return next((size for size in TOKENS if size >= tokens), MOST_TOKENS)
+
+
+def _name(dtype: str, tokens: int) -> str:
+    return f"decode_{dtype}_{_width(tokens)}"
 
 
 def linear(
@@ -77,19 +107,17 @@ def linear(
 
 def multiplied(call: arguments.Arguments) -> Tensor:
     """y of arguments that have something to multiply."""
-    tokens, device = len(call.x), call.x.device
-    share = plan(*call.packed.shape, resources.processors(device))
+    tokens, device = call.x.shape[0], call.x.device
+    share = plan(*call.packed.shape, min(tokens, MOST_TOKENS), call.x.itemsize, resources.processors(device))
     partial = counters = None
     if share.slices > 1:
-        width = next((size for size in TOKENS if size >= tokens), MOST_TOKENS)
-        shape = (share.slices, share.blocks, width, _ROWS_OF_BLOCK)
+        shape = (share.slices, share.blocks, _width(tokens), _ROWS_OF_BLOCK)
         partial = torch.empty(shape, dtype=call.sums, device=device)
         counters = resources.counters(device, share.blocks)
     for first in range(0, tokens, MOST_TOKENS):
         count = min(tokens - first, MOST_TOKENS)
-        size = next(size for size in TOKENS if size >= count)
         table.launch(
-            f"decode_{call.name}_{size}",
+            _name(call.name, count),
             (share.blocks, share.slices),
             device,
             *call.of_product(first, count),
