@@ -109,11 +109,11 @@ def test_a_kernel_that_raises_is_no_missing_rival_and_stops_its_row_alone(
 
     monkeypatch.setattr(table, "launch", broken)
     with pytest.raises(
-        SystemExit, match=r"1 of 11 rows failed\nprune both .* bf16: RuntimeError: an illegal memory access"
+        SystemExit, match=r"1 of 13 rows failed\nprune both .* bf16: RuntimeError: an illegal memory access"
     ):
         run(bench_packing.main)
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert len(found["rows"]) == 10
+    assert len(found["rows"]) == 12
     assert len(found["facts"]["failed in packing"]) == 1
 
 

@@ -71,6 +71,22 @@ def kept_both(shape: tuple[int, int], dtype: str, device: torch.device, rounds: 
     return _row("keep both", shape, dtype, kernels, device, rounds, nbytes, missing, right, copies)
 
 
+def masked_both(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
+    """The best transposable mask alone; the same in plain torch beside it."""
+    weights, copies = _inputs(shape, dtype, device)
+    missing: dict[str, str] = {}
+    kernels = cases.tried("twofour", lambda: [partial(cases.mask_both, each) for each in weights], missing)
+    in_torch = [partial(nm_mask, weights[0].abs(), "2:4t")]
+    kernels |= cases.tried("in torch", lambda: in_torch, missing) if weights[0].numel() <= 1 << 22 else {}
+    kernels |= cases.tried("copy", lambda: [each.clone for each in weights], missing)
+    right = {}
+    if "twofour" in kernels:
+        right["twofour"] = torch.equal(cases.mask_both(weights[0]), nm_mask(weights[0].abs(), "2:4t"))
+    dense, _ = bytes_of(*shape, weights[0].itemsize)
+    nbytes = dense + weights[0].numel()
+    return _row("mask both", shape, dtype, kernels, device, rounds, nbytes, missing, right, copies)
+
+
 def quantized(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
     """To e4m3 with a scale for each row, pruned and packed; torch's quantizing alone beside it."""
     weights, copies = _inputs(shape, dtype, device)
@@ -126,7 +142,7 @@ def _each(weights: Sequence[Tensor], make: Callable[[Tensor], timing.Call]) -> l
 
 
 def _inputs(shape: tuple[int, int], dtype: str, device: torch.device) -> tuple[list[Tensor], int]:
-    kind = cases.DTYPES[dtype]
+    kind = torch.float32 if dtype == "fp32" else cases.DTYPES[dtype]
     copies = timing.copies_for(shape[0] * shape[1] * kind.itemsize, device)
     return [cases.normal(shape, kind, device, seed) for seed in range(copies)], copies
 
@@ -162,6 +178,8 @@ def main(
         for dtype in ("bf16", "fp16"):
             todo.append((f"prune both {shape} {dtype}", partial(both, shape, dtype, chosen, rounds)))
         todo.append((f"keep both {shape} bf16", partial(kept_both, shape, "bf16", chosen, rounds)))
+        for dtype in ("fp32", "bf16"):
+            todo.append((f"mask both {shape} {dtype}", partial(masked_both, shape, dtype, chosen, rounds)))
         todo.append((f"quantize {shape} bf16", partial(quantized, shape, "bf16", chosen, rounds)))
         for what, dtypes in ONE_WAY.items():
             for dtype in dtypes:

@@ -101,6 +101,10 @@ def prune(weight: Tensor) -> Any:
     return packing.prune(weight) if has_kernels(weight) else specified(weight)
 
 
+def mask_both(weight: Tensor) -> Tensor:
+    return packing.mask_both(weight) if has_kernels(weight) else nm_mask(weight.abs(), "2:4t")
+
+
 def keep_both(weight: Tensor, mask: Tensor) -> Any:
     """Without the check, which waits for the GPU."""
     return packing.keep_both(weight, mask, check=False) if has_kernels(weight) else specified_both(weight)

@@ -105,7 +105,7 @@ def run_tiles(device: torch.device) -> None:
 
 
 def run_quantizers(weight: torch.Tensor, device: torch.device) -> None:
-    """Of weights and of inputs, to 8 bits."""
+    """Of weights and of inputs, to 8 bits; and masks alone."""
     packed, scales = packing.quantize(weight.to(device))
     q, wanted = reference.quantize_rows_e4m3(weight)
     mask = nm_mask(weight.float().abs(), "2:4")
@@ -118,6 +118,7 @@ def run_quantizers(weight: torch.Tensor, device: torch.device) -> None:
         packing.expand(packing.prune(e5m2.to(device))).cpu().float(), e5m2.float() * nm_mask(e5m2.float().abs(), "2:4")
     )
     for x in (weight, weight.float()):
+        assert torch.equal(packing.mask_both(x.to(device)).cpu(), nm_mask(x.float().abs(), "2:4t"))
         found = inputs.quantize(x.to(device))
         assert all(torch.equal(own.cpu(), each) for own, each in zip(found, reference.quantize_tokens(x), strict=True))
 

@@ -1,4 +1,4 @@
-// The best transposable 2:4 mask of a 4x4 block of |weights| of 2 bytes, by one thread: the mask of twofour/masks/
+// The best transposable 2:4 mask of a 4x4 block of |weights|, by one thread: the mask of twofour/masks/
 // transposable.py, bit for bit. nm/halves.inl.h has the 19 kinds of halves.
 //
 // Scores are whole numbers in units of the last bit of the least that is no zero. Where they lie close together, as nearly
@@ -18,12 +18,16 @@ struct Bfloat16 {
 struct Float16 {
   static constexpr int kFraction = 10, kExponentBits = 5;
 };
+struct Float32 {
+  static constexpr int kFraction = 23, kExponentBits = 8;
+};
 
 template <class Format>
 struct Scores {
   static constexpr uint32_t kInfinity = ((1u << Format::kExponentBits) - 1) << Format::kFraction;
   static constexpr int kBias = (1 << (Format::kExponentBits - 1)) - 1;
-  // The largest number that a kernel may shift by: bits of the significand, of eight, of the number of a half.
+  // The largest number that a kernel may shift by: bits of the significand, of eight, of the number of a half. None where
+  // it is negative.
   static constexpr int kNarrow = 31 - 6 - 3 - (Format::kFraction + 1);
   static constexpr int kWide = 53 - 3 - (Format::kFraction + 1);  // what double sums exactly
 };
@@ -158,8 +162,10 @@ TWOFOUR_DEVICE uint32_t best_mask(const uint32_t (&bits)[16]) {
   const uint32_t first = (least + 1) >> Format::kFraction, span = (most >> Format::kFraction) - first;
   if (most == 0) return 0b1100110000110011u;
   if (first == 0 || most >= Scores<Format>::kInfinity || span > Scores<Format>::kWide) return best_mask_of_any<Format>(bits);
-  if (span > Scores<Format>::kNarrow) return best_mask_in_64<Format>(bits, first);
-  return best_mask_in<Format, int32_t, uint32_t>(bits, first);
+  if constexpr (Scores<Format>::kNarrow > 0) {
+    if (span <= Scores<Format>::kNarrow) return best_mask_in<Format, int32_t, uint32_t>(bits, first);
+  }
+  return best_mask_in_64<Format>(bits, first);
 }
 
 }  // namespace twofour::cuda

@@ -1,6 +1,7 @@
 // Dense matrices to and from the CUDA layout (cuda/layout.h). All of them are bound by memory.
 //
 //   prune_both_*   |W| -> the best transposable mask -> W and W.T packed, and the mask if asked for: one reading of W
+//   mask_both_*    |W| -> the best transposable mask alone, of 4-byte items too
 //   keep_both_*    W under a given mask -> W and W.T packed, and W masked in place if asked for: a training step
 //   prune_*        |W| -> two of each four -> packed
 //   quantize_*     |W| -> two of each four -> e4m3 with a scale for each row -> packed
@@ -63,6 +64,28 @@ struct Square {
   uint16_t column_nibbles[kSquareBlocks][kSquareBlocks];  // column c from bit 4 * c
 };
 
+TWOFOUR_DEVICE void magnitudes_of(uint2 four, uint32_t* to) {
+  to[0] = four.x & 0x7fffu;
+  to[1] = four.x >> 16 & 0x7fffu;
+  to[2] = four.y & 0x7fffu;
+  to[3] = four.y >> 16 & 0x7fffu;
+}
+TWOFOUR_DEVICE void magnitudes_of(uint4 four, uint32_t* to) {
+  to[0] = four.x & 0x7fffffffu;
+  to[1] = four.y & 0x7fffffffu;
+  to[2] = four.z & 0x7fffffffu;
+  to[3] = four.w & 0x7fffffffu;
+}
+
+// The bits of a 4x4 block as bytes, at its first place in a mask.
+TWOFOUR_DEVICE void write_mask(uint32_t bits, uint8_t* to, int64_t columns) {
+  unroll<4>([&](auto k) {  // the first column first
+    const uint32_t four = bits >> (12 - 4 * k) & 15u;
+    const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
+    *reinterpret_cast<uint32_t*>(to + k * columns) = bytes;
+  });
+}
+
 // Sixteen bits of a 4x4 block, the first place of the first row the highest.
 template <class Format>
 struct BestMask {
@@ -71,19 +94,9 @@ struct BestMask {
 
   TWOFOUR_DEVICE uint32_t choose(const uint2 (&fours)[4], int64_t row, int64_t column, int64_t columns) const {
     uint32_t magnitudes[16];
-    unroll<4>([&](auto r) {
-      magnitudes[4 * r] = fours[r].x & 0x7fffu;
-      magnitudes[4 * r + 1] = fours[r].x >> 16 & 0x7fffu;
-      magnitudes[4 * r + 2] = fours[r].y & 0x7fffu;
-      magnitudes[4 * r + 3] = fours[r].y >> 16 & 0x7fffu;
-    });
+    unroll<4>([&](auto r) { magnitudes_of(fours[r], magnitudes + 4 * r); });
     const uint32_t bits = best_mask<Format>(magnitudes);
-    if (mask == nullptr) return bits;
-    unroll<4>([&](auto k) {  // bits as bytes, the first column first
-      const uint32_t four = bits >> (12 - 4 * k) & 15u;
-      const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
-      *reinterpret_cast<uint32_t*>(mask + (row + k) * columns + column) = bytes;
-    });
+    if (mask != nullptr) write_mask(bits, mask + row * columns + column, columns);
     return bits;
   }
 };
@@ -196,6 +209,28 @@ keep_both_half(const uint16_t* weight, int64_t stride, int64_t rows, int64_t col
   pack_both(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata,
             GivenMask{mask, masked, stride, status});
 }
+
+// ---- the mask alone: a thread chooses for a 4x4 block ----------------------------------------------------------------
+
+template <class Format, class Item>
+TWOFOUR_DEVICE void mask_both(const Item* weight, int64_t stride, int64_t rows, int64_t columns, uint8_t* mask) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row = int64_t{blockIdx.y} * kSquare + 4 * (thread / kSquareBlocks);
+  const int64_t column = int64_t{blockIdx.x} * kSquare + 4 * (thread % kSquareBlocks);
+  if (row >= rows || column >= columns) return;
+  uint32_t magnitudes[16];
+  unroll<4>([&](auto r) { magnitudes_of(load_four(weight + (row + r) * stride + column), magnitudes + 4 * r); });
+  write_mask(best_mask<Format>(magnitudes), mask + row * columns + column, columns);
+}
+
+#define TWOFOUR_MASK_BOTH(name, Format, Item)                                                                         \
+  TWOFOUR_KERNEL(kBothThreads, 3)                                                                                     \
+  name(const Item* weight, int64_t stride, int64_t rows, int64_t columns, uint8_t* mask) {                            \
+    mask_both<Format>(weight, stride, rows, columns, mask);                                                           \
+  }
+TWOFOUR_MASK_BOTH(mask_both_bf16, Bfloat16, uint16_t)
+TWOFOUR_MASK_BOTH(mask_both_fp16, Float16, uint16_t)
+TWOFOUR_MASK_BOTH(mask_both_fp32, Float32, float)
 
 // ---- one way: a warp packs the chunks of a tile ----------------------------------------------------------------------
 

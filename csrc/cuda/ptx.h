@@ -207,6 +207,10 @@ TWOFOUR_DEVICE uint2 load_four(const uint16_t* from) {
   if (reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) return load_stream(reinterpret_cast<const uint2*>(from));
   return uint2{from[0] | uint32_t{from[1]} << 16, from[2] | uint32_t{from[3]} << 16};
 }
+TWOFOUR_DEVICE uint4 load_four(const float* from) {
+  if (reinterpret_cast<uint64_t>(from) % sizeof(uint4) == 0) return load_stream(reinterpret_cast<const uint4*>(from));
+  return uint4{bits_of_float(from[0]), bits_of_float(from[1]), bits_of_float(from[2]), bits_of_float(from[3])};
+}
 // Where the kernel itself writes to that memory.
 TWOFOUR_DEVICE uint2 load_four_of_own(const uint16_t* from) {
   if (reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) return *reinterpret_cast<const uint2*>(from);

@@ -293,3 +293,21 @@ def test_compress_takes_the_faster_of_the_kernels_for_gpus(
     reason = "cuda would take 2.00x the time" if faster == "vendor" else ""
     assert (report.rows[0]["reason"] or "") == reason
     assert explain(model).rows[0]["reason"] == reason
+
+
+def test_masks_of_training_are_chosen_by_a_kernel(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 96)
+    for asked, dtype, ran in (
+        ("2:4t", torch.float32, ["mask_both_fp32"]),
+        ("2:4t", torch.bfloat16, ["mask_both_bf16"]),
+        ("2:4t", torch.float64, []),
+        ("2:4", torch.float32, []),
+    ):
+        gpu.clear()
+        monkeypatch.setattr(backend, "unusable", lambda _: None)
+        pattern, given = Pattern.parse(asked), weight.to(dtype)
+        assert torch.equal(products.magnitude_mask(given, pattern), nm_mask(given.abs(), pattern))
+        assert gpu == ran
+        monkeypatch.setattr(backend, "unusable", lambda _: "no driver")
+        assert torch.equal(products.magnitude_mask(given, pattern), nm_mask(given.abs(), pattern))
+        assert gpu == ran

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.cuda import emulation
 from tests.cuda.test_layout import matrix_of
+from tests.cuda.test_pack import weights
 
 from twofour import PatternError, ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import reference
@@ -175,3 +176,19 @@ def test_the_8_bit_float_nearest_to_every_16_bit_one(launched: list[str]) -> Non
     found = values.view(torch.uint8)[:, 1::2].flatten()[: len(every)]
     kept = every != 0  # of zeros, the lower place is kept
     assert torch.equal(found[kept], every.to(torch.float8_e4m3fn).view(torch.uint8)[kept])
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "far apart", "beyond double", "edges", "any bits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masks_alone_are_the_best_transposable_ones(kind: str, dtype: torch.dtype, launched: list[str]) -> None:
+    if dtype == torch.float32 and kind == "any bits":
+        whole = torch.randint(-(2**31), 2**31, (72, 133), generator=torch.Generator().manual_seed(1)).int().view(dtype)
+    elif dtype == torch.float32 and kind == "beyond double":  # exponents that 64 bits do not hold
+        whole = torch.randn(72, 133) * 2.0 ** torch.randint(-40, 20, (72, 133))
+    else:
+        whole = weights((72, 133), torch.bfloat16 if dtype == torch.float32 else dtype, kind).to(dtype)
+    for weight in (whole[:, :132], whole[:, 1:], whole[:64, :64].T.contiguous().T, whole[:0, :64]):
+        assert torch.equal(packing.mask_both(weight), nm_mask(weight.double().abs(), "2:4t"))
+    with pytest.raises(ShapeError, match="both axes come in groups of 4"):
+        packing.mask_both(whole[:6, :64])
+    assert len(launched) == 3

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..masks import of_weights
+from ..pattern import Pattern
 from . import cpu
 from .cuda import backend as cuda
 from .cuda import packing
@@ -90,6 +92,20 @@ def find_products(spec: LinearSpec) -> tuple[Products | None, tuple[tuple[str, s
             return row, tuple(rejected)
         rejected.append((row.backend, reason))
     return None, tuple(rejected)
+
+
+def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    """That of `masks.of_weights`, bit for bit; transposable ones of weights on a GPU by our kernel where it runs."""
+    if (
+        packing._on_gpu(weight)
+        and (pattern.keep, pattern.group, pattern.transposable) == (2, 4, True)
+        and weight.dtype in packing.MASK_NAMES
+        and not any(size % 4 for size in weight.shape)
+        and is_plain(weight)
+        and cuda.unusable(weight.device) is None
+    ):
+        return packing.mask_both(weight)
+    return of_weights.magnitude_mask(weight, pattern)
 
 
 def is_plain(tensor: Tensor) -> bool:

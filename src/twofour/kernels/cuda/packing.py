@@ -15,6 +15,8 @@ from ...errors import PatternError, ShapeError, UnsupportedError
 from . import layout, table
 
 _HALF_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+MASK_NAMES = {**_HALF_NAMES, torch.float32: "fp32"}
+"""Dtypes of weights whose transposable masks kernels choose."""
 _PRUNE_NAMES = {
     **_HALF_NAMES,
     torch.float8_e4m3fn: "e4m3",
@@ -81,6 +83,32 @@ def prune_both(weight: Tensor, mask: Tensor | None = None) -> tuple[PackedMatrix
         0 if mask is None else mask.data_ptr(),
     )
     return own, turned
+
+
+def mask_both(weight: Tensor) -> Tensor:
+    """The best transposable 2:4 mask of |weight|: `nm_mask(weight.abs(), "2:4t")`, bit for bit.
+
+    Args:
+        weight: [rows, columns] float32, bfloat16 or float16 on a GPU, both multiples of 4.
+    Returns:
+        bool, shape and device of `weight`.
+    Raises:
+        ShapeError, UnsupportedError: as the argument says; no driver or compiler.
+    """
+    weight = _matrix(weight, MASK_NAMES)
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    _require_transposable(weight, mask)
+    if weight.numel():
+        table.launch(
+            f"mask_both_{MASK_NAMES[weight.dtype]}",
+            _squares(weight),
+            weight.device,
+            weight.data_ptr(),
+            weight.stride(0),
+            *weight.shape,
+            mask.data_ptr(),
+        )
+    return mask
 
 
 def keep_both(

@@ -115,6 +115,10 @@ def _gemm(dtype: str, name: str, tile: tiles.Tile) -> KernelText:
 
 _TEXTS = (
     *(KernelText(name, "pack.cu", 256, 3, 11264, _SELDOM) for name in ("prune_both_bf16", "prune_both_fp16")),
+    *(
+        KernelText(name, "pack.cu", 256, 3, 0, _SELDOM)
+        for name in ("mask_both_bf16", "mask_both_fp16", "mask_both_fp32")
+    ),
     KernelText("keep_both_half", "pack.cu", 256, 4, 11264),
     *(KernelText(name, "pack.cu", 256, 4) for name in _ONE_WAY),
     *(KernelText(name, "pack.cu", 512, 2, 64) for name in ("quantize_bf16", "quantize_fp16")),

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...errors import UnsupportedError
+from ...kernels.products import magnitude_mask
 from ...masks import soft_threshold
-from ...masks.of_weights import differences, magnitude_mask
+from ...masks.of_weights import differences
 from ...nn import observe
 from ...pattern import Pattern
 from .distributed import layout
