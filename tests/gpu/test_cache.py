@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twofour.kernels import choices
+from twofour.kernels import disk
 from twofour.kernels.cuda import compiler, packing, table
 
 
@@ -24,7 +24,7 @@ def test_kernels_come_from_disk_the_second_time(
     weight = torch.randn(64, 64, device=gpu).bfloat16()
     first = packing.prune(weight)
     architecture = compiler.architecture_of(torch.cuda.get_device_capability(gpu))
-    folder = choices.folder()
+    folder = disk.folder()
     assert folder is not None
     assert [path.name for path in (folder / "cubins").iterdir()] == [cubin_of("prune_bf16", architecture)]
     table._loaded.cache_clear()
@@ -38,4 +38,4 @@ def test_every_kernel_is_compiled_and_loaded_for_this_device(gpu: torch.device) 
     capability = torch.cuda.get_device_capability(gpu)
     for name, text in table.KERNEL_TEXTS.items():
         if text.oldest <= capability:
-            assert table._loaded(name, capability) != 0
+            assert table._loaded(name, gpu) != 0
