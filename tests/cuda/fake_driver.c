@@ -4,6 +4,7 @@
 #include <string.h>
 
 #define MOST 64
+static int capture_mode; /* 0 is global, as every thread begins */
 static uint64_t noted[MOST];
 static int fail_status = 0;
 static char fail_at[64] = "";
@@ -19,6 +20,7 @@ int cuLibraryLoadData(void** library, const void* code, void* a, void* b, unsign
   (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
   noted[0] += 1;
   noted[1] = ((const unsigned char*)code)[0];
+  noted[9] = (uint64_t)capture_mode;
   *library = (void*)0x1000;
   return status_of("cuLibraryLoadData");
 }
@@ -34,6 +36,24 @@ int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
   noted[5] = (uint64_t)value;
   noted[6] = (uint64_t)device;
   return status_of("cuKernelSetAttribute");
+}
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return 0;
+}
+int cuKernelGetFunction(void** function, void* kernel) {
+  *function = (void*)((uint64_t)kernel + 1);
+  return status_of("cuKernelGetFunction");
+}
+int cuFuncLoad(void* function) {
+  noted[8] = (uint64_t)function;
+  return status_of("cuFuncLoad");
+}
+int cuDriverGetVersion(int* version) {
+  *version = 12040;
+  return 0;
 }
 int cuDeviceGet(int* device, int number) {
   *device = 100 + number;

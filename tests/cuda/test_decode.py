@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tests.cuda.emulation import Guarded, launch
@@ -138,6 +140,21 @@ def test_counters_are_made_once_and_stay_zeros(launched: list[str]) -> None:
     assert len(resources.counters(x.device, len(kept) + 1)) > len(kept)
     assert torch.equal(linear(x, packed), first)
     assert not kept.any()
+
+
+def test_counters_belong_to_no_pool_of_the_thread_that_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    make = resources._zeros
+
+    def zeros(count: int, device: torch.device) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return make(count, device)
+
+    monkeypatch.setattr(resources, "_zeros", zeros)
+    monkeypatch.setattr(resources, "_of_streams", {})
+    assert not resources.counters(torch.device("cpu"), 5).any()
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 def test_what_it_refuses(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,36 @@ def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[d
     own.launch(kernel, (1,), 32, (1, 2, 3), 0)
 
 
+def test_kernels_are_loaded_while_graphs_are_captured(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    noted = library.fake_noted()
+    mode = ctypes.c_int(0)
+    kernel = own.kernel(b"\x7fELF", b"a", "name")
+    assert noted[9] == 2  # relaxed
+    assert noted[8] == kernel + 1  # its code is on the GPU before it is launched
+    library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    assert mode.value == 0  # as it was
+    noted[8] = 0
+    library.fake_fail(b"cuKernelGetFunction", 201)  # no context yet: the launch will do it
+    assert own.kernel(b"\x7fELF", b"b", "name") == kernel
+    assert noted[8] == 0
+    library.fake_fail(b"cuLibraryLoadData", 2)
+    with pytest.raises(DeviceError):
+        own.kernel(b"\x7fELF", b"c", "name")
+    mode.value = 0
+    library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    assert mode.value == 0
+
+
+def test_an_nvrtc_newer_than_the_driver_is_told(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    library.fake_fail(b"cuLibraryLoadData", 209)
+    with pytest.raises(
+        DeviceError, match=r"loading name failed: .* The driver knows CUDA 12\.4, NVRTC is .*: update the"
+    ):
+        own.kernel(b"\x7fELF", b"a", "name")
+
+
 def test_a_thread_without_a_context_enters_that_of_the_device(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
     own, library = fake
     noted = library.fake_noted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.gpu.support import pruned, specified
 from torch import Tensor
 
 from twofour import DeviceError, ShapeError, UnsupportedError
-from twofour.kernels.cuda import decode, packing
+from twofour.kernels.cuda import decode, driver, packing, table
 from twofour.testing import assert_same_bits, assert_within_bound
 
 DTYPES = [torch.bfloat16, torch.float16, torch.int8]
@@ -150,6 +151,26 @@ def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
     for place, right in enumerate(wanted):
         for each in found[place]:
             assert_same_bits(each, right)
+
+
+def test_kernels_are_loaded_while_a_graph_is_captured(gpu: torch.device) -> None:
+    dense = pruned((1000, 8192), torch.float16, whole=True)
+    packed, x = packed_of(dense, gpu), tokens_of(16, 8192, torch.float16, 1, whole=True).to(gpu)
+    table._loaded.cache_clear()
+    driver.driver()._kernels.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = decode.linear(x, packed)
+    graph.replay()
+    assert_same_bits(y, (x.double() @ dense.to(gpu).double().T).half())
+
+
+def test_a_thread_that_has_no_context_yet(gpu: torch.device) -> None:
+    dense = pruned((1000, 8192), torch.bfloat16, whole=True)
+    packed, x = packed_of(dense, gpu), tokens_of(16, 8192, torch.bfloat16, 1, whole=True).to(gpu)
+    wanted = decode.linear(x, packed)
+    with ThreadPoolExecutor(1) as other:
+        assert_same_bits(other.submit(decode.linear, x, packed).result(), wanted)
 
 
 def test_out_of_memory_leaves_nothing_behind(gpu: torch.device) -> None:

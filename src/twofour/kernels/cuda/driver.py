@@ -5,18 +5,22 @@ The context is torch's, the primary one of the device.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
 from ... import native
 from ...errors import DeviceError, UnsupportedError
+from . import compiler
 
 LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _NO_CONTEXT = 201
+_NOT_FOR_THIS_DRIVER = (200, 209, 222, 300)  # invalid image, no binary, unsupported version, invalid source
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FREE_SHARED_BYTES = 48 << 10  # what a launch may ask for without that
 
@@ -44,10 +48,11 @@ class Driver:
         except AttributeError as error:
             raise UnsupportedError(f"the NVIDIA driver is older than CUDA 12: {error}.") from None
         self._function = ctypes.cast(self._cuda.cuLaunchKernel, ctypes.c_void_p).value
+        self._load_now = getattr(self._cuda, "cuFuncLoad", None)  # since 12.4
         self._native = getattr(native.LOADED, "launch_cuda", None)
 
     def kernel(self, cubin: bytes, digest: bytes, name: str, shared_bytes: int = 0, device: int = 0) -> int:
-        """A handle of a kernel of a cubin, loaded once for all devices.
+        """A handle of a kernel of a cubin, loaded once for all devices; also while a CUDA graph is being captured.
 
         Args:
             digest: tells cubins apart.
@@ -55,7 +60,7 @@ class Driver:
             device: its number.
         """
         key = (digest, name)
-        with self._lock:
+        with self._lock, self.relaxed():
             if key not in self._kernels:
                 library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
                 self._check(
@@ -67,13 +72,33 @@ class Driver:
                 )
                 self._kernels[key] = kernel.value or 0
             found = self._kernels[key]
-        if shared_bytes > _FREE_SHARED_BYTES:
-            handle = self._device(device)
-            self._check(
-                self._cuda.cuKernelSetAttribute(_MOST_SHARED_BYTES, shared_bytes, found, handle),
-                f"giving {name} {shared_bytes} bytes of shared memory",
-            )
+            if shared_bytes > _FREE_SHARED_BYTES:
+                handle = self._device(device)
+                self._check(
+                    self._cuda.cuKernelSetAttribute(_MOST_SHARED_BYTES, shared_bytes, found, handle),
+                    f"giving {name} {shared_bytes} bytes of shared memory",
+                )
+            self._place(found)
         return found
+
+    @contextlib.contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Lets this thread load and allocate while a CUDA graph is captured, here or elsewhere: torch forbids both."""
+        mode = ctypes.c_int(_RELAXED)
+        self._cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+    def _place(self, kernel: int) -> None:
+        """Brings the code to the GPU now rather than at its first launch, which a CUDA graph may be capturing.
+
+        Where that fails, for want of a context for instance, the launch does it.
+        """
+        function = ctypes.c_void_p()
+        if self._cuda.cuKernelGetFunction(ctypes.byref(function), kernel) == 0 and self._load_now is not None:
+            self._load_now(function)
 
     def _device(self, number: int) -> int:
         handle = ctypes.c_int()
@@ -139,6 +164,14 @@ class Driver:
         self._cuda.cuGetErrorString(status, ctypes.byref(text))
         reason = text.value.decode(errors="replace") if text.value else "unknown"
         hint = " Free memory, or take less at a time." if status == _OUT_OF_MEMORY else ""
+        if status in _NOT_FOR_THIS_DRIVER:
+            version = ctypes.c_int()
+            self._cuda.cuDriverGetVersion(ctypes.byref(version))
+            known = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+            hint = (
+                f" The driver knows {known}, NVRTC is {compiler.version()}: update the driver, or install an NVRTC that is no"
+                " newer (pip install 'twofour[cuda12]' or 'twofour[cuda13]')."
+            )
         raise DeviceError(f"{what} failed: {reason} (CUDA error {status}).{hint}")
 
 
@@ -147,6 +180,9 @@ _SIGNATURES = {
     "cuLibraryLoadData": [_POINTER, ctypes.c_char_p, _POINTER, _POINTER, _UINT, _POINTER, _POINTER, _UINT],
     "cuLibraryGetKernel": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuKernelSetAttribute": [_INT, _INT, _POINTER, _INT],
+    "cuKernelGetFunction": [_POINTER, _POINTER],
+    "cuThreadExchangeStreamCaptureMode": [_POINTER],
+    "cuDriverGetVersion": [_POINTER],
     "cuDeviceGet": [_POINTER, _INT],
     "cuDevicePrimaryCtxRetain": [_POINTER, _INT],
     "cuCtxSetCurrent": [_POINTER],

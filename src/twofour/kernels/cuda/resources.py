@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from . import driver
 
 _LEAST_COUNTERS = 4096
 _RESERVE = 1 << 18
@@ -14,6 +17,7 @@ _LEAST_SHARED_BYTES = 99 << 10
 _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (11, 0): 227 << 10}
 _lock = threading.Lock()
 _of_streams: dict[tuple[torch.device, int], Tensor] = {}
+_kept: list[Tensor] = []
 _reserves: dict[torch.device, Tensor] = {}
 
 
@@ -54,11 +58,32 @@ def counters(device: torch.device, count: int) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _of_streams.get((device, stream))
     if found is None or len(found) < count:
-        found = torch.zeros(max(count, _LEAST_COUNTERS), dtype=torch.int32, device=device)
+        found = _lasting_zeros(max(count, _LEAST_COUNTERS), device)
+        reserve = _lasting_zeros(_RESERVE, device) if device not in _reserves else None
         with _lock:
+            _kept.append(found)  # kernels under way may use the ones before
             _of_streams[device, stream] = found
-            if device not in _reserves:
-                _reserves[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+            if reserve is not None:
+                _reserves.setdefault(device, reserve)
+    return found
+
+
+def _lasting_zeros(count: int, device: torch.device) -> Tensor:
+    """int32 zeros that every stream may use, on memory of no CUDA graph.
+
+    torch.compile(mode="reduce-overhead") and torch.cuda.use_mem_pool have what a thread allocates put into a pool, also
+    where nothing is captured yet, and the former raises where something in its pool stays. So another thread allocates.
+    """
+    with ThreadPoolExecutor(1, "twofour") as other:
+        return other.submit(_zeros, count, device).result()
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    with driver.driver().relaxed(), torch.cuda.device(device):
+        found = torch.zeros(count, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()
     return found
 
 
