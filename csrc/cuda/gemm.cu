@@ -211,7 +211,9 @@ TWOFOUR_DEVICE void gemm(const GemmArgs& args, const Epilogue& epilogue) {
   }
 
   if (!add_slices<T::kThreads>(sums, args.partial, args.counters)) return;
-  // At the last barrier all copies had come, and all fragments that are multiplied had been read.
+  // At the last barrier all copies had come, and all fragments that are multiplied had been read. What warps read behind it
+  // of a stage that is none goes nowhere, but sums are not to lie there before.
+  sync_block();
   finish_tile<T>(epilogue, sums, memory);
 }
 

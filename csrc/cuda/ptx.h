@@ -74,7 +74,7 @@ TWOFOUR_DEVICE uint4 load_kept(const uint4* from) {
   return v;
 }
 
-// Adds 1 once everything that this thread has written can be read by all; what was there before.
+// Adds 1 once everything that this thread has written, or others before a barrier, can be read by all; what was there before.
 TWOFOUR_DEVICE uint32_t count_up(uint32_t* counter) {
   __threadfence();
   return atomicAdd(counter, 1u);
