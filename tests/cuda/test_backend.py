@@ -211,6 +211,9 @@ def test_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_capability", lambda _: (7, 5))
     assert why_not(spec_of()) == "Tesla T4 (7.5) has no sparse tensor cores: they begin at 8.0"
     monkeypatch.setattr(backend, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(compiler, "why_not_for", lambda _: "NVRTC is too old")
+    assert why_not(spec_of()) == "NVRTC is too old"
+    monkeypatch.setattr(compiler, "why_not_for", lambda _: None)
     assert why_not(spec_of()) is None
     assert KERNELS["cuda"].label() == "cuda sm_90a"
     assert choose(spec_of()).kernel.backend == "cuda"

@@ -246,3 +246,17 @@ def test_without_nvrtc_the_reason_and_the_way_out_are_told(monkeypatch: pytest.M
     ):
         compiler.compiled("pack.cu", "sm_80")
     assert compiler.version() is None
+
+
+def test_an_nvrtc_that_is_too_old_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+
+    assert compiler.why_not_for((9, 0)) is None
+    assert compiler.why_not_for((7, 5)) == "compute capability 7.5 has no sparse tensor cores"
+    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", lambda: (None, [80, 90]))
+    assert re.match(r"NVRTC \d+\.\d+ does not know sm_120a, a newer one does; pip", compiler.why_not_for((12, 0)) or "")
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (None, 12, 4))
+    reason = "NVRTC 12.4 is too old, 12.5 is the first that knows mma.sp::ordered_metadata"
+    assert compiler._nvrtc.__wrapped__() == (None, reason)
+    monkeypatch.setattr(compiler, "_nvrtc", compiler._nvrtc.__wrapped__)
+    assert compiler.why_not() == compiler.why_not_for((9, 0)) == reason

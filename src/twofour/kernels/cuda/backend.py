@@ -45,7 +45,7 @@ def unusable(device: torch.device) -> str | None:
     major, minor = _capability(device)
     if (major, minor) < compiler.OLDEST:
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor}) has no sparse tensor cores: they begin at 8.0"
-    return None
+    return compiler.why_not_for((major, minor))
 
 
 def missing() -> str | None:

@@ -21,6 +21,8 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 """Those that CI compiles every kernel for."""
 OLDEST = (8, 0)
 """Compute capability of the first sparse tensor cores."""
+OLDEST_NVRTC = (12, 5)
+"""The first with PTX 8.5, whose mma.sp::ordered_metadata takes the nibbles as they are."""
 OPTIONS = ("-std=c++17", "-default-device")
 _HASH_BYTES = 32
 _MOST_LINES = 40
@@ -30,6 +32,19 @@ _INSTALL = "pip install 'twofour[cuda13]', or cuda12: torch.version.cuda says wh
 def why_not() -> str | None:
     """Why nothing can be compiled here; None where it can."""
     return _nvrtc()[1]
+
+
+def why_not_for(capability: tuple[int, int]) -> str | None:
+    """Why nothing can be compiled for a device; None where it can."""
+    nvrtc, reason = _nvrtc()
+    if reason is not None:
+        return reason
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} has no sparse tensor cores"
+    _, known = nvrtc.nvrtcGetSupportedArchs()
+    if capability[0] * 10 + capability[1] in known:
+        return None
+    return f"NVRTC {version()} does not know {architecture_of(capability)}, a newer one does; {_INSTALL}"
 
 
 def version() -> str | None:
@@ -181,7 +196,13 @@ def _nvrtc() -> tuple[Any, str | None]:
     except ImportError as error:
         return None, f"{error}; {_INSTALL}"
     try:
-        nvrtc.nvrtcVersion()
+        _, *found = nvrtc.nvrtcVersion()
     except Exception as error:  # the library behind the bindings is found at the first call
-        return None, f"NVRTC is not found ({str(error).splitlines()[0]}); {_INSTALL}"
+        return None, f"NVRTC is not found ({(str(error) or type(error).__name__).splitlines()[0]}); {_INSTALL}"
+    if tuple(found) < OLDEST_NVRTC:
+        needed = ".".join(map(str, OLDEST_NVRTC))
+        return (
+            None,
+            f"NVRTC {'.'.join(map(str, found))} is too old, {needed} is the first that knows mma.sp::ordered_metadata",
+        )
     return nvrtc, None
