@@ -12,7 +12,7 @@ from tests.cuda.test_pack import weights
 
 from twofour import PatternError, ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import reference
-from twofour.kernels.cuda import layout, packing, table
+from twofour.kernels.cuda import arguments, decode, layout, packing, table
 from twofour.masks import nm_mask
 
 
@@ -26,7 +26,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments)
 
     monkeypatch.setattr(table, "launch", launch)
-    monkeypatch.setattr(packing, "_on_gpu", lambda _: True)
+    for module in (packing, arguments):
+        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
     return names
 
 
@@ -192,3 +193,26 @@ def test_masks_alone_are_the_best_transposable_ones(kind: str, dtype: torch.dtyp
     with pytest.raises(ShapeError, match="both axes come in groups of 4"):
         packing.mask_both(whole[:6, :64])
     assert len(launched) == 3
+
+
+def test_a_layout_that_was_moved_or_cut_is_refused(launched: list[str]) -> None:
+    packed = packing.prune(torch.randn(72, 200).bfloat16())
+    x = torch.zeros(3, 200).bfloat16()
+    launched.clear()
+    flat = torch.zeros(packed.values.numel() + 1).bfloat16()
+    for values, metadata in (
+        (packed.values.to(memory_format=torch.channels_last), packed.metadata),
+        (packed.values[:-1], packed.metadata),
+        (packed.values, packed.metadata[:, :-1]),
+        (packed.values, packed.metadata.long()),
+        (packed.values, packed.metadata.transpose(0, 1).contiguous().transpose(0, 1)),
+        (flat[1:].view(packed.values.shape), packed.metadata),
+    ):
+        moved = packing.PackedMatrix(values, metadata, (72, 200))
+        with pytest.raises(ShapeError, match=r"a matrix of \[72, 200\] is packed as \[5, 8, 32, 8\] and \[5, 4, 32\]"):
+            decode.linear(x, moved)
+        with pytest.raises(ShapeError, match="contiguous, at multiples of 16 bytes, on one device"):
+            packing.expand(moved)
+        with pytest.raises(ShapeError):
+            packing.take(torch.zeros(72, 200).bfloat16(), moved)
+    assert launched == []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
 from .. import epilogue
-from .packing import PackedMatrix, _on_gpu
+from .packing import PackedMatrix, _on_gpu, require_layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 """Of x and the weight, as kernels are called."""
@@ -99,6 +99,7 @@ def check(
         raise UnsupportedError(
             f"x is {x.dtype}, the weight {packed.values.dtype}: one of {_of(NAMES)}, the same for both."
         )
+    require_layout(packed)
     if x.ndim != 2 or x.shape[1] != columns:
         raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [tokens, {columns}].")
     if out_dtype is None:

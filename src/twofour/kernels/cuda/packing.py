@@ -31,6 +31,7 @@ _ITEM_NAMES = {
     torch.float8_e5m2: "fp8",
 }
 _WARPS_OF_BLOCK = 8
+_ALIGNED = 16  # bytes, that kernels read at a time
 _SQUARE = 64
 _MOST_BLOCKS_DOWN = 65535
 
@@ -48,6 +49,29 @@ class PackedMatrix:
     values: Tensor
     metadata: Tensor
     shape: tuple[int, int]
+
+
+def require_layout(packed: PackedMatrix) -> None:
+    """Raises ShapeError unless kernels can read it: memory formats and views may have moved what they expect."""
+    values, metadata, (rows, columns) = packed.values, packed.metadata, packed.shape
+    words = -(-rows // layout.TILE) * -(-columns // layout.COLUMNS) * layout.LANES
+    if (
+        metadata.numel() == words
+        and values.numel() == 16 * words
+        and metadata.dtype == torch.int32
+        and values.is_contiguous()
+        and metadata.is_contiguous()
+        and values.data_ptr() % _ALIGNED == 0
+        and metadata.data_ptr() % _ALIGNED == 0
+        and values.get_device() == metadata.get_device()
+    ):
+        return
+    shape, meta_shape = layout.packed_shapes(rows, columns, values.dtype)
+    raise ShapeError(
+        f"values are {list(values.shape)} with strides {values.stride()}, metadata {list(metadata.shape)} {metadata.dtype}"
+        f" with strides {metadata.stride()}: a matrix of {list(packed.shape)} is packed as {list(shape)} and"
+        f" {list(meta_shape)} int32, contiguous, at multiples of {_ALIGNED} bytes, on one device."
+    )
 
 
 def prune_both(weight: Tensor, mask: Tensor | None = None) -> tuple[PackedMatrix, PackedMatrix]:
@@ -227,6 +251,7 @@ def take(matrix: Tensor, packed: PackedMatrix) -> Tensor:
         values for `PackedMatrix(values, packed.metadata, packed.shape)`.
     """
     matrix = _matrix(matrix, _ITEM_NAMES)
+    require_layout(packed)
     if matrix.shape != packed.shape or matrix.device != packed.metadata.device or matrix.dtype != packed.values.dtype:
         raise ShapeError(
             f"matrix is {list(matrix.shape)} {matrix.dtype} on {matrix.device}, what is packed {list(packed.shape)}"
@@ -249,6 +274,7 @@ def take(matrix: Tensor, packed: PackedMatrix) -> Tensor:
 
 def expand(packed: PackedMatrix) -> Tensor:
     """The dense matrix."""
+    require_layout(packed)
     rows, columns = packed.shape
     matrix = torch.empty(rows, columns, dtype=packed.values.dtype, device=packed.values.device)
     if matrix.numel():
