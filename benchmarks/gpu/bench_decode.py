@@ -81,14 +81,15 @@ def cslt(
     x: Tensor, compressed: Sequence[Tensor], features: int, missing: dict[str, str]
 ) -> dict[str, Sequence[timing.Call]]:
     """cuSPARSELt with and without a search, one search for all copies."""
-    found: dict[str, Sequence[timing.Call]] = {}
     if not compressed:
-        return found
-    for name, search in (("cuSPARSELt", False), ("cuSPARSELt, searched", True)):
-        found |= cases.tried(
-            name, lambda search=search: [cases.cslt_linear(x, w, features, search) for w in compressed], missing
-        )
-    return found
+        return {}
+
+    def made(search: bool) -> list[timing.Call]:
+        found = cases.cslt_searched(x, compressed[0]) if search else {}
+        return [cases.cslt_linear(x, each, features, found) for each in compressed]
+
+    plain = cases.tried("cuSPARSELt", partial(made, False), missing)
+    return plain | cases.tried("cuSPARSELt, searched", partial(made, True), missing)
 
 
 def checked(

@@ -185,28 +185,38 @@ def cslt_compressed(matrix: Tensor) -> Tensor:
     return torch._cslt_compress(matrix)
 
 
-def cslt_linear(x: Tensor, compressed: Tensor, features: int, search: bool) -> timing.Call:
+def cslt_linear(x: Tensor, compressed: Tensor, features: int, found: Mapping[str, int]) -> timing.Call:
     """x @ W.T by cuSPARSELt, W first and its result transposed, as torch calls it; tokens padded to what it takes.
 
     Args:
-        search: let it measure its algorithms and split-K first.
+        found: what a search says, or nothing.
     """
-    multiple = 16 if x.dtype.itemsize == 1 else 8
-    tokens = len(x)
-    padded = x.new_zeros(-(-tokens // multiple) * multiple, x.shape[1])
-    padded[:tokens] = x
-    out = torch.bfloat16 if x.dtype == torch.int8 else None
-    options: dict[str, Any] = {}
-    if search:
-        found = torch._C._cusparselt.mm_search(compressed, padded.t(), None, None, out, True)
-        options = {"alg_id": int(found[0]), "split_k": int(found[1]), "split_k_mode": int(found[2])}
+    tokens, padded, out = len(x), _padded(x), _cslt_out(x)
 
     def run() -> Tensor:
-        y = torch._cslt_sparse_mm(compressed, padded.t(), out_dtype=out, transpose_result=True, **options)
+        y = torch._cslt_sparse_mm(compressed, padded.t(), out_dtype=out, transpose_result=True, **found)
         y = y if tuple(y.shape) == (len(padded), features) else y.t()
         return y[:tokens]
 
     return run
+
+
+def cslt_searched(x: Tensor, compressed: Tensor) -> dict[str, int]:
+    """What cuSPARSELt finds best for this shape: it measures its algorithms and split-K, which takes a second."""
+    mm_search: Callable[..., Sequence[int]] = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
+    found = mm_search(compressed, _padded(x).t(), None, None, _cslt_out(x), True)
+    return {"alg_id": int(found[0]), "split_k": int(found[1]), "split_k_mode": int(found[2])}
+
+
+def _padded(x: Tensor) -> Tensor:
+    multiple = 16 if x.dtype.itemsize == 1 else 8
+    padded = x.new_zeros(-(-len(x) // multiple) * multiple, x.shape[1])
+    padded[: len(x)] = x
+    return padded
+
+
+def _cslt_out(x: Tensor) -> torch.dtype | None:
+    return torch.bfloat16 if x.dtype == torch.int8 else None
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
