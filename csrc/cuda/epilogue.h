@@ -151,13 +151,10 @@ TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* 
     store_wide(own + (blockIdx.y * of_slice + n) * kThreads,
                uint4{bits_of(sums[n][0]), bits_of(sums[n][1]), bits_of(sums[n][2]), bits_of(sums[n][3])});
   });
-  // One thread speaks for all: what they wrote before the barrier its fences cover, and what it sees they see behind the
-  // next one (PTX ISA, "Causality order"; cooperative groups do the same).
+  // One thread speaks for all: barriers carry what was written before to it, and from it what it sees (PTX ISA, "Causality
+  // order").
   sync_block();
-  if (thread == 0) {
-    came_before = count_up(counters + blockIdx.x);
-    see_others();
-  }
+  if (thread == 0) came_before = count_up(counters + blockIdx.x);
   sync_block();
   if (came_before != gridDim.y - 1) return false;
   if (thread == 0) counters[blockIdx.x] = 0;

@@ -75,12 +75,12 @@ TWOFOUR_DEVICE uint4 load_kept(const uint4* from) {
 }
 
 // Adds 1 once everything that this thread has written, or others before a barrier, can be read by all; what was there before.
+// What others had written before they counted can be read afterwards, behind a barrier by the whole block.
 TWOFOUR_DEVICE uint32_t count_up(uint32_t* counter) {
-  __threadfence();
-  return atomicAdd(counter, 1u);
+  uint32_t before;  // __threadfence() is fence.sc, which also puts all blocks that call it in one order
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
-// What others have written before they counted can be read after this.
-TWOFOUR_DEVICE void see_others() { __threadfence(); }
 
 // 16 bytes from global to shared memory behind the back of the thread; of those, `bytes` are read and zeros follow.
 TWOFOUR_DEVICE void copy_async(void* shared, const void* global, int bytes) {

@@ -104,6 +104,8 @@ def _skip_zeros_in_hardware(texts: list[table.KernelText], code: dict[str, str])
         assert count(sass, "LDGSTS") >= 2, text.name
         assert count(sass, r"STG\.E\S*\.64") >= 1, text.name  # four items of 2 bytes at once
         assert count(sass, r"STL|LDL") == 0, text.name
+        assert count(sass, r"ATOMG\.E\.ADD\.STRONG\.GPU") == count(sass, r"MEMBAR\.\S*GPU") == 1, text.name
+        assert count(sass, r"MEMBAR\.SC") == 0, text.name
         if text.file == "decode.cu":
             assert count(sass, r"LDG\.E\S*\.128") >= 4, text.name
         else:  # fragments of W for two steps of each of four tiles, and those loaded before the first stage

@@ -256,7 +256,6 @@ V load_kept(const V* from) {
 }
 
 inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
-inline void see_others() {}
 
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0)) std::abort();
