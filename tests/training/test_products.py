@@ -16,6 +16,7 @@ from twofour.kernels.products import PRODUCTS, find_products
 from twofour.kernels.registry import LinearSpec
 from twofour.pattern import Pattern
 from twofour.training import Phase, move_masks
+from twofour.training.masks import products as module
 from twofour.training.masks.moving import MovingMasks
 from twofour.training.masks.products import StepTime
 
@@ -321,3 +322,21 @@ def test_the_table_says_why_not() -> None:
     assert PRODUCTS[0].label().startswith("cpu")
     with pytest.raises(TwofourError, match=r"products='fast': it is one of auto, sparse, dense"):
         move_masks(block(), products="fast")  # type: ignore[arg-type]
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = module.LayerProducts()
+    weight, x = torch.randn(8, 16), torch.randn(3, 16)
+    mask = torch.zeros(8, 16, dtype=torch.bool)
+    mask.view(2, 4, 4, 4)[:, :2, :, :2] = mask.view(2, 4, 4, 4)[:, 2:, :, 2:] = True
+    monkeypatch.setattr(module, "_is_captured", lambda device: True)
+
+    def run() -> Tensor | None:
+        return layer.linear(x, weight, None, Pattern.parse("2:4t"), lambda: (weight, mask), scale=1.0, estimate=False)
+
+    assert run() is None
+    assert layer.times == {}
+    assert layer.why_dense == "a CUDA graph was captured before a step had been measured"
+    monkeypatch.setattr(module, "_is_captured", lambda device: False)
+    run()
+    assert len(layer.times) == 1

@@ -96,6 +96,9 @@ class LayerProducts:
             return None
         if self.wanted == "auto" and key in self.times and not self.times[key].pays:
             return None
+        if self.wanted == "auto" and key not in self.times and _is_captured(x.device):
+            self.why_dense = "a CUDA graph was captured before a step had been measured"
+            return None
         with torch.no_grad():
             values, mask = kept()
             values = values.detach().to(dtype)
@@ -134,6 +137,11 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Is a CUDA graph made of what runs? Then nothing can be waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _measured(
