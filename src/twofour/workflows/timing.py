@@ -32,7 +32,10 @@ def paired(
 ) -> dict[str, Timing]:
     """Times each callable `repeats` times, in turns, after a warm-up. Calls shorter than 0.2 ms are timed in batches.
 
-    A sample ends when the GPUs have done their part.
+    A sample ends when the GPUs have done their part. What a call costs Python counts as well where that is longer, as in a
+    model that runs without CUDA graphs. Rivals find their weights in the caches that they fit in, which in a model the
+    other layers would have emptied: a GPU's last cache takes 30 to 130 MB, and a weight from memory gains more by being
+    sparse than is measured here.
 
     Args:
         budget_s: stop early (but not before 5 rounds) when this much time is spent.
