@@ -43,7 +43,7 @@ class Arguments:
     def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
         """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
         weight, x = self.packed, self.x
-        stride = x.stride(0) * x.itemsize
+        stride = x.stride(0) * x.itemsize if len(x) > 1 else 0  # that of a single row may be no multiple of 16
         return (
             weight.values.data_ptr(),
             weight.metadata.data_ptr(),
