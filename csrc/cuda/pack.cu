@@ -59,7 +59,7 @@ constexpr int kSquareBlocks = kSquare / 4;
 constexpr int kBothThreads = kSquareBlocks * kSquareBlocks;
 
 struct Square {
-  uint16_t items[kSquare * kSquareStride];
+  alignas(16) uint16_t items[kSquare * kSquareStride];  // four are read and written at once
   uint16_t row_nibbles[kSquareBlocks][kSquareBlocks];     // of the 4x4 block: row r from bit 4 * r
   uint16_t column_nibbles[kSquareBlocks][kSquareBlocks];  // column c from bit 4 * c
 };
@@ -82,7 +82,7 @@ TWOFOUR_DEVICE void write_mask(uint32_t bits, uint8_t* to, int64_t columns) {
   unroll<4>([&](auto k) {  // the first column first
     const uint32_t four = bits >> (12 - 4 * k) & 15u;
     const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
-    *reinterpret_cast<uint32_t*>(to + k * columns) = bytes;
+    store_four(to + k * columns, bytes);
   });
 }
 
