@@ -65,7 +65,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 }
 int cuCtxSetCurrent(void* context) {
   noted[7] = (uint64_t)context;
-  if (fail_status == 201) fail_status = 0;
+  if (fail_status == 201 || fail_status == 400) fail_status = 0;
   return status_of("cuCtxSetCurrent");
 }
 int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,

@@ -100,9 +100,9 @@ def test_an_nvrtc_newer_than_the_driver_is_told(fake: tuple[driver.Driver, ctype
 def test_a_thread_without_a_context_enters_that_of_the_device(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
     own, library = fake
     noted = library.fake_noted()
-    for way in (own._native, None):
+    for way, status in ((own._native, 201), (None, 201), (None, 400)):
         own._native = way
-        library.fake_fail(b"cuLaunchKernel", 201)
+        library.fake_fail(b"cuLaunchKernel", status)
         own.launch(0x2000, (5,), 32, (1, 2, 3), 0, device=3)
         assert noted[7] == 0x4000 + 103
         assert noted[11] == 5

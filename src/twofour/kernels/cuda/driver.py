@@ -18,7 +18,7 @@ from . import compiler
 
 LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
-_NO_CONTEXT = 201
+_NO_CONTEXT = (201, 400)  # invalid context, or a kernel that is unknown to none
 _NOT_FOR_THIS_DRIVER = (200, 209, 222, 300)  # invalid image, no binary, unsupported version, invalid source
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -133,7 +133,7 @@ class Driver:
         start: Callable[..., int] = self._launch if self._native is None else partial(self._native, self._function)
         everything: tuple[Any, ...] = (kernel, *(*grid, 1, 1)[:3], threads, shared_bytes, stream, tuple(arguments))
         status = start(*everything)
-        if status == _NO_CONTEXT:
+        if status in _NO_CONTEXT:
             self._enter(device)
             status = start(*everything)
         self._check(status, "a launch")
