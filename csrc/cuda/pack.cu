@@ -106,7 +106,7 @@ struct GivenMask {
   const uint8_t* mask;  // [rows, columns] of 0 and 1
   uint16_t* masked;     // the weight itself, where dropped places are to become zeros, or null
   int64_t stride;
-  uint32_t* status;     // 1 is set where four places of a row or column do not keep two
+  uint32_t* status;     // 1 is set where four places of a row or column do not keep two; or null
 
   TWOFOUR_DEVICE uint32_t choose(const uint2 (&fours)[4], int64_t row, int64_t column, int64_t columns) const {
     uint32_t bits = 0, wrong = 0;
@@ -121,7 +121,7 @@ struct GivenMask {
       store_four(masked + (row + k) * stride + column, uint2{fours[k].x & low, fours[k].y & high});
     });
     unroll<4>([&](auto k) { wrong |= !keeps_two(column_of(bits, k)); });
-    if (wrong != 0) or_into(status, 1u);
+    if (wrong != 0 && status != nullptr) or_into(status, 1u);
     return bits;
   }
 };
@@ -401,7 +401,7 @@ TWOFOUR_DEVICE void pack_one_way(const void* matrix, int64_t stride, int64_t row
     values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
   });
   metadata[warp * kWarp + lane] = word_of_parts<kItemsize>(lane, [&](auto step, auto i) { return nibbles[step][i]; });
-  if (kMayKeepTwo && over != 0) or_into(status, 1u);
+  if (kMayKeepTwo && over != 0 && status != nullptr) or_into(status, 1u);
 }
 
 #define TWOFOUR_ONE_WAY(name, Key, may_keep_two)                                                                        \

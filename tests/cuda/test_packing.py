@@ -216,3 +216,13 @@ def test_a_layout_that_was_moved_or_cut_is_refused(launched: list[str]) -> None:
         with pytest.raises(ShapeError):
             packing.take(torch.zeros(72, 200).bfloat16(), moved)
     assert launched == []
+
+
+def test_what_is_wrong_is_not_noted_where_nobody_looks(launched: list[str]) -> None:
+    weight = torch.ones(64, 64).bfloat16()
+    for packed in (
+        *packing.keep_both(weight, torch.ones(64, 64, dtype=torch.bool), check=False),
+        packing.compress(weight, check=False),
+    ):
+        assert packed.shape == (64, 64)
+    assert launched == ["keep_both_half", "compress_half"]

@@ -160,7 +160,7 @@ def keep_both(
     own, turned = _empty_both(weight)
     if weight.numel() == 0:
         return own, turned
-    status = torch.zeros(1, dtype=torch.int32, device=weight.device)
+    status = _status(weight, check)
     table.launch(
         "keep_both_half",
         _squares(weight),
@@ -174,9 +174,9 @@ def keep_both(
         turned.metadata.data_ptr(),
         mask.data_ptr(),
         weight.data_ptr() if in_place else 0,
-        status.data_ptr(),
+        0 if status is None else status.data_ptr(),
     )
-    if check and int(status.item()) != 0:
+    if status is not None and int(status.item()) != 0:
         raise PatternError(
             "the mask does not keep two of each four along both axes: nm_mask(scores, '2:4t') makes one."
         )
@@ -297,7 +297,7 @@ def _one_way(name: str, matrix: Tensor, *, check: bool) -> PackedMatrix:
     found = _empty(rows, columns, matrix)
     if matrix.numel() == 0:
         return found
-    status = torch.zeros(1, dtype=torch.int32, device=matrix.device)
+    status = _status(matrix, check)
     table.launch(
         name,
         _blocks(found.metadata),
@@ -308,13 +308,18 @@ def _one_way(name: str, matrix: Tensor, *, check: bool) -> PackedMatrix:
         columns,
         found.values.data_ptr(),
         found.metadata.data_ptr(),
-        status.data_ptr(),
+        0 if status is None else status.data_ptr(),
     )
-    if check and int(status.item()) != 0:
+    if status is not None and int(status.item()) != 0:
         raise PatternError(
             f"a matrix of [{rows}, {columns}] does not keep two of each four: prune it first, twofour.prune or packing.prune."
         )
     return found
+
+
+def _status(like: Tensor, check: bool) -> Tensor | None:
+    """What kernels set where something is wrong; to make it takes a launch, which is spared where nobody looks."""
+    return torch.zeros(1, dtype=torch.int32, device=like.device) if check else None
 
 
 def _blocks(metadata: Tensor) -> tuple[int]:

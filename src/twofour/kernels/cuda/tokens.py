@@ -34,8 +34,10 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x if columns < 2 or x.stride(1) == 1 else x.contiguous()
     wide = -(-columns // _ALIGNED) * _ALIGNED
     q = torch.empty(tokens, wide, dtype=torch.int8, device=x.device)
-    scales = torch.zeros(tokens, dtype=torch.float32, device=x.device)
-    if x.numel():
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    if columns == 0:
+        scales.zero_()
+    elif tokens:
         table.launch(
             f"quantize_tokens_{_NAMES[x.dtype]}",
             (tokens,),
