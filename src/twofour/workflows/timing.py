@@ -34,7 +34,7 @@ def paired(
 
     A sample ends when the GPUs have done their part. What a call costs Python counts as well where that is longer, as in a
     model that runs without CUDA graphs. Rivals find their weights in the caches that they fit in, which in a model the
-    other layers would have emptied: a GPU's last cache takes 30 to 130 MB, and a weight from memory gains more by being
+    other layers would have emptied: a GPU's last cache takes up to 130 MB, and a weight from memory gains more by being
     sparse than is measured here.
 
     Args:
