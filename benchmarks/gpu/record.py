@@ -54,10 +54,10 @@ def _planned(name: str, row: Row) -> list[Any] | None:
 
     try:
         shape, processors = (row["out_features"], row["in_features"]), row["processors"]
-        itemsize = 1 if row["dtype"] in ("int8", "fp8") else 2
         if name.startswith("decode_"):
-            few = decode.plan(*shape, row["tokens"], itemsize, processors)
+            few = decode.plan(name, *shape, processors)
             return [name, few.blocks, few.slices]
+        itemsize = 1 if row["dtype"] in ("int8", "fp8") else 2
         many = gemm.plan(*shape, row["tokens"], itemsize, processors, row["shared_bytes"])
         return [f"gemm_{row['dtype']}_{many.tile}", many.blocks, many.slices]
     except (AttributeError, KeyError, TypeError):  # of another time

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import cases
 
-from twofour import SparseMatrix, kernels
+from twofour import Pattern, SparseMatrix, kernels
 from twofour.kernels import KERNELS, LinearSpec, reference
 from twofour.kernels.cuda import arguments, compiler, decode, driver, gemm, layout, packing, resources, table, tiles
 from twofour.kernels.cuda import tokens as inputs
@@ -78,9 +78,25 @@ def run_all(device: torch.device) -> set[str]:
                 y = decode.linear(x.to(device), packing.compress(weight.to(device)))
                 found = cases.Exact(x, weight).error(y.cpu())
                 assert found["of_bound"] <= 1, (name, count, found)
+        run_scaled(device)
         run_tiles(device)
         run_table(device)
     return set(launched)
+
+
+def run_scaled(device: torch.device) -> None:
+    """Few tokens by e4m3 weights with a scale for each row."""
+    for dtype in arguments.NAMES_OF_E4M3:
+        packed, scales = cases.specified_quantized(cases.normal(WIDE, dtype, torch.device("cpu")))
+        rows, columns = WIDE
+        values, metadata = layout.unpack(packed.values, packed.metadata, rows, columns)
+        weight = SparseMatrix(values, metadata, Pattern(2, 4), WIDE).to_dense().double() * scales.double()[:, None]
+        there = packing.PackedMatrix(packed.values.to(device), packed.metadata.to(device), WIDE)
+        for count in TOKENS["bf16"]:
+            x = cases.normal((count, columns), dtype, torch.device("cpu"), count)
+            y = decode.linear(x.to(device), there, row_scale=scales.to(device))
+            found = cases.Exact(x, weight).error(y.cpu())
+            assert found["of_bound"] <= 1, (dtype, count, found)
 
 
 def run_tiles(device: torch.device) -> None:

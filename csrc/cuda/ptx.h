@@ -29,7 +29,8 @@ TWOFOUR_DEVICE int32_t add_max(int32_t a, int32_t b, int32_t c) { return __viadd
 TWOFOUR_DEVICE double power_of_two(int exponent) { return __longlong_as_double(int64_t{exponent + 1023} << 52); }
 
 // A number that the compiler knows nothing of: what depends on it is computed here, and takes no registers before.
-TWOFOUR_DEVICE int opaque(int value) {
+template <class Word>
+TWOFOUR_DEVICE Word opaque(Word value) {
   asm volatile("" : "+r"(value));
   return value;
 }
@@ -149,9 +150,24 @@ TWOFOUR_DEVICE uint32_t two_e4m3_of(float low, float high) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
   return two;
 }
+// Four e4m3 as fp16, two and two.
+TWOFOUR_DEVICE uint2 four_fp16_of_e4m3(uint32_t four) {
+  uint2 halves;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(four));
+  return halves;
+}
 #else
 #define TWOFOUR_E4M3_BY_HAND
 #endif
+
+// a * b + c for each half, rounded once.
+TWOFOUR_DEVICE uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t halves;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(halves) : "r"(a), "r"(b), "r"(c));
+  return halves;
+}
 
 // At once; an assignment becomes two stores.
 TWOFOUR_DEVICE void store_wide(uint2* to, uint2 v) {
@@ -188,7 +204,24 @@ TWOFOUR_DEVICE uint32_t e4m3_of(float value) {
   return sign | ((rounded >> 20) - ((127 - 7) << 3));
 }
 TWOFOUR_DEVICE uint32_t two_e4m3_of(float low, float high) { return e4m3_of(low) | e4m3_of(high) << 8; }
+// Exponent and fraction of e4m3 in those of fp16 are its number times 2^-8, subnormals included; NaN would be 480. Times
+// 35008 it alone overflows, and infinity * 0 is NaN.
+TWOFOUR_DEVICE uint32_t two_fp16_of_e4m3(uint32_t apart) {  // in the upper bytes of the halves
+  constexpr uint32_t kMinusZeros = 0x80008000, k256 = 0x5c005c00, k35008 = 0x78467846;
+  const uint32_t parts = (apart >> 1 & 0x3f803f80u) | (apart & 0x80008000u);
+  const uint32_t finite = multiply_add_halves(parts, k256, kMinusZeros);
+  return multiply_add_halves(multiply_add_halves(parts, k35008, kMinusZeros), 0, finite);
+}
+TWOFOUR_DEVICE uint2 four_fp16_of_e4m3(uint32_t four) {
+  return {two_fp16_of_e4m3(byte_permute(four, 0, 0x1404)), two_fp16_of_e4m3(byte_permute(four, 0, 0x3424))};
+}
 #endif
+
+// Two fp16 that bf16 can hold, as bf16.
+TWOFOUR_DEVICE uint32_t two_bf16_of_fp16(uint32_t halves) {
+  const float low = float_of_fp16(static_cast<uint16_t>(halves)), high = float_of_fp16(static_cast<uint16_t>(halves >> 16));
+  return byte_permute(bits_of_float(low), bits_of_float(high), 0x7632);
+}
 
 // Sums as words, and back.
 TWOFOUR_DEVICE uint32_t bits_of(float sum) { return bits_of_float(sum); }

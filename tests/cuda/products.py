@@ -16,6 +16,14 @@ from twofour.kernels.cuda import arguments, layout, table
 from twofour.kernels.cuda.packing import PackedMatrix
 
 DTYPES = list(arguments.NAMES)
+E4M3 = torch.float8_e4m3fn
+KINDS = [(dtype, dtype) for dtype in DTYPES] + [(dtype, E4M3) for dtype in arguments.NAMES_OF_E4M3]
+"""Of x and of the weight, of all kernels for few tokens."""
+
+
+def name_of(x: torch.dtype, weight: torch.dtype) -> str:
+    """As kernels are called."""
+    return arguments.NAMES[x] if x == weight else arguments.NAMES_OF_E4M3[x]
 
 
 def packed_of(shape: tuple[int, int], dtype: torch.dtype) -> tuple[PackedMatrix, Tensor]:
@@ -55,11 +63,13 @@ class Case:
         scales: bool = False,
         activation: str = "none",
         residual: bool = False,
+        weight: torch.dtype | None = None,
     ) -> None:
         rows, columns = shape
+        self.weight = weight or dtype
         self.dtype, self.tokens, self.shape, self.activation = dtype, tokens, shape, activation
         self.out = out or (torch.bfloat16 if dtype == torch.int8 else dtype)
-        self.packed, self.dense = packed_of(shape, dtype)
+        self.packed, self.dense = packed_of(shape, self.weight)
         self.x = numbers((tokens, columns), dtype, 4, tokens)
         self.bias = numbers((rows,), self.out, 9, 1) if bias else None
         self.row_scale, self.token_scale = (powers(rows, 2), powers(tokens, 3)) if scales else (None, None)

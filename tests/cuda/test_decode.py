@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
+from tests.cuda import model
 from tests.cuda.emulation import Guarded, launch
-from tests.cuda.products import DTYPES, Case, close, launched, numbers, packed_of, powers
+from tests.cuda.products import E4M3, KINDS, Case, close, launched, name_of, numbers, packed_of, powers
 
-from twofour import ShapeError, UnsupportedError
+from twofour import ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import epilogue
-from twofour.kernels.cuda import arguments, decode, resources
+from twofour.kernels.cuda import arguments, decode, layout, resources, table
 from twofour.kernels.cuda.decode import linear, plan
+from twofour.kernels.cuda.packing import PackedMatrix
 
 __all__ = ["launched"]
+PATTERN = SparseMatrix.from_dense(torch.zeros(1, 4)).pattern
 
 
 def run(case: Case, slices: int = 1) -> torch.Tensor:
     """What the kernel gives, twice: counters are as they were."""
-    blocks, chunks = -(-case.shape[0] // 128), -(-case.shape[1] // 64)
-    each = -(-chunks // slices)
     size = next(size for size in decode.TOKENS if size >= case.tokens)
+    name = f"decode_{name_of(case.dtype, case.weight)}_{size}"
+    of_block = table.KERNEL_TEXTS[name].rows
+    blocks, chunks = -(-case.shape[0] // of_block), -(-case.shape[1] // 64)
+    each = -(-chunks // slices)
     counters = Guarded(torch.zeros(blocks, dtype=torch.int32))
-    partial = Guarded(torch.full((slices, blocks, size, 128), 0x7FFFFFFF, dtype=torch.int32))
-    name = f"decode_{arguments.NAMES[case.dtype]}_{size}"
+    partial = Guarded(torch.full((slices, blocks, size, of_block), 0x7FFFFFFF, dtype=torch.int32))
     grid = (blocks, -(-chunks // each))
     for _ in range(2):
         launch(name, grid, 256, *case.of_product(), each, partial, counters, *case.of_epilogue())
@@ -33,31 +38,33 @@ def run(case: Case, slices: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 31, 33, 64])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whole_numbers_are_exact(dtype: torch.dtype, tokens: int) -> None:
-    case = Case(dtype, tokens, (40, 200))
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_whole_numbers_are_exact(dtype: torch.dtype, weight: torch.dtype, tokens: int) -> None:
+    case = Case(dtype, tokens, (40, 200), weight=weight)
     assert torch.equal(run(case), case.wanted().to(case.out))
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (16, 64), (130, 60), (17, 1100), (300, 576)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_shape(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    case = Case(dtype, 5, shape, bias=True, residual=True)
+@pytest.mark.parametrize("tokens", [5, 34])
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_any_shape(dtype: torch.dtype, weight: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
+    case = Case(dtype, tokens, shape, bias=True, residual=True, weight=weight)
     assert torch.equal(run(case), case.wanted().to(case.out))
 
 
 @pytest.mark.parametrize("slices", [2, 3, 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_that_share_columns_add_up(dtype: torch.dtype, slices: int) -> None:
-    case = Case(dtype, 12, (150, 1400), bias=True, scales=True)
+@pytest.mark.parametrize("tokens", [12, 32])
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_blocks_that_share_columns_add_up(dtype: torch.dtype, weight: torch.dtype, tokens: int, slices: int) -> None:
+    case = Case(dtype, tokens, (150, 1400), bias=True, scales=True, weight=weight)
     assert torch.equal(run(case, slices), case.wanted().to(case.out))
 
 
 @pytest.mark.parametrize("activation", epilogue.ACTIVATIONS)
 @pytest.mark.parametrize("out", arguments.ITEMS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_follows_the_sums(dtype: torch.dtype, out: torch.dtype, activation: str) -> None:
-    case = Case(dtype, 6, (23, 8), out=out, bias=True, scales=True, activation=activation, residual=True)
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_what_follows_the_sums(dtype: torch.dtype, weight: torch.dtype, out: torch.dtype, activation: str) -> None:
+    case = Case(dtype, 6, (23, 8), out=out, bias=True, scales=True, activation=activation, residual=True, weight=weight)
     assert case.residual is not None
     assert close(run(case), case.wanted(), case.residual)
 
@@ -75,16 +82,16 @@ def test_activations_of_any_number(out: torch.dtype, activation: str) -> None:
     assert close(run(case), case.wanted())
 
 
-@pytest.mark.parametrize("itemsize", [1, 2])
-@pytest.mark.parametrize("tokens", [1, 8, 32, 64])
+@pytest.mark.parametrize("tokens", decode.TOKENS)
+@pytest.mark.parametrize("kind", ["bf16", "int8", "e4m3_bf16"])
 @pytest.mark.parametrize(
     "shape", [(8192, 8192), (28672, 8192), (4096, 14336), (64, 64), (1024, 128), (128, 65536)], ids=str
 )
-def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], tokens: int, itemsize: int) -> None:
-    found = plan(*shape, tokens, itemsize, 132)
+def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], kind: str, tokens: int) -> None:
+    found = plan(f"decode_{kind}_{tokens}", *shape, 132)
     chunks = -(-shape[1] // 64)
     assert found.slice * found.slices >= chunks > found.slice * (found.slices - 1)
-    assert found.blocks == -(-shape[0] // 128)
+    assert found.blocks == -(-shape[0] // (256 if kind == "e4m3_bf16" and tokens >= 32 else 128))
     if shape[0] * shape[1] >= 1 << 26:
         places = 132 * (1 if tokens == 64 else 2)
         rounds = found.blocks * found.slices / places
@@ -92,11 +99,11 @@ def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], to
         assert rounds <= 1 or rounds % 1 == 0 or rounds % 1 > 0.5  # no last round of a few blocks, for whom all wait
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_more_tokens_than_a_launch_takes(dtype: torch.dtype, launched: list[str]) -> None:
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_more_tokens_than_a_launch_takes(dtype: torch.dtype, weight: torch.dtype, launched: list[str]) -> None:
     """65 tokens, columns shared by two blocks, everything that can follow, each of its own row or token."""
     tokens, rows, columns = 65, 36, 1100
-    packed, dense = packed_of((rows, columns), dtype)
+    packed, dense = packed_of((rows, columns), weight)
     x = numbers((tokens, columns), dtype, 4)
     out = torch.bfloat16 if dtype == torch.int8 else dtype
     bias, residual = numbers((rows,), out, 9), numbers((tokens, rows), out, 9)
@@ -104,8 +111,75 @@ def test_more_tokens_than_a_launch_takes(dtype: torch.dtype, launched: list[str]
     y = linear(x, packed, bias, row_scale=row_scale, token_scale=token_scale, activation="relu", residual=residual)
     sums = x.double() @ dense.double().T * row_scale.double() * token_scale.double()[:, None]
     assert torch.equal(y, ((sums + bias.double()).relu() + residual.double()).to(out))
-    name = arguments.NAMES[dtype]
+    name = name_of(dtype, weight)
     assert launched == [f"decode_{name}_64", f"decode_{name}_8"]
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("dtype", arguments.NAMES_OF_E4M3, ids=str)
+def test_every_e4m3_is_multiplied_as_the_number_that_it_is(dtype: torch.dtype, tokens: int) -> None:
+    """All 256 of them, each in every place of its group of a row of its own: subnormals, 448, NaN."""
+    case = Case(dtype, tokens, (1024, 4), out=torch.float32, weight=E4M3)
+    every, place = torch.arange(256, dtype=torch.uint8).view(E4M3), torch.arange(4)
+    dense = torch.zeros(256, 4, 4, dtype=torch.uint8)
+    dense[:, place, place] = every.view(torch.uint8)[:, None]
+    mask = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, 1)
+    matrix = SparseMatrix.from_dense(dense.view(E4M3).view(1024, 4), "2:4", mask=mask.repeat(256, 1))
+    case.packed = PackedMatrix(*layout.pack(matrix.values, matrix.metadata, 1024, 4), (1024, 4))
+    case.x = torch.tensor([1.0, -2.0, 0.5, 3.0]).to(dtype).repeat(tokens, 1)
+    wanted = (every.double()[:, None] * case.x[0].double()).flatten().expand(tokens, -1)
+    y = run(case).double()
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y.nan_to_num(), wanted.nan_to_num())
+    assert sorted(wanted.abs().unique().tolist())[:2] == [0, 2.0**-10]
+    assert int(wanted.isnan().sum()) == 2 * 4 * tokens
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 2.0**-110), (torch.bfloat16, 2.0**110), (torch.float16, 2.0**-24)]
+)
+def test_e4m3_weights_take_inputs_of_any_size(dtype: torch.dtype, size: float) -> None:
+    """No power of two of theirs stands between: sums neither overflow nor lose digits before they are scaled."""
+    case = Case(dtype, 3, (20, 128), out=torch.float32, scales=True, weight=E4M3)
+    case.x = (case.x.double() * size).to(dtype)
+    assert torch.equal(run(case), case.wanted().float())
+
+
+def test_an_input_at_a_dropped_place_of_an_e4m3_weight_reaches_nothing() -> None:
+    case = Case(torch.bfloat16, 9, (64, 320), weight=E4M3)
+    kept = SparseMatrix(*layout.unpack(case.packed.values, case.packed.metadata, 64, 320), PATTERN, (64, 320)).mask()
+    never = ~kept[3]
+    case.x[2, never] = float("nan")
+    case.x[4, never] = float("inf")
+    y, wanted = run(case), case.wanted().bfloat16()
+    assert torch.equal(y[[0, 1, 3]], wanted[[0, 1, 3]])
+    assert bool(y[2, :3].isnan().all())
+    case.x[2, never] = case.x[4, never] = 0
+    assert torch.equal(y[:, 3], case.wanted().bfloat16()[:, 3])
+
+
+@pytest.mark.parametrize("dtype", arguments.NAMES_OF_E4M3, ids=str)
+def test_neighbours_swap_groups_so_that_16_bit_products_take_8_bit_fragments(dtype: torch.dtype) -> None:
+    """The order of groups that products.h draws, through a model of the hardware that knows nothing of twofour."""
+    packed, dense = packed_of((16, 64), E4M3)
+    values, words = packed.values[0, 0].double().numpy(), packed.metadata[0, 0].numpy().view(np.uint32)
+    b = numbers((64, 8), torch.float32, 4).double().numpy()
+    found = np.zeros((16, 8))
+    order = [0, 1, 4, 5, 2, 3, 6, 7]  # groups of a step, by their places
+    for step in range(2):
+        a, metadata = np.zeros((32, 8)), np.zeros(32, np.uint32)
+        for lane in range(32):
+            q = lane % 4
+            for place, group in ((0, order[q]), (1, order[q + 4])):
+                for row in range(2):
+                    holder = lane - q + group // 2
+                    first = 4 * (2 * step + row) + 2 * (group % 2)
+                    a[lane, 4 * place + 2 * row :][:2] = values[holder, first : first + 2]
+            upper, lower = (words[lane - lane % 4 + 2 * (q // 2) + row].tobytes() for row in range(2))
+            metadata[lane] = int.from_bytes(bytes(w[i] for w in (upper, lower) for i in (q % 2, q % 2 + 2)), "little")
+        part = b[32 * step : 32 * step + 32].reshape(8, 4, 8)[order].reshape(32, 8)
+        found += model.sparse_a(a, metadata, step, 16) @ part
+    assert np.array_equal(found, dense.double().numpy() @ b)
 
 
 def test_views_are_read_where_they_lie_or_copied(launched: list[str]) -> None:
@@ -160,11 +234,15 @@ def test_counters_belong_to_no_pool_of_the_thread_that_launches(monkeypatch: pyt
 def test_what_it_refuses(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = packed_of((20, 64), torch.bfloat16)
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
-    known = "one of bfloat16, float16, int8, the same for both"
+    known = "one of bfloat16, float16, int8, the same for both, or a weight of float8_e4m3fn and x of bfloat16, float16"
     with pytest.raises(UnsupportedError, match=f"x is torch.float16, the weight torch.bfloat16: {known}"):
         linear(x.half(), packed)
     with pytest.raises(UnsupportedError, match=f"the weight torch.float8_e4m3fn: {known}"):
         linear(x.to(torch.float8_e4m3fn), packed_of((20, 64), torch.float8_e4m3fn)[0])
+    with pytest.raises(UnsupportedError, match=f"x is torch.int8, the weight torch.float8_e4m3fn: {known}"):
+        linear(x.to(torch.int8), packed_of((20, 64), torch.float8_e4m3fn)[0])
+    with pytest.raises(UnsupportedError, match=f"x is torch.bfloat16, the weight torch.float8_e5m2: {known}"):
+        linear(x, packed_of((20, 64), torch.float8_e5m2)[0])
     for wrong in (x[0], x[:, :32]):
         with pytest.raises(ShapeError, match=r"x is \[.*\]: a weight of \[20, 64\] takes \[tokens, 64\]"):
             linear(wrong, packed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.cuda.emulation import Guarded, launch
-from tests.cuda.products import DTYPES, Case, close, launched, numbers, packed_of, powers
+from tests.cuda.products import DTYPES, E4M3, Case, close, launched, name_of, numbers, packed_of, powers
 
 from twofour import ShapeError, UnsupportedError
 from twofour.kernels import epilogue
@@ -111,6 +111,22 @@ def test_as_many_tokens_as_there_are_choose_the_kernel(launched: list[str]) -> N
         assert torch.equal(products.linear(x, packed, out_dtype=torch.float32), x.float() @ dense.float().T)
         assert launched.pop().startswith(kernel)
         assert launched == []
+
+
+@pytest.mark.parametrize("dtype", arguments.NAMES_OF_E4M3, ids=str)
+def test_e4m3_weights_are_read_up_to_four_times_and_then_widened(dtype: torch.dtype, launched: list[str]) -> None:
+    packed, dense = packed_of((20, 64), E4M3)
+    name, scale = name_of(dtype, E4M3), powers(20, 1)
+    for tokens, kernels in (
+        (products.MOST_DECODED_E4M3, [f"decode_{name}_64"] * 4),
+        (products.MOST_DECODED_E4M3 + 1, [f"gemm_{name_of(dtype, dtype)}_128x128"]),
+    ):
+        x, bias = numbers((tokens, 64), dtype, 4), numbers((20,), dtype, 9)
+        y = products.linear(x, packed, bias, row_scale=scale)
+        assert torch.equal(y, (x.double() @ dense.double().T * scale.double() + bias.double()).to(dtype))
+        assert launched == kernels
+        launched.clear()
+    assert torch.equal(gemm.linear(x[:9], packed, bias, row_scale=scale), y[:9])
 
 
 @pytest.mark.parametrize("itemsize", [1, 2])

@@ -66,6 +66,16 @@ def test_the_product_of_a_model_of_the_hardware_is_that_of_the_dense_matrix(
     assert np.array_equal(found, dense @ b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bytes_widen_into_the_layout_of_two_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = matrix_of(shape, torch.float8_e4m3fn)
+    found = layout.widen(*layout.pack(matrix.values, matrix.metadata, *shape), dtype)
+    for own, wanted in zip(found, layout.pack(matrix.values.to(dtype), matrix.metadata, *shape), strict=True):
+        assert own.shape == wanted.shape
+        assert torch.equal(own, wanted)
+
+
 def test_indices_rise_as_ordered_metadata_must() -> None:
     matrix = matrix_of((64, 128), torch.bfloat16)
     _, metadata = layout.pack(matrix.values, matrix.metadata, 64, 128)

@@ -234,7 +234,10 @@ inline double power_of_two(int exponent) {
   return result;
 }
 
-inline int opaque(int value) { return value; }
+template <class Word>
+Word opaque(Word value) {
+  return value;
+}
 inline int thread_again() { return static_cast<int>(threadIdx.x); }
 
 inline void sync_block() { emulated::wait(emulated::block->barrier); }
@@ -342,6 +345,15 @@ inline uint16_t fp16_of(float value) {
   const int exponent = std::max(size == 0 ? -14 : std::ilogb(size), -14);  // of the number, or of subnormals
   const float units = std::nearbyint(std::ldexp(size, 10 - exponent));      // to even, of 2^(exponent - 10)
   return static_cast<uint16_t>(sign + static_cast<uint16_t>(units) + ((exponent + 14) << 10));
+}
+
+inline uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t halves = 0;
+  for (int by = 0; by < 32; by += 16) {
+    const auto number = [by](uint32_t word) { return double{float_of_fp16(static_cast<uint16_t>(word >> by))}; };
+    halves |= uint32_t{fp16_of(static_cast<float>(number(a) * number(b) + number(c)))} << by;
+  }
+  return halves;
 }
 
 // mma.sp as the PTX ISA draws it; it shares nothing with cuda/layout.h. `item(word, i)` is an item of a register.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
 from .. import epilogue
+from . import layout
 from .packing import PackedMatrix, _on_gpu, require_layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
-"""Of x and the weight, as kernels are called."""
+"""Of x and a weight of its dtype, as kernels are called."""
+NAMES_OF_E4M3 = {torch.bfloat16: "e4m3_bf16", torch.float16: "e4m3_fp16"}
+"""Of x, where the weight is float8_e4m3fn."""
 ITEMS = (torch.bfloat16, torch.float16, torch.float32)
 """Of the result, in the order of csrc/cuda/epilogue.h."""
 _ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
@@ -34,11 +37,21 @@ class Arguments:
 
     @property
     def name(self) -> str:
-        return NAMES[self.x.dtype]
+        return _name(self.x.dtype, self.packed.values.dtype) or ""
 
     @property
     def sums(self) -> torch.dtype:
         return torch.int32 if self.x.dtype == torch.int8 else torch.float32
+
+    @property
+    def mixed(self) -> bool:
+        """Has the weight another dtype than x?"""
+        return self.x.dtype != self.packed.values.dtype
+
+    def widened(self) -> Arguments:
+        """With the weight in x's dtype."""
+        values, metadata = layout.widen(self.packed.values, self.packed.metadata, self.x.dtype)
+        return replace(self, packed=PackedMatrix(values, metadata, self.packed.shape))
 
     def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
         """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
@@ -95,9 +108,10 @@ def check(
         ShapeError, UnsupportedError: they do not fit.
     """
     rows, columns = packed.shape
-    if packed.values.dtype not in NAMES or x.dtype != packed.values.dtype:
+    if _name(x.dtype, packed.values.dtype) is None:
         raise UnsupportedError(
-            f"x is {x.dtype}, the weight {packed.values.dtype}: one of {_of(NAMES)}, the same for both."
+            f"x is {x.dtype}, the weight {packed.values.dtype}: one of {_of(NAMES)}, the same for both, or"
+            f" a weight of float8_e4m3fn and x of {_of(NAMES_OF_E4M3)}."
         )
     require_layout(packed)
     if x.ndim != 2 or x.shape[1] != columns:
@@ -132,6 +146,13 @@ def check(
         residual = residual.contiguous()
     y = torch.empty(len(x), rows, dtype=out_dtype, device=x.device)
     return Arguments(_aligned(x.detach()), packed, bias, row_scale, token_scale, activation, residual, y)
+
+
+def _name(x: torch.dtype, weight: torch.dtype) -> str | None:
+    """Of the kernels; None where there are none."""
+    if weight == torch.float8_e4m3fn:
+        return NAMES_OF_E4M3.get(x)
+    return NAMES.get(x) if x == weight else None
 
 
 def _aligned(x: Tensor) -> Tensor:

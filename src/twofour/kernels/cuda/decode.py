@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from .packing import PackedMatrix
 MOST_TOKENS = 64
 """Of a launch; more take several."""
 TOKENS = (8, 16, 32, 64)
-_ROWS_OF_BLOCK = 8 * layout.TILE
 _CHUNKS_AHEAD = 4  # of each warp, under way from memory: kAhead of decode.cu
 _BYTES_OF_PROCESSOR = 56_000  # under way for each multiprocessor, that keep the memory busy; assumed, not measured
 _CHUNKS_OF_ENDS = 3  # that a block could read while it begins and finishes
@@ -30,23 +30,23 @@ class Plan:
     slice: int
 
 
-def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int) -> Plan:
+@lru_cache(maxsize=4096)
+def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
     """The slices that should take least time, if the memory is what all wait for.
 
     Blocks that fit on the GPU at once share what the memory gives. A last round of a few gets more for each of them, but
     not as much as all together do: no more than they have under way. So a round should be full, or nearly.
 
     Args:
-        tokens: of a launch.
-        itemsize: of the weight.
+        kernel: its name.
         processors: of the GPU.
     """
-    blocks, chunks = -(-rows // _ROWS_OF_BLOCK), -(-columns // layout.COLUMNS)
-    text = table.KERNEL_TEXTS[_name("int8" if itemsize == 1 else "bf16", tokens)]
+    text = table.KERNEL_TEXTS[kernel]
+    blocks, chunks = -(-rows // text.rows), -(-columns // layout.COLUMNS)
     places = text.blocks * processors
-    chunk_bytes = _ROWS_OF_BLOCK * (layout.COLUMNS // 2 * itemsize + layout.COLUMNS // 8)
+    chunk_bytes = text.rows * (layout.COLUMNS // 2 * text.itemsize + layout.COLUMNS // 8)
     alone = min(1.0, _BYTES_OF_PROCESSOR / text.blocks / (_CHUNKS_AHEAD * chunk_bytes))  # of a full round's time
-    sums = _ROWS_OF_BLOCK * _width(tokens) * _BYTES_OF_SUM / chunk_bytes
+    sums = text.rows * text.tokens * _BYTES_OF_SUM / chunk_bytes
     best, least = None, float("inf")
     for wanted in range(1, min(_MOST_SLICES, chunks) + 1):
         each = -(-chunks // wanted)
@@ -59,15 +59,6 @@ def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int) -
             best, least = Plan(blocks, slices, each), time
     assert best is not None  # there is a chunk
     return best
-
-
-def _width(tokens: int) -> int:
-    """Of the kernel for so many."""
-    return next((size for size in TOKENS if size >= tokens), MOST_TOKENS)
-
-
-def _name(dtype: str, tokens: int) -> str:
-    return f"decode_{dtype}_{_width(tokens)}"
 
 
 def linear(
@@ -86,9 +77,10 @@ def linear(
     Results do not depend on which block ran first. Made for few tokens: 64 at a time, each time reading the weight.
 
     Args:
-        x: [tokens, columns] on the GPU of `packed` and of its dtype: bfloat16, float16 or int8; only rows that begin at
-            multiples of 16 bytes avoid a copy.
-        packed: of a [rows, columns] weight.
+        x: [tokens, columns] bfloat16, float16 or int8 on the GPU of `packed`; only rows that begin at multiples of 16
+            bytes avoid a copy.
+        packed: of a [rows, columns] weight of x's dtype; or of float8_e4m3fn, whose numbers x's dtype holds exactly, where
+            that has 16 bits: `packing.quantize` makes one, and its row_scale.
         bias: [rows] of the dtype of the result, or None.
         row_scale, token_scale: [rows] and [tokens] float32 that sums are multiplied with, or None.
         activation: a name of `epilogue.ACTIVATIONS`.
@@ -108,16 +100,22 @@ def linear(
 def multiplied(call: arguments.Arguments) -> Tensor:
     """y of arguments that have something to multiply."""
     tokens, device = call.x.shape[0], call.x.device
-    share = plan(*call.packed.shape, min(tokens, MOST_TOKENS), call.x.itemsize, resources.processors(device))
-    partial = counters = None
-    if share.slices > 1:
-        shape = (share.slices, share.blocks, _width(tokens), _ROWS_OF_BLOCK)
-        partial = torch.empty(shape, dtype=call.sums, device=device)
-        counters = resources.counters(device, share.blocks)
+    processors = resources.processors(device)
+    launches = []
     for first in range(0, tokens, MOST_TOKENS):
         count = min(tokens - first, MOST_TOKENS)
+        size = next(size for size in TOKENS if size >= count)
+        kernel = f"decode_{call.name}_{size}"
+        launches.append((first, count, size, kernel, plan(kernel, *call.packed.shape, processors)))
+    partial = counters = None
+    shared = [(size, kernel, share) for _, _, size, kernel, share in launches if share.slices > 1]
+    if shared:
+        sums = max(s.slices * s.blocks * size * table.KERNEL_TEXTS[kernel].rows for size, kernel, s in shared)
+        partial = torch.empty(sums, dtype=call.sums, device=device)
+        counters = resources.counters(device, max(share.blocks for _, _, share in shared))
+    for first, count, _, kernel, share in launches:
         table.launch(
-            _name(call.name, count),
+            kernel,
             (share.blocks, share.slices),
             device,
             *call.of_product(first, count),

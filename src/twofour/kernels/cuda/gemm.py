@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Plan:
     slice: int
 
 
+@lru_cache(maxsize=4096)
 def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, shared_bytes: int) -> Plan:
     """The tile and the slices that should take least time, by what a multiprocessor multiplies and reads in a clock.
 
@@ -70,7 +72,10 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `decode.linear`, arguments, result and errors, for many tokens: it reads the weight about once for all of them."""
+    """As `decode.linear`, arguments, result and errors, for many tokens: it reads the weight about once for all of them.
+
+    An e4m3 weight takes its place in x's dtype first, twice its memory while the call lasts.
+    """
     call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
     done = call.without_kernels()
     return multiplied(call) if done is None else done
@@ -78,6 +83,7 @@ def linear(
 
 def multiplied(call: arguments.Arguments) -> Tensor:
     """y of arguments that have something to multiply."""
+    call = call.widened() if call.mixed else call
     (rows, columns), tokens, device = call.packed.shape, len(call.x), call.x.device
     processors, room = resources.processors(device), resources.shared_bytes(device)
     share = plan(rows, columns, tokens, call.x.itemsize, processors, room)

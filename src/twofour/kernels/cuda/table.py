@@ -26,6 +26,8 @@ class KernelText:
         defines: what makes the file this kernel alone.
         multiplies: the instruction that skips zeros, and how often the text has it; None where it does not multiply.
         matrix_loads: how often it loads four matrices from shared memory.
+        conversions: of two e4m3 to fp16, by the instruction for it where there is one: from sm_89 on.
+        rows, tokens, itemsize: of decode.cu: rows of the weight that a block multiplies by so many tokens, bytes of its items.
         oldest: the first compute capability it runs on.
     """
 
@@ -38,6 +40,10 @@ class KernelText:
     dynamic_bytes: int = 0
     multiplies: tuple[str, int] | None = None
     matrix_loads: int = 0
+    conversions: int = 0
+    rows: int = 0
+    tokens: int = 0
+    itemsize: int = 0
     defines: tuple[str, ...] = ()
     oldest: tuple[int, int] = compiler.OLDEST
 
@@ -67,23 +73,35 @@ _ONE_WAY = (
 _SPARSE = {"bf16": "HMMA.SP.16832.F32.BF16", "fp16": "HMMA.SP.16832.F32", "int8": "IMMA.SP.16864.S8.S8"}
 
 
-def _decode(dtype: str, tokens: int) -> KernelText:
+_WEIGHTS = {**dict.fromkeys(_SPARSE), "e4m3_bf16": "bf16", "e4m3_fp16": "fp16"}
+"""What kernels for few tokens are called by -> what e4m3 weights become."""
+
+
+def _decode(name: str, tokens: int) -> KernelText:
     """As Stage of decode.cu: two of them, of `chunks` chunks of 64 columns of each token, 16 bytes apart."""
+    becomes = _WEIGHTS[name]
+    dtype = becomes or name
     itemsize, chunks = (1 if dtype == "int8" else 2), (4 if tokens == 64 else 8)
-    times = chunks * itemsize * tokens // 8
+    tiles = 2 if becomes and tokens >= 32 else 1  # of rows, in a warp
+    loads = chunks * itemsize * tokens // 8
     return KernelText(
-        f"decode_{dtype}_{tokens}",
+        f"decode_{name}_{tokens}",
         "decode.cu",
         256,
         1 if tokens == 64 else 2,
         shared_bytes=16,
         dynamic_bytes=2 * tokens * (chunks * 64 * itemsize + 16),
-        multiplies=(_SPARSE[dtype], times),
-        matrix_loads=times,
+        multiplies=(_SPARSE[dtype], loads * tiles),
+        matrix_loads=loads,
+        conversions=8 * chunks * tiles if becomes else 0,
+        rows=8 * 16 * tiles,
+        tokens=tokens,
+        itemsize=2 if name in ("bf16", "fp16") else 1,
         defines=(
-            f"TWOFOUR_NAME=decode_{dtype}_{tokens}",
-            f"TWOFOUR_PRODUCTS={dtype.capitalize()}Products",
+            f"TWOFOUR_NAME=decode_{name}_{tokens}",
+            f"TWOFOUR_PRODUCTS={''.join(each.capitalize() for each in name.split('_'))}Products",
             f"TWOFOUR_TOKEN_TILES={tokens // 8}",
+            f"TWOFOUR_ROW_TILES={tiles}",
             f"TWOFOUR_BLOCKS={1 if tokens == 64 else 2}",
         ),
     )
@@ -123,7 +141,7 @@ _TEXTS = (
     *(KernelText(name, "pack.cu", 256, 4) for name in _ONE_WAY),
     *(KernelText(name, "pack.cu", 512, 2, 64) for name in ("quantize_bf16", "quantize_fp16")),
     *(KernelText(f"quantize_tokens_{dtype}", "tokens.cu", 256, 4, 4) for dtype in ("fp32", "bf16", "fp16")),
-    *(_decode(dtype, tokens) for dtype in _SPARSE for tokens in (8, 16, 32, 64)),
+    *(_decode(dtype, tokens) for dtype in _WEIGHTS for tokens in (8, 16, 32, 64)),
     *(_gemm(dtype, name, tile) for dtype in _SPARSE for name, tile in tiles.TILES.items()),
 )
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
