@@ -3,7 +3,9 @@
     python benchmarks/gpu/bench_decode.py --json build/gpu/decode.json
 
 Inputs and weights are N(0, 1), weights pruned to 2:4 by magnitude for all. cuSPARSELt is called plainly, and after it has
-measured its algorithms ("searched"). Every result is compared with float64 in the same run.
+measured its algorithms ("searched"). "fp8" are bfloat16 inputs and e4m3 weights with a scale for each row; cuBLAS has the
+same weights as bfloat16, and torch._scaled_mm as e4m3, with inputs that are e4m3 before the clock starts. Every result is
+compared with float64 in the same run.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import cases, record, timing
 
+from twofour.kernels.cuda import packing
+
 SHAPES = ((8192, 8192), (28672, 8192))
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 FEWER = (1, 16, 64)
 MOST_COPIES = 8
+SCALED = "torch._scaled_mm"
 
 
 class Layer:
@@ -46,19 +51,10 @@ class Layer:
         """All rivals in turns."""
         x = cases.normal((tokens, self.shape[1]), self.dtype, self.device, tokens)
         missing = dict(self.missing)
-        kernels = cases.tried("twofour", lambda: [partial(cases.few_tokens, x, each) for each in self.packed], missing)
-        if self.dtype == torch.int8:
-            missing["cuBLAS"] = "torch._int_mm takes 17 tokens at least"
-            if tokens > 16:
-                del missing["cuBLAS"]
-                kernels |= cases.tried(
-                    "cuBLAS", lambda: [partial(torch._int_mm, x, w.t()) for w in self.dense], missing
-                )
-        else:
-            kernels |= cases.tried("cuBLAS", lambda: [partial(F.linear, x, w) for w in self.dense], missing)
-        kernels |= cslt(x, self.compressed, self.shape[0], missing)
+        kernels = cases.tried("twofour", lambda: self.ours(x), missing) | self.rivals(x, missing)
         errors, right = checked(kernels, x, self.weight)
-        nbytes = self.shape[0] * self.shape[1] * self.dtype.itemsize // 2 + self.shape[0] * self.shape[1] // 8
+        of_item = self.packed[0].values.itemsize
+        nbytes = self.shape[0] * self.shape[1] * of_item // 2 + self.shape[0] * self.shape[1] // 8
         return cases.measured(
             kernels,
             self.device,
@@ -74,6 +70,52 @@ class Layer:
             missing=missing,
             errors=errors,
             right=right,
+        )
+
+    def ours(self, x: Tensor) -> list[timing.Call]:
+        """A call for each copy."""
+        return [partial(cases.few_tokens, x, each) for each in self.packed]
+
+    def rivals(self, x: Tensor, missing: dict[str, str]) -> dict[str, Sequence[timing.Call]]:
+        """Theirs, of those that can run; `missing` is told of the others."""
+        kernels: dict[str, Sequence[timing.Call]] = {}
+        if self.dtype == torch.int8:
+            missing["cuBLAS"] = "torch._int_mm takes 17 tokens at least"
+            if len(x) > 16:
+                del missing["cuBLAS"]
+                kernels |= cases.tried(
+                    "cuBLAS", lambda: [partial(torch._int_mm, x, w.t()) for w in self.dense], missing
+                )
+        else:
+            kernels |= cases.tried("cuBLAS", lambda: [partial(F.linear, x, w) for w in self.dense], missing)
+        return kernels | cslt(x, self.compressed, self.shape[0], missing)
+
+
+class ScaledLayer(Layer):
+    """A weight as e4m3 with a scale for each row; inputs are bfloat16."""
+
+    def __init__(self, shape: tuple[int, int], dtype: str, device: torch.device) -> None:
+        self.shape, self.name, self.dtype, self.device = shape, dtype, torch.bfloat16, device
+        (packed, self.row_scale) = cases.quantize(cases.normal(shape, torch.bfloat16, device))
+        q = cases.expand(packed)
+        self.weight = q.double() * self.row_scale.double()[:, None]
+        copies = min(timing.copies_for(packed.values.nbytes * 5 // 4, device), 2 * MOST_COPIES)
+        self.packed = [
+            packing.PackedMatrix(packed.values.clone(), packed.metadata.clone(), shape) for _ in range(copies)
+        ]
+        dense = min(timing.copies_for(2 * q.nbytes, device), MOST_COPIES)
+        self.dense = [self.weight.to(torch.bfloat16) for _ in range(dense)]
+        self.narrow = [q.clone() for _ in range(min(timing.copies_for(q.nbytes, device), MOST_COPIES))]
+        self.compressed = []
+        self.missing = {"cuSPARSELt": "it multiplies e4m3 by e4m3 alone"}
+
+    def ours(self, x: Tensor) -> list[timing.Call]:
+        return [partial(cases.few_tokens, x, each, self.row_scale) for each in self.packed]
+
+    def rivals(self, x: Tensor, missing: dict[str, str]) -> dict[str, Sequence[timing.Call]]:
+        found = super().rivals(x, missing)
+        return found | cases.tried(
+            SCALED, lambda: [cases.scaled_linear(x, each, self.row_scale) for each in self.narrow], missing
         )
 
 
@@ -104,7 +146,8 @@ def checked(
         y = y.to(torch.bfloat16) if not y.dtype.is_floating_point else y
         errors[name] = exact.error(y)
         ours = name.startswith("twofour")
-        right[name] = errors[name]["of_bound"] <= 1 if ours else errors[name]["relative"] < 0.02
+        near = 0.05 if name == SCALED else 0.02  # whose inputs are e4m3 too
+        right[name] = errors[name]["of_bound"] <= 1 if ours else errors[name]["relative"] < near
     return errors, right
 
 
@@ -120,8 +163,9 @@ def main(
         shapes, tokens, fewer, rounds = [(64, 128)], (1, 8), (17,), 2
     todo: list[tuple[str, Callable[[], record.Row]]] = []
     for shape in shapes:
-        for dtype, counts in (("bf16", tokens), ("fp16", fewer), ("int8", fewer)):
-            layer = cache(partial(Layer, shape, dtype, chosen))  # made with its first row
+        for dtype, counts in (("bf16", tokens), ("fp8", tokens), ("fp16", fewer), ("int8", fewer)):
+            kind = ScaledLayer if dtype == "fp8" else Layer
+            layer = cache(partial(kind, shape, dtype, chosen))  # made with its first row
             for count in counts:
                 name = f"few tokens {shape} {dtype} {count}"
                 todo.append((name, lambda layer=layer, count=count: layer().row(count, rounds)))

@@ -131,11 +131,12 @@ def expand(packed: packing.PackedMatrix) -> Tensor:
     ).to_dense()
 
 
-def few_tokens(x: Tensor, packed: packing.PackedMatrix) -> Tensor:
+def few_tokens(x: Tensor, packed: packing.PackedMatrix, row_scale: Tensor | None = None) -> Tensor:
     """y of our kernel for few tokens."""
     if has_kernels(x):
-        return decode.linear(x, packed)
+        return decode.linear(x, packed, row_scale=row_scale)
     y = x.float() @ expand(packed).float().T
+    y = y if row_scale is None else y * row_scale
     return y.to(torch.bfloat16 if x.dtype == torch.int8 else x.dtype)
 
 
@@ -217,6 +218,21 @@ def _padded(x: Tensor) -> Tensor:
 
 def _cslt_out(x: Tensor) -> torch.dtype | None:
     return torch.bfloat16 if x.dtype == torch.int8 else None
+
+
+def scaled_linear(x: Tensor, weight: Tensor, row_scale: Tensor) -> timing.Call:
+    """x @ (weight * row_scale).T by torch._scaled_mm, inputs made e4m3 with a scale for each token beforehand.
+
+    Args:
+        weight: float8_e4m3fn.
+    """
+    q, scales = reference.quantize_rows_e4m3(x)
+    given = {"scale_a": scales[:, None], "scale_b": row_scale[None], "out_dtype": x.dtype}
+
+    def run() -> Tensor:
+        return torch._scaled_mm(q, weight.t(), **given)
+
+    return run
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
