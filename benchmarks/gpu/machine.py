@@ -80,8 +80,7 @@ def main(device: cases.Device = "cuda", json_path: cases.Json = None, smallest: 
     architecture = WITHOUT_GPU
     if chosen.type == "cuda":
         architecture = compiler.architecture_of(torch.cuda.get_device_capability(chosen))
-    capability = torch.cuda.get_device_capability(chosen) if chosen.type == "cuda" else (9, 0)
-    names = [name for name, text in table.KERNEL_TEXTS.items() if text.oldest <= capability]
+    names = [name for name, text in table.KERNEL_TEXTS.items() if text.runs_on(architecture)]
     names = [name for name in names if name.startswith("decode")][:2] if smallest else names
     with ThreadPoolExecutor(THREADS) as pool:
         made = dict(zip(names, pool.map(lambda name: compiled(name, architecture), names), strict=True))

@@ -155,6 +155,12 @@ TWOFOUR_DECODE(decode_e4m3_fp16_8, E4m3Fp16Products, 1, 1, 2)
 TWOFOUR_DECODE(decode_e4m3_fp16_16, E4m3Fp16Products, 2, 1, 2)
 TWOFOUR_DECODE(decode_e4m3_fp16_32, E4m3Fp16Products, 4, 2, 2)
 TWOFOUR_DECODE(decode_e4m3_fp16_64, E4m3Fp16Products, 8, 2, 1)
+#if defined(TWOFOUR_MULTIPLIES_E4M3)
+TWOFOUR_DECODE(decode_e4m3_8, E4m3Products, 1, 1, 2)
+TWOFOUR_DECODE(decode_e4m3_16, E4m3Products, 2, 1, 2)
+TWOFOUR_DECODE(decode_e4m3_32, E4m3Products, 4, 1, 2)
+TWOFOUR_DECODE(decode_e4m3_64, E4m3Products, 8, 1, 1)
+#endif
 #endif
 
 }  // namespace twofour::cuda

@@ -31,6 +31,9 @@ struct Operand {
 TWOFOUR_PRODUCTS_OF(Bf16Products, float, 2, multiply_bf16)
 TWOFOUR_PRODUCTS_OF(Fp16Products, float, 2, multiply_fp16)
 TWOFOUR_PRODUCTS_OF(Int8Products, int32_t, 1, multiply_int8)
+#if defined(TWOFOUR_MULTIPLIES_E4M3)
+TWOFOUR_PRODUCTS_OF(E4m3Products, float, 1, multiply_e4m3)
+#endif
 
 // e4m3 weights and inputs of 16 bits: weights become 16 bits, each of its number, and mma.sp multiplies a chunk in two steps.
 //

@@ -117,6 +117,7 @@ TWOFOUR_MULTIPLY(multiply_bf16, "m16n8k32.row.col.f32.bf16.bf16.f32", float, "f"
 TWOFOUR_MULTIPLY(multiply_fp16, "m16n8k32.row.col.f32.f16.f16.f32", float, "f")
 TWOFOUR_MULTIPLY(multiply_int8, "m16n8k64.row.col.s32.s8.s8.s32", int32_t, "r")
 #if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200  // elsewhere it is taken apart into 2-byte products
+#define TWOFOUR_MULTIPLIES_E4M3
 TWOFOUR_MULTIPLY(multiply_e4m3, "m16n8k64.row.col.f32.e4m3.e4m3.f32", float, "f")
 #endif
 
@@ -189,6 +190,7 @@ TWOFOUR_DEVICE uint4 load_latest(const uint4* from) {
 
 #else
 #define TWOFOUR_E4M3_BY_HAND
+#define TWOFOUR_MULTIPLIES_E4M3
 #endif
 
 #if defined(TWOFOUR_E4M3_BY_HAND)

@@ -23,7 +23,7 @@ KINDS = [(dtype, dtype) for dtype in DTYPES] + [(dtype, E4M3) for dtype in argum
 
 def name_of(x: torch.dtype, weight: torch.dtype) -> str:
     """As kernels are called."""
-    return arguments.NAMES[x] if x == weight else arguments.NAMES_OF_E4M3[x]
+    return arguments.NAMES_OF_E4M3[x] if weight == E4M3 else arguments.NAMES[x]
 
 
 def packed_of(shape: tuple[int, int], dtype: torch.dtype) -> tuple[PackedMatrix, Tensor]:
@@ -68,7 +68,7 @@ class Case:
         rows, columns = shape
         self.weight = weight or dtype
         self.dtype, self.tokens, self.shape, self.activation = dtype, tokens, shape, activation
-        self.out = out or (torch.bfloat16 if dtype == torch.int8 else dtype)
+        self.out = out or (torch.bfloat16 if dtype.itemsize == 1 else dtype)
         self.packed, self.dense = packed_of(shape, self.weight)
         self.x = numbers((tokens, columns), dtype, 4, tokens)
         self.bias = numbers((rows,), self.out, 9, 1) if bias else None

@@ -13,7 +13,7 @@ from tests.cuda.products import E4M3, KINDS, Case, close, launched, name_of, num
 
 from twofour import ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import epilogue
-from twofour.kernels.cuda import arguments, decode, layout, resources, table
+from twofour.kernels.cuda import arguments, compiler, decode, layout, resources, table
 from twofour.kernels.cuda.decode import linear, plan
 from twofour.kernels.cuda.packing import PackedMatrix
 
@@ -105,7 +105,7 @@ def test_more_tokens_than_a_launch_takes(dtype: torch.dtype, weight: torch.dtype
     tokens, rows, columns = 65, 36, 1100
     packed, dense = packed_of((rows, columns), weight)
     x = numbers((tokens, columns), dtype, 4)
-    out = torch.bfloat16 if dtype == torch.int8 else dtype
+    out = torch.bfloat16 if dtype.itemsize == 1 else dtype
     bias, residual = numbers((rows,), out, 9), numbers((tokens, rows), out, 9)
     row_scale, token_scale = powers(rows, 1), powers(tokens, 2)
     y = linear(x, packed, bias, row_scale=row_scale, token_scale=token_scale, activation="relu", residual=residual)
@@ -135,6 +135,29 @@ def test_every_e4m3_is_multiplied_as_the_number_that_it_is(dtype: torch.dtype, t
     assert int(wanted.isnan().sum()) == 2 * 4 * tokens
 
 
+def test_e4m3_inputs_are_for_gpus_that_multiply_them(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    device, name = torch.device("cuda", 0), "decode_e4m3_8"
+    able = [each for each in compiler.ARCHITECTURES if table.KERNEL_TEXTS[name].runs_on(each)]
+    assert able == ["sm_89", "sm_120a"]
+    packed, dense = packed_of((20, 64), E4M3)
+    x = numbers((3, 64), E4M3, 4)
+    for architecture in compiler.ARCHITECTURES:
+        monkeypatch.setattr(table, "_architecture", lambda _, found=architecture: found)
+        assert (table.why_not(name, device) is None) == (architecture in able)
+        assert table.why_not("decode_e4m3_bf16_8", device) is None
+    monkeypatch.setattr(table, "_architecture", lambda _: "sm_90a")
+    said = r"sm_90a does not multiply e4m3, only sm_89, sm_120, sm_121 do"
+    with pytest.raises(UnsupportedError, match=f"decode_e4m3_8 is not for this GPU: {said}"):
+        table._loaded(name, device)
+    why_not = table.why_not
+    monkeypatch.setattr(table, "why_not", lambda kernel, _: why_not(kernel, device))
+    with pytest.raises(UnsupportedError, match=f"x is torch.float8_e4m3fn, and {said}: give it as x.half"):
+        linear(x, packed)
+    assert launched == []
+    y = linear(x.half(), packed, out_dtype=torch.float32)
+    assert torch.equal(y, x.float() @ dense.float().T)
+
+
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.bfloat16, 2.0**-110), (torch.bfloat16, 2.0**110), (torch.float16, 2.0**-24)]
 )
@@ -158,8 +181,7 @@ def test_an_input_at_a_dropped_place_of_an_e4m3_weight_reaches_nothing() -> None
     assert torch.equal(y[:, 3], case.wanted().bfloat16()[:, 3])
 
 
-@pytest.mark.parametrize("dtype", arguments.NAMES_OF_E4M3, ids=str)
-def test_neighbours_swap_groups_so_that_16_bit_products_take_8_bit_fragments(dtype: torch.dtype) -> None:
+def test_neighbours_swap_groups_so_that_16_bit_products_take_8_bit_fragments() -> None:
     """The order of groups that products.h draws, through a model of the hardware that knows nothing of twofour."""
     packed, dense = packed_of((16, 64), E4M3)
     values, words = packed.values[0, 0].double().numpy(), packed.metadata[0, 0].numpy().view(np.uint32)
@@ -234,11 +256,12 @@ def test_counters_belong_to_no_pool_of_the_thread_that_launches(monkeypatch: pyt
 def test_what_it_refuses(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = packed_of((20, 64), torch.bfloat16)
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
-    known = "one of bfloat16, float16, int8, the same for both, or a weight of float8_e4m3fn and x of bfloat16, float16"
+    known = "one of bfloat16, float16, int8, the same for both, or a weight of float8_e4m3fn"
+    known += " and x of bfloat16, float16, float8_e4m3fn"
     with pytest.raises(UnsupportedError, match=f"x is torch.float16, the weight torch.bfloat16: {known}"):
         linear(x.half(), packed)
-    with pytest.raises(UnsupportedError, match=f"the weight torch.float8_e4m3fn: {known}"):
-        linear(x.to(torch.float8_e4m3fn), packed_of((20, 64), torch.float8_e4m3fn)[0])
+    with pytest.raises(UnsupportedError, match=f"x is torch.float8_e4m3fn, the weight torch.bfloat16: {known}"):
+        linear(x.to(E4M3), packed)
     with pytest.raises(UnsupportedError, match=f"x is torch.int8, the weight torch.float8_e4m3fn: {known}"):
         linear(x.to(torch.int8), packed_of((20, 64), torch.float8_e4m3fn)[0])
     with pytest.raises(UnsupportedError, match=f"x is torch.bfloat16, the weight torch.float8_e5m2: {known}"):

@@ -11,7 +11,7 @@ from tests.gpu.support import pruned, specified
 from torch import Tensor
 
 from twofour import DeviceError, ShapeError, UnsupportedError
-from twofour.kernels.cuda import decode, driver, packing, table
+from twofour.kernels.cuda import decode, driver, packing, products, table
 from twofour.testing import assert_same_bits, assert_within_bound
 
 DTYPES = [torch.bfloat16, torch.float16, torch.int8]
@@ -25,7 +25,7 @@ def packed_of(dense: Tensor, device: torch.device) -> packing.PackedMatrix:
 
 
 def _kept(dense: Tensor) -> Tensor:
-    groups = (dense != 0).view(len(dense), -1, 4).int()
+    groups = (dense.float() != 0).view(len(dense), -1, 4).int()
     order = (torch.arange(4) - 8 * groups).argsort(-1)[..., :2]
     return torch.zeros(groups.shape, dtype=torch.bool).scatter_(-1, order, True).view(dense.shape)
 
@@ -81,6 +81,46 @@ def test_real_numbers_stay_within_the_bound(dtype: torch.dtype, tokens: int, dev
     bias = torch.randn(200).to(out_of(dtype))
     y = decode.linear(x.to(device), packed_of(dense, device), bias.to(device))
     assert_within_bound(y, x, dense, bias)
+
+
+def assert_scaled_exact(shape: tuple[int, int], dtype: torch.dtype, counts: list[int], device: torch.device) -> None:
+    """An e4m3 weight with a scale for each row among inputs of 16 bits; where the GPU multiplies e4m3, such inputs too."""
+    dense = pruned(shape, torch.float8_e4m3fn, whole=True)
+    packed, scale = packed_of(dense, device), 2.0 ** (torch.arange(shape[0]) % 5 - 2)
+    for count in counts:
+        x = tokens_of(count, shape[1], dtype, count, whole=True)
+        wanted = (x.double() @ dense.double().T * scale.double()).to(dtype)
+        found = products.linear(x.to(device), packed, row_scale=scale.float().to(device))
+        assert_same_bits(found, wanted)
+        if table.why_not("decode_e4m3_8", device) is None:
+            narrow = x.to(torch.float8_e4m3fn).to(device)
+            found = products.linear(narrow, packed, row_scale=scale.float().to(device), out_dtype=dtype)
+            assert_same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_e4m3_weights_are_exact(dtype: torch.dtype, device: torch.device) -> None:
+    assert_scaled_exact((40, 200), dtype, [1, 33], device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(300, 1160), (16, 64), (130, 60), (4096, 520)], ids=str)
+def test_e4m3_weights_are_exact_for_every_number_of_tokens(
+    shape: tuple[int, int], dtype: torch.dtype, gpu: torch.device
+) -> None:
+    assert_scaled_exact(shape, dtype, [*range(1, 67), 100, 128, 200, 256, 257, 513], gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_e4m3_is_the_number_that_it_is(dtype: torch.dtype, device: torch.device) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    dense = torch.zeros(256, 4, dtype=torch.uint8)
+    dense[:, 1] = every.view(torch.uint8)
+    dense[:, 2] = 1  # 2^-9
+    x = torch.tensor([0.0, 2.0, 0.0, float("nan")]).to(dtype).expand(9, 4)
+    y = decode.linear(x.to(device), packed_of(dense.view(torch.float8_e4m3fn), device), out_dtype=torch.float32)
+    assert torch.equal(y.cpu().isnan(), every.float().isnan().expand(9, -1))
+    assert torch.equal(y.cpu().nan_to_num(), (2 * every.float()).nan_to_num().expand(9, -1))
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=str)

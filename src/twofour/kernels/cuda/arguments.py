@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
 from .. import epilogue
-from . import layout
+from . import layout, table
 from .packing import PackedMatrix, _on_gpu, require_layout
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 """Of x and a weight of its dtype, as kernels are called."""
-NAMES_OF_E4M3 = {torch.bfloat16: "e4m3_bf16", torch.float16: "e4m3_fp16"}
+NAMES_OF_E4M3 = {torch.bfloat16: "e4m3_bf16", torch.float16: "e4m3_fp16", torch.float8_e4m3fn: "e4m3"}
 """Of x, where the weight is float8_e4m3fn."""
+E4M3 = torch.float8_e4m3fn
 ITEMS = (torch.bfloat16, torch.float16, torch.float32)
 """Of the result, in the order of csrc/cuda/epilogue.h."""
 _ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
@@ -44,14 +45,15 @@ class Arguments:
         return torch.int32 if self.x.dtype == torch.int8 else torch.float32
 
     @property
-    def mixed(self) -> bool:
-        """Has the weight another dtype than x?"""
-        return self.x.dtype != self.packed.values.dtype
+    def is_e4m3(self) -> bool:
+        """Has the weight a dtype that only the kernels for few tokens take?"""
+        return self.packed.values.dtype == E4M3
 
     def widened(self) -> Arguments:
-        """With the weight in x's dtype."""
-        values, metadata = layout.widen(self.packed.values, self.packed.metadata, self.x.dtype)
-        return replace(self, packed=PackedMatrix(values, metadata, self.packed.shape))
+        """With weight and x of 16 bits."""
+        x = _aligned(self.x.to(torch.float16)) if self.x.dtype == E4M3 else self.x
+        values, metadata = layout.widen(self.packed.values, self.packed.metadata, x.dtype)
+        return replace(self, x=x, packed=PackedMatrix(values, metadata, self.packed.shape))
 
     def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
         """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
@@ -117,7 +119,7 @@ def check(
     if x.ndim != 2 or x.shape[1] != columns:
         raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [tokens, {columns}].")
     if out_dtype is None:
-        out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
+        out_dtype = torch.bfloat16 if x.itemsize == 1 else x.dtype
     if out_dtype not in ITEMS:
         raise UnsupportedError(f"out_dtype is {out_dtype}: sums are rounded to {_of(ITEMS)}.")
     epilogue.require(x, activation, None, rows)
@@ -142,6 +144,9 @@ def check(
             raise UnsupportedError(f"x is on {x.device}, {name} on {tensor.device}: put them on one device.")
     if not _on_gpu(x) or x.device != packed.values.device:
         raise UnsupportedError(f"x is on {x.device}, the weight on {packed.values.device}: put both on one GPU.")
+    reason = table.why_not("decode_e4m3_8", x.device) if x.dtype == E4M3 else None
+    if reason is not None:
+        raise UnsupportedError(f"x is {x.dtype}, and {reason}: give it as x.half(), which holds its numbers.")
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     y = torch.empty(len(x), rows, dtype=out_dtype, device=x.device)
@@ -150,7 +155,7 @@ def check(
 
 def _name(x: torch.dtype, weight: torch.dtype) -> str | None:
     """Of the kernels; None where there are none."""
-    if weight == torch.float8_e4m3fn:
+    if weight == E4M3:
         return NAMES_OF_E4M3.get(x)
     return NAMES.get(x) if x == weight else None
 

@@ -77,15 +77,15 @@ def linear(
     Results do not depend on which block ran first. Made for few tokens: 64 at a time, each time reading the weight.
 
     Args:
-        x: [tokens, columns] bfloat16, float16 or int8 on the GPU of `packed`; only rows that begin at multiples of 16
-            bytes avoid a copy.
-        packed: of a [rows, columns] weight of x's dtype; or of float8_e4m3fn, whose numbers x's dtype holds exactly, where
-            that has 16 bits: `packing.quantize` makes one, and its row_scale.
+        x: [tokens, columns] bfloat16, float16, int8, or where the GPU multiplies it float8_e4m3fn, on the GPU of `packed`;
+            only rows that begin at multiples of 16 bytes avoid a copy.
+        packed: of a [rows, columns] weight of x's dtype; or of float8_e4m3fn, whose numbers 16 bits hold exactly, where x
+            has 16: `packing.quantize` makes one, and its row_scale.
         bias: [rows] of the dtype of the result, or None.
         row_scale, token_scale: [rows] and [tokens] float32 that sums are multiplied with, or None.
         activation: a name of `epilogue.ACTIVATIONS`.
         residual: [tokens, rows] of the dtype of the result, rows any distance apart; or None.
-        out_dtype: of the result, one of `arguments.ITEMS`; None for that of x, bfloat16 for int8.
+        out_dtype: of the result, one of `arguments.ITEMS`; None for that of x, bfloat16 for 8 bits.
     Returns:
         [tokens, rows], contiguous.
     Raises:

@@ -74,7 +74,7 @@ def linear(
 ) -> Tensor:
     """As `decode.linear`, arguments, result and errors, for many tokens: it reads the weight about once for all of them.
 
-    An e4m3 weight takes its place in x's dtype first, twice its memory while the call lasts.
+    An e4m3 weight is widened to the dtype of x first, x to float16 where it is e4m3: memory that lasts as long as the call.
     """
     call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
     done = call.without_kernels()
@@ -83,7 +83,7 @@ def linear(
 
 def multiplied(call: arguments.Arguments) -> Tensor:
     """y of arguments that have something to multiply."""
-    call = call.widened() if call.mixed else call
+    call = call.widened() if call.is_e4m3 else call
     (rows, columns), tokens, device = call.packed.shape, len(call.x), call.x.device
     processors, room = resources.processors(device), resources.shared_bytes(device)
     share = plan(rows, columns, tokens, call.x.itemsize, processors, room)

@@ -11,7 +11,7 @@ from .packing import PackedMatrix
 MOST_DECODED = decode.MOST_TOKENS
 """Tokens that one reading of the weight serves without a tile of the product."""
 MOST_DECODED_E4M3 = 4 * decode.MOST_TOKENS
-"""Likewise, in four readings, of an e4m3 weight among inputs of 16 bits. A reading is 0.625 bytes of each place of the
+"""Likewise, in four readings, of an e4m3 weight. A reading is 0.625 bytes of each place of the
 weight, four are 2.5. As 16 bits it costs 2.875: 0.625 read and 1.125 written to widen it, and those read again. A fifth
 reading would make 3.125."""
 
@@ -33,5 +33,5 @@ def linear(
     done = call.without_kernels()
     if done is not None:
         return done
-    most = MOST_DECODED_E4M3 if call.mixed else MOST_DECODED
+    most = MOST_DECODED_E4M3 if call.is_e4m3 else MOST_DECODED
     return decode.multiplied(call) if len(call.x) <= most else gemm.multiplied(call)

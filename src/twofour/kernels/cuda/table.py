@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from ...errors import UnsupportedError
 from . import compiler, driver, tiles
 
 
@@ -28,7 +29,7 @@ class KernelText:
         matrix_loads: how often it loads four matrices from shared memory.
         conversions: of two e4m3 to fp16, by the instruction for it where there is one: from sm_89 on.
         rows, tokens, itemsize: of decode.cu: rows of the weight that a block multiplies by so many tokens, bytes of its items.
-        oldest: the first compute capability it runs on.
+        only: how the names of the architectures that have its instructions begin; () for all.
     """
 
     name: str
@@ -45,7 +46,10 @@ class KernelText:
     tokens: int = 0
     itemsize: int = 0
     defines: tuple[str, ...] = ()
-    oldest: tuple[int, int] = compiler.OLDEST
+    only: tuple[str, ...] = ()
+
+    def runs_on(self, architecture: str) -> bool:
+        return not self.only or architecture.startswith(self.only)
 
     @property
     def most_registers(self) -> int:
@@ -73,7 +77,10 @@ _ONE_WAY = (
 _SPARSE = {"bf16": "HMMA.SP.16832.F32.BF16", "fp16": "HMMA.SP.16832.F32", "int8": "IMMA.SP.16864.S8.S8"}
 
 
-_WEIGHTS = {**dict.fromkeys(_SPARSE), "e4m3_bf16": "bf16", "e4m3_fp16": "fp16"}
+_E4M3 = {"e4m3": "QMMA.SP.16864.F32.E4M3.E4M3"}
+_MULTIPLY_E4M3 = ("sm_89", "sm_120", "sm_121")
+"""Elsewhere mma.sp of it is taken apart into products of 16 bits."""
+_WEIGHTS = {**dict.fromkeys((*_SPARSE, *_E4M3)), "e4m3_bf16": "bf16", "e4m3_fp16": "fp16"}
 """What kernels for few tokens are called by -> what e4m3 weights become."""
 
 
@@ -81,7 +88,7 @@ def _decode(name: str, tokens: int) -> KernelText:
     """As Stage of decode.cu: two of them, of `chunks` chunks of 64 columns of each token, 16 bytes apart."""
     becomes = _WEIGHTS[name]
     dtype = becomes or name
-    itemsize, chunks = (1 if dtype == "int8" else 2), (4 if tokens == 64 else 8)
+    itemsize, chunks = (1 if dtype in ("int8", "e4m3") else 2), (4 if tokens == 64 else 8)
     tiles = 2 if becomes and tokens >= 32 else 1  # of rows, in a warp
     loads = chunks * itemsize * tokens // 8
     return KernelText(
@@ -91,12 +98,13 @@ def _decode(name: str, tokens: int) -> KernelText:
         1 if tokens == 64 else 2,
         shared_bytes=16,
         dynamic_bytes=2 * tokens * (chunks * 64 * itemsize + 16),
-        multiplies=(_SPARSE[dtype], loads * tiles),
+        multiplies=({**_SPARSE, **_E4M3}[dtype], loads * tiles),
         matrix_loads=loads,
         conversions=8 * chunks * tiles if becomes else 0,
         rows=8 * 16 * tiles,
         tokens=tokens,
         itemsize=2 if name in ("bf16", "fp16") else 1,
+        only=_MULTIPLY_E4M3 if name == "e4m3" else (),
         defines=(
             f"TWOFOUR_NAME=decode_{name}_{tokens}",
             f"TWOFOUR_PRODUCTS={''.join(each.capitalize() for each in name.split('_'))}Products",
@@ -168,10 +176,25 @@ def _launch(name: str, grid: Sequence[int], device: torch.device, arguments: Seq
     driver.driver().launch(_loaded(name, device), grid, text.threads, arguments, stream, text.dynamic_bytes, number)
 
 
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a GPU has no such kernel; None where it has."""
+    text = KERNEL_TEXTS[name]
+    if not text.only or device.type != "cuda" or text.runs_on(_architecture(device)):
+        return None
+    return f"{_architecture(device)} does not multiply {name.split('_')[1]}, only {', '.join(text.only)} do"
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    return compiler.architecture_of(torch.cuda.get_device_capability(device))
+
+
 @cache
 def _loaded(name: str, device: torch.device) -> int:
     text = KERNEL_TEXTS[name]
-    architecture = compiler.architecture_of(torch.cuda.get_device_capability(device))
+    architecture, reason = _architecture(device), why_not(name, device)
+    if reason is not None:
+        raise UnsupportedError(f"{name} is not for this GPU: {reason}.")
     cubin = compiler.compiled(text.file, architecture, text.defines)
     digest = hashlib.sha256(cubin).digest()
     return driver.driver().kernel(cubin, digest, name, text.dynamic_bytes, device.index or 0)
