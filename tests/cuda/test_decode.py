@@ -95,7 +95,7 @@ def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], ki
     if shape[0] * shape[1] >= 1 << 26:
         places = 132 * (1 if tokens == 64 else 2)
         rounds = found.blocks * found.slices / places
-        assert rounds > 0.7
+        assert rounds > 0.6
         assert rounds <= 1 or rounds % 1 == 0 or rounds % 1 > 0.5  # no last round of a few blocks, for whom all wait
 
 
