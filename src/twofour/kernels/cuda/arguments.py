@@ -58,7 +58,7 @@ class Arguments:
     def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
         """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
         weight, x = self.packed, self.x
-        stride = x.stride(0) * x.itemsize if len(x) > 1 else 0  # that of a single row may be no multiple of 16
+        stride = x.stride(0) * x.itemsize if x.shape[0] > 1 else 0  # that of a single row may be no multiple of 16
         return (
             weight.values.data_ptr(),
             weight.metadata.data_ptr(),
@@ -123,16 +123,41 @@ def check(
     if out_dtype not in ITEMS:
         raise UnsupportedError(f"out_dtype is {out_dtype}: sums are rounded to {_of(ITEMS)}.")
     epilogue.require(x, activation, None, rows)
+    tokens = x.shape[0]  # len(x) takes a microsecond
+    if bias is not None or row_scale is not None or token_scale is not None or residual is not None:
+        _require_beside(x, rows, bias, row_scale, token_scale, residual, out_dtype)
+    if not _on_gpu(x) or x.device != packed.values.device:
+        raise UnsupportedError(f"x is on {x.device}, the weight on {packed.values.device}: put both on one GPU.")
+    reason = table.why_not("decode_e4m3_8", x.device) if x.dtype == E4M3 else None
+    if reason is not None:
+        raise UnsupportedError(f"x is {x.dtype}, and {reason}: give it as x.half(), which holds its numbers.")
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    y = torch.empty(tokens, rows, dtype=out_dtype, device=x.device)
+    return Arguments(_aligned(x.detach()), packed, bias, row_scale, token_scale, activation, residual, y)
+
+
+def _require_beside(
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    token_scale: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """Raises unless what stands beside x and the weight fits them."""
+    tokens = x.shape[0]
     for name, vector, size, dtype in (
         ("bias", bias, rows, out_dtype),
         ("row_scale", row_scale, rows, torch.float32),
-        ("token_scale", token_scale, len(x), torch.float32),
+        ("token_scale", token_scale, tokens, torch.float32),
     ):
         if vector is not None and (vector.shape != (size,) or vector.dtype != dtype or not vector.is_contiguous()):
             raise ShapeError(f"{name} is {list(vector.shape)} {vector.dtype}: it must be [{size}] {dtype}, contiguous.")
-    if residual is not None and (residual.shape != (len(x), rows) or residual.dtype != out_dtype):
+    if residual is not None and (residual.shape != (tokens, rows) or residual.dtype != out_dtype):
         raise ShapeError(
-            f"residual is {list(residual.shape)} {residual.dtype}: it must be [{len(x)}, {rows}] {out_dtype}, as y."
+            f"residual is {list(residual.shape)} {residual.dtype}: it must be [{tokens}, {rows}] {out_dtype}, as y."
         )
     for name, tensor in (
         ("bias", bias),
@@ -142,15 +167,6 @@ def check(
     ):
         if tensor is not None and tensor.device != x.device:
             raise UnsupportedError(f"x is on {x.device}, {name} on {tensor.device}: put them on one device.")
-    if not _on_gpu(x) or x.device != packed.values.device:
-        raise UnsupportedError(f"x is on {x.device}, the weight on {packed.values.device}: put both on one GPU.")
-    reason = table.why_not("decode_e4m3_8", x.device) if x.dtype == E4M3 else None
-    if reason is not None:
-        raise UnsupportedError(f"x is {x.dtype}, and {reason}: give it as x.half(), which holds its numbers.")
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
-    y = torch.empty(len(x), rows, dtype=out_dtype, device=x.device)
-    return Arguments(_aligned(x.detach()), packed, bias, row_scale, token_scale, activation, residual, y)
 
 
 def _name(x: torch.dtype, weight: torch.dtype) -> str | None:
@@ -163,9 +179,9 @@ def _name(x: torch.dtype, weight: torch.dtype) -> str | None:
 def _aligned(x: Tensor) -> Tensor:
     """With rows that begin at multiples of 16 bytes; what lies behind their ends is not read."""
     items = 16 // x.itemsize
-    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (x.stride(0) % items == 0 or len(x) == 1):
+    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (x.stride(0) % items == 0 or x.shape[0] == 1):
         return x
-    wide = x.new_empty(len(x), -(-x.shape[1] // items) * items)
+    wide = x.new_empty(x.shape[0], -(-x.shape[1] // items) * items)
     return wide[:, : x.shape[1]].copy_(x)
 
 

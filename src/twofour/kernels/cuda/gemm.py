@@ -84,7 +84,7 @@ def linear(
 def multiplied(call: arguments.Arguments) -> Tensor:
     """y of arguments that have something to multiply."""
     call = call.widened() if call.is_e4m3 else call
-    (rows, columns), tokens, device = call.packed.shape, len(call.x), call.x.device
+    (rows, columns), tokens, device = call.packed.shape, call.x.shape[0], call.x.device
     processors, room = resources.processors(device), resources.shared_bytes(device)
     share = plan(rows, columns, tokens, call.x.itemsize, processors, room)
     partial = counters = None

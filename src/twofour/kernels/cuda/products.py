@@ -34,4 +34,4 @@ def linear(
     if done is not None:
         return done
     most = MOST_DECODED_E4M3 if call.is_e4m3 else MOST_DECODED
-    return decode.multiplied(call) if len(call.x) <= most else gemm.multiplied(call)
+    return decode.multiplied(call) if call.x.shape[0] <= most else gemm.multiplied(call)
