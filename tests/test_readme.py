@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -67,6 +68,29 @@ def test_headline_numbers_are_those_of_the_json() -> None:
     lines.append(headline_avx2(README.parent / shown, shown))
     for line in lines:
         assert line in readme
+
+
+def test_numbers_in_the_text_are_those_of_the_json() -> None:
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    folder = README.parent / "benchmarks/results/epyc-zen5-2core"
+    steps = json.loads((folder / "step.json").read_text())["rows"]
+    gain = {
+        row["dtype"]: f"{row['times dense']:.2f}×"
+        for row in steps
+        if row["threads"] == 1 and row["step"] == "fst, a mask each step"
+    }
+    assert f"plain SGD: {gain['bfloat16']} torch's dense step in bfloat16, {gain['float32']} in float32" in readme
+    rows = json.loads((folder / "linear.json").read_text())["rows"]
+    ranges = []
+    for pattern in ("2:4", "2:4x4"):
+        case = ("square", "bf16", pattern, 1)
+        many = [
+            row["x_onednn"]
+            for row in rows
+            if (row["layer"], row["dtype"], row["pattern"], row["threads"]) == case and row["tokens"] >= 256
+        ]
+        ranges.append(f"{min(many):.2f} to {max(many):.2f}×")
+    assert f"oneDNN with prepacked weights is {ranges[0]}, {ranges[1]} where four rows share a mask" in readme
 
 
 def test_the_plot_is_that_of_the_json(tmp_path: Path) -> None:

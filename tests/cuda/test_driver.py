@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from twofour import DeviceError, UnsupportedError
-from twofour.kernels.cuda import driver
+from twofour.kernels.cuda import driver, table
 
 HERE = Path(__file__).parent
 
@@ -109,6 +113,33 @@ def test_a_thread_without_a_context_enters_that_of_the_device(fake: tuple[driver
         noted[7] = 0
         own.launch(0x2000, (6,), 32, (1, 2, 3), 0, device=3)
         assert (noted[7], noted[11]) == (0, 6)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_is_on_the_device_and_its_stream_whichever_is_current(
+    current: int, fake: tuple[driver.Driver, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, library = fake
+    at = [current]
+
+    @contextlib.contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        assert device.index is not None
+        before, at[0] = at[0], device.index
+        yield
+        at[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x100 * device.index + at[0])
+    )
+    monkeypatch.setattr(table, "_loaded", lambda name, device: 0x2000 + device.index)
+    monkeypatch.setattr(driver, "driver", lambda: own)
+    table.launch("take_half", (3,), torch.device("cuda", 1), 1, 2, 3)
+    noted = library.fake_noted()
+    assert (noted[10], noted[11], noted[18]) == (0x2001, 3, 0x101)  # kernel, blocks, stream: of device 1, entered
+    assert at == [current]
 
 
 def test_no_driver_and_an_old_one_are_told_apart(tmp_path: Path) -> None:
