@@ -92,16 +92,18 @@ class Row:
     x_f_linear: float
     x_onednn: float | None
     x_csr: float | None
+    x_one_thread: float | None
     disturbed: bool
 
     def line(self) -> str:
         onednn = "" if self.x_onednn is None else f"{self.onednn_us:10.1f} us {self.x_onednn:5.2f} x oneDNN"
         csr = "" if self.x_csr is None else f" | {self.x_csr:5.1f} x CSR"
+        alone = "" if self.x_one_thread is None else f" | {self.x_one_thread:4.2f} x one thread"
         return (
             f"{self.layer:21} {self.out_features:5}x{self.in_features:<5} {self.dtype:12} {self.pattern:5} {self.tokens:5}"
             f" tokens {self.threads} thr {self.kernel:16} {self.twofour_us:10.1f} us"
             f" {self.tflops_dense_equivalent:6.3f} TFLOP/s {self.gigabytes_per_second:5.1f} GB/s"
-            f" {self.percent_of_bound:3.0f} % | F.linear {self.f_linear_us:10.1f} us {self.x_f_linear:5.2f} x | {onednn}{csr}"
+            f" {self.percent_of_bound:3.0f} % | F.linear {self.f_linear_us:10.1f} us {self.x_f_linear:5.2f} x | {onednn}{csr}{alone}"
             f"{'  (disturbed)' if self.disturbed else ''}"
         )
 
@@ -128,6 +130,16 @@ def sparse_linear(matrix: SparseMatrix, bias: Tensor) -> tuple[Linear, int]:
         return cpu.linear(x, values, metadata, bias, matrix.out_features, matrix.in_features)
 
     return run, values.nbytes + metadata.nbytes
+
+
+def on_one_thread(function: Linear, x: Tensor) -> Tensor:
+    """The call by itself, for how much its threads gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(x)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dense_linear(weight: Tensor, bias: Tensor) -> Linear:
@@ -204,6 +216,8 @@ def measure(layer: Layer, dtype_name: str, pattern: str, tokens: int, threads: i
         check(name, function(x), x, weight, bias)
     kernel = native_kernel(kernels["twofour"], x)
     calls = {name: partial(function, x) for name, function in kernels.items()}
+    if threads > 1:
+        calls["one thread"] = partial(on_one_thread, kernels["twofour"], x)
     for attempt in range(2):
         times = in_turns(calls, repeats, few_rounds)
         disturbed = any(spread(times[name]) > DISTURBED for name in ("twofour", "oneDNN") if name in times)
@@ -238,6 +252,7 @@ def measure(layer: Layer, dtype_name: str, pattern: str, tokens: int, threads: i
         x_f_linear=ratio["F.linear"],
         x_onednn=ratio.get("oneDNN"),
         x_csr=ratio.get("CSR"),
+        x_one_thread=ratio.get("one thread"),
         disturbed=disturbed,
     )
 

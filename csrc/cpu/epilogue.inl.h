@@ -89,28 +89,32 @@ TWOFOUR_INLINE inline F tanh_argument(F x) { return mul(x, fma(mul(x, x), all(0.
 
 TWOFOUR_INLINE inline F relu(F x) { return select_less(x, zero(), zero(), x); }
 
-template <class Output, class Function>
-TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, F bias, int64_t token0, int tokens,
+template <class Output, int W, class Function>
+TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, const F* bias, int64_t token0, int tokens,
                                        int64_t row, int rows, Function&& function) {
   Output* y = static_cast<Output*>(args.y) + token0 * args.y_stride + row;
-  if (args.residual == nullptr) {
-    for (int t = 0; t < tokens; ++t) store_first(y + t * args.y_stride, function(add(sums[t], bias)), rows);
-    return;
-  }
+  const auto each = [&](auto&& added) TWOFOUR_INLINE {
+    for (int t = 0; t < tokens; ++t) {
+      unroll<W>([&](auto w) TWOFOUR_INLINE {
+        const F v = function(add(sums[w * kLanes + t], bias[w]));
+        store_first(y + t * args.y_stride + w * kLanes, added(v, t, w * kLanes), rows);
+      });
+    }
+  };
+  if (args.residual == nullptr) return each([](F v, int, int) TWOFOUR_INLINE { return v; });
   const Output* residual = static_cast<const Output*>(args.residual) + token0 * args.residual_stride + row;
-  for (int t = 0; t < tokens; ++t) {
-    const F added = load_first(residual + t * args.residual_stride, rows);
-    store_first(y + t * args.y_stride, add(function(add(sums[t], bias)), added), rows);
-  }
+  each([&](F v, int t, int i) TWOFOUR_INLINE {
+    return add(v, load_first(residual + t * args.residual_stride + i, rows));
+  });
 }
 
-// Writes outputs [row, row + rows), at most a vector, of tokens [token0, token0 + tokens), one vector of sums each. A
-// function of its own: its registers are not those of the loops that made the sums.
-template <class Output>
-TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, F bias, int64_t token0, int tokens, int64_t row,
-                                  int rows) {
+// Writes outputs [row, row + rows) of tokens [token0, token0 + tokens): W vectors side by side, full ones if there are several,
+// of sums [W][kLanes] and of the bias. A function of its own: its registers are not those of the loops that made the sums.
+template <class Output, int W>
+TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, const F* bias, int64_t token0, int tokens,
+                                  int64_t row, int rows) {
   const auto each = [&](auto function) TWOFOUR_INLINE {
-    finish_each<Output>(args, sums, bias, token0, tokens, row, rows, function);
+    finish_each<Output, W>(args, sums, bias, token0, tokens, row, rows, function);
   };
   constexpr bool kRough = sizeof(Output) == sizeof(bf16);
   switch (args.activation) {
@@ -154,7 +158,7 @@ TWOFOUR_OWN_REGISTERS void finish_scattered(const LinearArgs& args, const F* sum
       }
       aside.residual = residual;
     }
-    finish<Output>(aside, sums, bias, 0, T, 0, kLanes);
+    finish<Output, 1>(aside, sums, &bias, 0, T, 0, kLanes);
   } else {
     for (int t = 0; t < T; ++t) store_first(finished + t * kLanes, add(sums[t], bias), kLanes);
   }

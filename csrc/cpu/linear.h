@@ -53,6 +53,7 @@ struct LinearKernel {
   int lanes;          // tokens of a vector
   int panel_tokens;   // tokens of the largest panel
   int panel_percent;  // share of the L1 cache that panel_bytes should be
+  int weight_bytes;   // of one kept weight
   size_t (*many_scratch_bytes)(int panel_bytes, int64_t tiles);
   void (*many)(const LinearArgs& args, void* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
                int64_t tile1);

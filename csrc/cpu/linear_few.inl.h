@@ -122,7 +122,7 @@ void few_tile(const LinearArgs& args, const void* prepared, int64_t tile, int64_
         if (args.order != nullptr) {
           finish_scattered<typename Core::Output, T>(args, ends, bias, token0, row, rows);
         } else {
-          finish<typename Core::Output>(args, ends, bias, token0, T, row, rows);
+          finish<typename Core::Output, 1>(args, ends, &bias, token0, T, row, rows);
         }
       } else {
         unroll<T>([&](auto t) TWOFOUR_INLINE {

@@ -8,6 +8,7 @@ constexpr LinearKernel kernel_of() {
           kLanes,
           kLanes * Many<ManyCore>::kPanelVectors,
           ManyCore::kPanelPercent,
+          static_cast<int>(sizeof(typename ManyCore::WeightItem)),
           Many<ManyCore>::scratch_bytes,
           Many<ManyCore>::run};
 }

@@ -14,6 +14,7 @@
 // between rows.
 
 constexpr int kMaxChunkGroups = 64;
+constexpr int kCacheLine = 64, kL1Way = 4096;  // bytes
 constexpr int kChunkStep = 4;  // groups; so that packing works on whole vectors of K
 
 // The offsets of R rows, group after group, each loaded two groups ahead of its turn.
@@ -160,35 +161,59 @@ TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Off
   });
 }
 
+// Rows [row, row + rows) of y for a vector of tokens: W vectors side by side, full ones if there are several. `sums` of a
+// block that begins at row0, NV vectors for each row.
+template <class Output, int NV, int W>
+TWOFOUR_INLINE inline void write_rows(const LinearArgs& args, const float* sums, const uint8_t* places, int64_t row0,
+                                      int64_t token, int tokens, int64_t row, int rows) {
+  constexpr int64_t kRow = NV * kLanes;
+  F block[W][kLanes], bias[W];
+  unroll<W>([&](auto w) TWOFOUR_INLINE {
+    const int64_t first = row + w * kLanes, of_block = first - row0;
+    bias[w] = args.bias != nullptr ? load_first(args.bias + first, rows) : zero();
+    if (places == nullptr) {
+      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[w][i] = load(sums + (of_block + i) * kRow); });
+    } else {
+      const float* window = sums + of_block / nm::kWindowRows * nm::kWindowRows * kRow;
+      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[w][i] = load(window + places[of_block + i] * kRow); });
+    }
+    transpose(block[w]);
+  });
+  if (has_epilogue(args)) return finish<Output, W>(args, block[0], bias, token, tokens, row, rows);
+  Output* y = static_cast<Output*>(args.y) + token * args.y_stride + row;
+  const auto write = [&](int t, int count) TWOFOUR_INLINE {
+    unroll<W>([&](auto w) TWOFOUR_INLINE {
+      store_first(y + t * args.y_stride + w * kLanes, add(block[w][t], bias[w]), count);
+    });
+  };
+  if (tokens == kLanes && rows == kLanes) {
+    unroll<kLanes>([&](auto t) TWOFOUR_INLINE { write(t, kLanes); });  // from registers
+  } else {
+    for (int t = 0; t < tokens; ++t) write(t, rows);
+  }
+}
+
 // The sums of all tiles, [tile][place][NV * lanes] -> y, + bias and epilogue. Along the rows of y, one vector of tokens at a
-// time: tile by tile, between the chunks, every store would open another page. `places` has the place of each row in its
-// window; null: its own. Blocks begin where windows do, so that the sums of all rows of a window are here.
+// time: tile by tile, between the chunks, every store would open another page. Where the rows of y are a multiple of 4 KiB
+// apart, they share a set of the L1 cache, which has too few ways for all of them: then whole lines at once. (Elsewhere that
+// is a little slower: two blocks are more than the registers hold.) `places` has the place of each row in its window; null:
+// its own. Blocks begin where windows do, so that the sums of all rows of a window are here.
 template <class Output, int NV>
 void many_epilogue(const LinearArgs& args, const float* sums, const uint8_t* places, int64_t token0, int tokens,
                    int64_t tile0, int64_t tile1) {
-  constexpr int64_t kRow = NV * kLanes;
-  for (int v = 0; v < NV; ++v) {
-    Output* y = static_cast<Output*>(args.y) + (token0 + v * kLanes) * args.y_stride;
+  constexpr int64_t kSize = sizeof(Output), kLine = kCacheLine / (kLanes * kSize);  // vectors of y
+  const bool whole_lines = args.y_stride * kSize % kL1Way == 0;
+  const int64_t row0 = tile0 * nm::kTileRows, end = smaller(tile1 * nm::kTileRows, args.out_features);
+  for (int v = 0; v < NV; ++v, sums += kLanes) {
+    const int64_t token = token0 + v * kLanes;
     const int count = static_cast<int>(smaller(kLanes, tokens - v * kLanes));
-    const float* from = sums + v * kLanes;
-    for (int64_t row = tile0 * nm::kTileRows; row < tile1 * nm::kTileRows; row += kLanes) {
-      const int rows = static_cast<int>(smaller(kLanes, args.out_features - row));
-      if (rows <= 0) break;
-      const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
-      F block[kLanes];
-      const int64_t of_block = row - tile0 * nm::kTileRows;
-      if (places == nullptr) {
-        unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(from + (of_block + i) * kRow); });
-      } else {
-        const float* window = from + of_block / nm::kWindowRows * nm::kWindowRows * kRow;
-        unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[i] = load(window + places[of_block + i] * kRow); });
-      }
-      transpose(block);
-      if (has_epilogue(args)) {
-        finish<Output>(args, block, bias, token0 + v * kLanes, count, row, rows);
-        continue;
-      }
-      for (int t = 0; t < count; ++t) store_first(y + t * args.y_stride + row, add(block[t], bias), rows);
+    int64_t row = row0;
+    for (; whole_lines && row + kLine * kLanes <= end; row += kLine * kLanes) {
+      write_rows<Output, NV, kLine>(args, sums, places, row0, token, count, row, kLanes);
+    }
+    for (; row < end; row += kLanes) {
+      const int rows = static_cast<int>(smaller(kLanes, end - row));
+      write_rows<Output, NV, 1>(args, sums, places, row0, token, count, row, rows);
     }
   }
 }
@@ -225,7 +250,7 @@ struct Many {
   static void panel(const LinearArgs& args, char* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
                     int64_t tile1) {
     using Item = typename Core::WeightItem;
-    constexpr int R = Core::rows_per_step(NV);
+    constexpr int R = Core::rows_per_step(NV), kSteps = nm::kTileRows / R;
     constexpr int64_t kMetadata = nm::metadata_bytes(S);
     constexpr int kGroupBytes = Core::kPanelRows * NV * static_cast<int>(sizeof(F));
     const int64_t groups = nm::groups_of(args.in_features);
@@ -251,10 +276,12 @@ struct Many {
         const typename Core::Weight* weights = Core::weights(values, chunk, converted);
         float* tile_sums = sums + (tile - tile0) * nm::kTileRows * NV * kLanes;
         for (int row = 0; row < nm::kTileRows; row += R) {
-          // The next tile is pages away, where no prefetcher of the machine looks. Each step fetches its share of it, a
+          // The next tile is pages away, where no prefetcher of the machine looks. Each step fetches a share of it, a
           // line per group at most: in one burst the requests stand in front of the loads of the step itself (fp32:
-          // 270 instead of 340 GFLOP/s).
-          const Item* next_weights = values + groups * kSlots + row * chunk * nm::kKeep;
+          // 270 instead of 340 GFLOP/s). The share after its own, for every step reads lines of all shares.
+          const int ahead = row / R + 1;
+          const Item* next_weights =
+              values + (1 + ahead / kSteps) * groups * kSlots + ahead % kSteps * R * chunk * nm::kKeep;
           many_step<Core, R, NV, S>(packed, offsets, weights, row, chunk, reinterpret_cast<const char*>(next_weights),
                                  tile_sums, group0 == 0);
         }

@@ -72,16 +72,17 @@ struct ManyPairs {
     const int columns = groups * nm::kGroup;
     const I low_low = pair_words(0, 0), high_low = pair_words(1, 0), high_high = pair_words(1, 1);
     for (int v = 0; v < NV; ++v) {
+      const bf16* rows[kLanes];  // where tokens end the last one again, whose lanes nobody reads
+      for (int t = 0; t < kLanes; ++t) rows[t] = x + smaller(v * kLanes + t, tokens - 1) * args.x_stride;
       for (int k = 0; k < columns; k += kColumns) {
         const int count = columns - k < kColumns ? columns - k : kColumns;
         const __mmask32 mask = count == kColumns ? ~0u : (1u << count) - 1u;
         F block[kLanes];
-        for (int t = 0; t < kLanes; ++t) {
-          const int token = v * kLanes + t;
-          __builtin_prefetch(x + token * args.x_stride + k + 2 * kColumns);  // from L2, where prefetch_x left it
-          block[t] = token < tokens ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + token * args.x_stride + k))
-                                    : zero();
-        }
+        unroll<kLanes>([&](auto t) TWOFOUR_INLINE {
+          const bf16* from = rows[t] + k;
+          __builtin_prefetch(from + 2 * kColumns);  // from L2, where prefetch_x left it
+          block[t] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, from));
+        });
         transpose(block);  // lane t of block[j]: x[2j], x[2j + 1] of token t
         for (int g = 0; g < count / nm::kGroup; ++g) {
           const I x01 = _mm512_castps_si512(block[2 * g]), x23 = _mm512_castps_si512(block[2 * g + 1]);
