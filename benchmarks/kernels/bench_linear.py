@@ -103,8 +103,8 @@ class Row:
             f"{self.layer:21} {self.out_features:5}x{self.in_features:<5} {self.dtype:12} {self.pattern:5} {self.tokens:5}"
             f" tokens {self.threads} thr {self.kernel:16} {self.twofour_us:10.1f} us"
             f" {self.tflops_dense_equivalent:6.3f} TFLOP/s {self.gigabytes_per_second:5.1f} GB/s"
-            f" {self.percent_of_bound:3.0f} % | F.linear {self.f_linear_us:10.1f} us {self.x_f_linear:5.2f} x | {onednn}{csr}{alone}"
-            f"{'  (disturbed)' if self.disturbed else ''}"
+            f" {self.percent_of_bound:3.0f} % | F.linear {self.f_linear_us:10.1f} us {self.x_f_linear:5.2f} x | "
+            f"{onednn}{csr}{alone}{'  (disturbed)' if self.disturbed else ''}"
         )
 
 
