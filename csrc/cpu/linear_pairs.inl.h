@@ -106,16 +106,15 @@ struct ManyPairs {
     return _mm512_add_epi32(base, _mm512_set1_epi32(a | (32 + b) << 16));
   }
 
-  // Offsets in units of eight bytes, so that they fit in one: [half of a tile][group][8 rows]. Rows that share a mask have
-  // the same; of four groups, 32 bytes per half, which makes the zmm below.
+  // Offsets in units of eight bytes, so that they fit in one: [half of a tile][group][8 rows, one for those that share a
+  // mask]. What 32 bytes of metadata hold makes 32 bytes per half, the zmm below.
   static constexpr int kStepRows = nm::kTileRows / 2;
   static constexpr int kUnit = 8;
-  static constexpr int kGroupsAtOnce = 4;
-  static constexpr int kHalfBytes = (kMaxChunkGroups + kGroupsAtOnce) * kStepRows;  // the last are loaded, not used
+  static constexpr int kHalfBytes = (kMaxChunkGroups + 4) * kStepRows;  // the last are loaded, not used
   static constexpr int rows_per_step(int) { return kStepRows; }
 
-  // How 64 bytes are found in the metadata of four groups: each 128-bit block takes the 16-bit words with the nibbles of
-  // its half and its two groups, each byte one of those bytes; in `high` ones the nibble is the upper one.
+  // How 64 bytes are found in the metadata of 4 * S groups: each 128-bit block takes the 16-bit words with the nibbles of
+  // its half and its groups, each byte one of those bytes; in `high` ones the nibble is the upper one.
   struct OffsetTables {
     uint16_t word[32];
     uint8_t byte[64], offset[16];
@@ -124,15 +123,16 @@ struct ManyPairs {
   template <int NV, int S>
   static constexpr OffsetTables offset_tables() {
     static_assert((nm::kPairs - 1) * NV * sizeof(F) / kUnit < 256, "offsets are bytes");
+    constexpr int kOfGroup = kStepRows / S, kGroups = 16 / kOfGroup;  // bytes of a group, groups of a block
     constexpr int kWords = S == 1 ? 2 : 1;  // with the nibbles of half a tile; for rows of their own, in two 32-bit words
     OffsetTables tables{};
     for (unsigned nibble = 0; nibble < 16; ++nibble) {
       tables.offset[nibble] = static_cast<uint8_t>(nm::pair_of(nibble) * NV * static_cast<int>(sizeof(F)) / kUnit);
     }
     for (int block = 0; block < 4; ++block) {
-      const int first_row = block / 2 * kStepRows, first_group = block % 2 * 2;
+      const int first_row = block / 2 * kStepRows, first_group = block % 2 * kGroups;
       for (int of_block = 0; of_block < 16; ++of_block) {
-        const int row = first_row + of_block % kStepRows, group = of_block / kStepRows;
+        const int row = first_row + of_block % kOfGroup * S, group = of_block / kOfGroup;
         const int bit = nm::bit_of_row(row, S), slot = kWords * group + (kWords == 2 ? nm::word_of_row(row) : 0);
         const int byte = 16 * block + of_block;
         tables.word[8 * block + slot] = static_cast<uint16_t>((first_group + group) * nm::metadata_bytes(S) / 2 + bit / 16);
@@ -148,9 +148,9 @@ struct ManyPairs {
     static constexpr OffsetTables kTables = offset_tables<NV, S>();
     const I word = _mm512_loadu_si512(kTables.word), byte = _mm512_loadu_si512(kTables.byte);
     const I offset = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kTables.offset)));
-    constexpr int kBytes = kGroupsAtOnce * nm::metadata_bytes(S);
+    constexpr int kBytes = 32;  // of metadata, and of offsets per half
     const int bytes = groups * nm::metadata_bytes(S);
-    for (int b = 0; b < bytes; b += kBytes, offsets += kGroupsAtOnce * kStepRows) {
+    for (int b = 0; b < bytes; b += kBytes, offsets += kBytes) {
       const __mmask32 held = ~0u >> (32 - (bytes - b < kBytes ? bytes - b : kBytes));
       const I from = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(held, metadata + b));
       const I found = _mm512_shuffle_epi8(_mm512_permutexvar_epi16(word, from), byte);
@@ -163,16 +163,16 @@ struct ManyPairs {
 
   static const bf16* weights(const bf16* values, int, float*) { return values; }
 
-  // sums[r] += weights of row r * the pair that its offset names, for 8 rows of one group.
-  template <int NV, int S>
-  TWOFOUR_INLINE static void add_group(const char* panel, uint64_t offsets, const bf16* weights, F (&sums)[kStepRows][NV]) {
+  // sums[r] += weights of row r * the pair that its offset names, for 8 rows of one group. `offset(i)`: the i-th.
+  template <int NV, int S, class OffsetOf>
+  TWOFOUR_INLINE static void add_group(const char* panel, OffsetOf&& offset, const bf16* weights, F (&sums)[kStepRows][NV]) {
     const Quad both = _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(weights))));
     unroll<2>([&](auto q) TWOFOUR_INLINE {
       // Every row with a load of its own: the loads are the limit, so two quads come by one. Else the shuffles are.
       const Quad quad = S == 1 ? _mm512_shuffle_f32x4(both, both, 0x55 * q)
                                : load_quad(reinterpret_cast<const float*>(weights + q * 4 * nm::kKeep));
       unroll<4 / S>([&](auto s) TWOFOUR_INLINE {
-        const char* x = panel + (offsets >> 8 * (4 * q + S * s) & 0xff) * kUnit;
+        const char* x = panel + offset(4 / S * q + s) * kUnit;
         I w[S];
         unroll<S>([&](auto i) TWOFOUR_INLINE { w[i] = _mm512_castps_si512(splat<S * s + i>(quad)); });
         unroll<NV>([&](auto v) TWOFOUR_INLINE {
@@ -190,39 +190,56 @@ struct ManyPairs {
   TWOFOUR_INLINE static void step(const char* panel, const uint8_t* offsets, const bf16* weights, int row, int groups,
                                   const char* next_weights, F (&sums)[R][NV]) {
     static_assert(R == kStepRows);
-    constexpr int kAtOnce = S == 1 ? 2 : 1;  // groups; two, and rows that share loads have too few registers
     offsets += row / kStepRows * kHalfBytes;
     weights += row * nm::kKeep;
-    const auto add_next = [&](uint64_t word) TWOFOUR_INLINE {
-      add_group<NV, S>(panel, word, weights, sums);
+    const auto add_next = [&](auto&& offset) TWOFOUR_INLINE {
+      add_group<NV, S>(panel, offset, weights, sums);
       panel += kPanelRows * NV * sizeof(F);
       weights += nm::kTileRows * nm::kKeep;
     };
-    // No more bytes than are used: a load that began inside one store of `offsets` and ended in the next would wait for both.
-    uint64_t words[kAtOnce];
-    Ahead next;
-    const auto load_next = [&]() TWOFOUR_INLINE {
-      next = kAtOnce == 2 ? load_ahead(offsets) : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(offsets));
-      offsets += kAtOnce * kStepRows;
-    };
-    const auto advance = [&]() TWOFOUR_INLINE {
-      if constexpr (kAtOnce == 2) {
-        unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { words[i] = arrived<i>(next); });
-      } else {
-        words[0] = static_cast<uint64_t>(_mm_cvtsi128_si64(next));  // `arrived` costs 2 % here
-      }
-      load_next();
-    };
-    load_next();
-    advance();
-    for (int g = 0; g < groups - groups % kAtOnce; g += kAtOnce) {
+    // Two groups at once, which are one line of weights.
+    constexpr int kAtOnce = 2;
+    const auto prefetch = [&]() TWOFOUR_INLINE {
       __builtin_prefetch(next_weights);
       next_weights += kAtOnce * R * nm::kKeep * sizeof(bf16);
-      uint64_t now[kAtOnce];
-      unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { now[i] = words[i]; });
+    };
+    const int paired = groups - groups % kAtOnce;
+    if constexpr (S == 1) {
+      // The loads are the limit: the offsets of both groups by one. No more bytes than are used: a load that began inside one
+      // store of `offsets` and ended in the next would wait for both.
+      const auto of_word = [](uint64_t word) TWOFOUR_INLINE {
+        return [=](int i) TWOFOUR_INLINE { return word >> 8 * i & 0xff; };
+      };
+      uint64_t words[kAtOnce];
+      Ahead next;
+      const auto load_next = [&]() TWOFOUR_INLINE {
+        next = load_ahead(offsets);
+        offsets += kAtOnce * kStepRows;
+      };
+      const auto advance = [&]() TWOFOUR_INLINE {
+        unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { words[i] = arrived<i>(next); });
+        load_next();
+      };
+      load_next();
       advance();
-      unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { add_next(now[i]); });
+      for (int g = 0; g < paired; g += kAtOnce) {
+        prefetch();
+        uint64_t now[kAtOnce];
+        unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { now[i] = words[i]; });
+        advance();
+        unroll<kAtOnce>([&](auto i) TWOFOUR_INLINE { add_next(of_word(now[i])); });
+      }
+      if (paired != groups) add_next(of_word(words[0]));
+    } else {
+      const auto add_one = [&]() TWOFOUR_INLINE {
+        add_next([=](int i) TWOFOUR_INLINE { return static_cast<uint64_t>(offsets[i]); });
+        offsets += kStepRows / S;
+      };
+      for (int g = 0; g < paired; g += kAtOnce) {
+        prefetch();
+        unroll<kAtOnce>([&](auto) TWOFOUR_INLINE { add_one(); });
+      }
+      if (paired != groups) add_one();
     }
-    if (groups % kAtOnce != 0) add_next(words[0]);
   }
 };
