@@ -49,8 +49,8 @@ def test_a_kernel_is_loaded_once_and_launched_with_what_was_given(fake: tuple[dr
     assert (noted[0], noted[6]) == (1, 101)
     own.kernel(b"\x7fELF", b"b", "name")
     assert noted[0] == 2
-    for way in (own._native, None):  # with and without the native module
-        own._native = way
+    for way in (own._start, own._launch):  # with and without the native module
+        own._start = way
         own.launch(kernel, (7, 9), 256, (2**63, 5, -1), stream=0x3000, shared_bytes=100_000)
         assert list(noted[10:20]) == [0x2000, 7, 9, 1, 256, 1, 1, 100_000, 0x3000, 0]
         assert list(noted[20:23]) == [2**63, 5, 2**64 - 1]
@@ -104,8 +104,8 @@ def test_an_nvrtc_newer_than_the_driver_is_told(fake: tuple[driver.Driver, ctype
 def test_a_thread_without_a_context_enters_that_of_the_device(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
     own, library = fake
     noted = library.fake_noted()
-    for way, status in ((own._native, 201), (None, 201), (None, 400)):
-        own._native = way
+    for way, status in ((own._start, 201), (own._launch, 201), (own._launch, 400)):
+        own._start = way
         library.fake_fail(b"cuLaunchKernel", status)
         own.launch(0x2000, (5,), 32, (1, 2, 3), 0, device=3)
         assert noted[7] == 0x4000 + 103

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ ITEMS = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(NamedTuple):
     """Of y = activation(x @ W.T * token_scale * row_scale + bias) + residual, which fit each other; kernels can read them."""
 
     x: Tensor
@@ -53,7 +52,7 @@ class Arguments:
         """With weight and x of 16 bits."""
         x = _aligned(self.x.to(torch.float16)) if self.x.dtype == E4M3 else self.x
         values, metadata = layout.widen(self.packed.values, self.packed.metadata, x.dtype)
-        return replace(self, x=x, packed=PackedMatrix(values, metadata, self.packed.shape))
+        return self._replace(x=x, packed=PackedMatrix(values, metadata, self.packed.shape))
 
     def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
         """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
@@ -134,7 +133,8 @@ def check(
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     y = torch.empty(tokens, rows, dtype=out_dtype, device=x.device)
-    return Arguments(_aligned(x.detach()), packed, bias, row_scale, token_scale, activation, residual, y)
+    x = x.detach() if x.requires_grad else x
+    return Arguments(_aligned(x), packed, bias, row_scale, token_scale, activation, residual, y)
 
 
 def _require_beside(

@@ -80,8 +80,10 @@ def linear(
 ) -> Tensor:
     """activation(x @ W.T + bias) + residual, as `ops.linear` says."""
     packed = PackedMatrix(values, metadata, (out_features, in_features))
-    rows = x.reshape(-1, in_features)
-    residual = None if residual is None else residual.reshape(-1, out_features)
+    rows = x
+    if x.ndim != 2:
+        rows = x.reshape(-1, in_features)
+        residual = None if residual is None else residual.reshape(-1, out_features)
     if bias is None or bias.dtype == x.dtype:
         y = products.linear(
             rows, packed, None if bias is None else bias.contiguous(), activation=activation, residual=residual
@@ -89,7 +91,7 @@ def linear(
     else:  # a bias that x's dtype cannot hold is added before anything is rounded
         y = products.linear(rows, packed, out_dtype=torch.float32) + bias.float()
         y = epilogue.finish(y, activation, None if residual is None else residual.float()).to(x.dtype)
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def linear_int8(

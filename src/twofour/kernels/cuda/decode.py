@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,31 +98,46 @@ def linear(
     return multiplied(call) if done is None else done
 
 
+class _Launch(NamedTuple):
+    """Of a kernel, and what it takes of the GPU beside its arguments."""
+
+    kernel: str
+    grid: tuple[int, int]
+    slice: int
+    sums: int
+    """Items of memory in which slices leave their sums; 0 for one slice."""
+
+
+@lru_cache(maxsize=4096)
+def _launch(name: str, tokens: int, rows: int, columns: int, processors: int) -> _Launch:
+    """Of at most MOST_TOKENS tokens."""
+    size = next(size for size in TOKENS if size >= tokens)
+    kernel = f"decode_{name}_{size}"
+    share = plan(kernel, rows, columns, processors)
+    sums = share.slices * share.blocks * size * table.KERNEL_TEXTS[kernel].rows if share.slices > 1 else 0
+    return _Launch(kernel, (share.blocks, share.slices), share.slice, sums)
+
+
 def multiplied(call: arguments.Arguments) -> Tensor:
     """y of arguments that have something to multiply."""
     tokens, device = call.x.shape[0], call.x.device
-    processors = resources.processors(device)
-    launches = []
-    for first in range(0, tokens, MOST_TOKENS):
-        count = min(tokens - first, MOST_TOKENS)
-        size = next(size for size in TOKENS if size >= count)
-        kernel = f"decode_{call.name}_{size}"
-        launches.append((first, count, size, kernel, plan(kernel, *call.packed.shape, processors)))
-    partial = counters = None
-    shared = [(size, kernel, share) for _, _, size, kernel, share in launches if share.slices > 1]
-    if shared:
-        sums = max(s.slices * s.blocks * size * table.KERNEL_TEXTS[kernel].rows for size, kernel, s in shared)
-        partial = torch.empty(sums, dtype=call.sums, device=device)
-        counters = resources.counters(device, max(share.blocks for _, _, share in shared))
-    for first, count, _, kernel, share in launches:
+    name, (rows, columns), processors = call.name, call.packed.shape, resources.processors(device)
+    pieces = [(first, min(tokens - first, MOST_TOKENS)) for first in range(0, tokens, MOST_TOKENS)]
+    launches = [_launch(name, count, rows, columns, processors) for _, count in pieces]
+    partial = counters = 0
+    if sums := max([launch.sums for launch in launches]):
+        memory = torch.empty(sums, dtype=call.sums, device=device)
+        counted = resources.counters(device, max(launch.grid[0] for launch in launches))
+        partial, counters = memory.data_ptr(), counted.data_ptr()
+    for (first, count), launch in zip(pieces, launches, strict=True):
         table.launch(
-            kernel,
-            (share.blocks, share.slices),
+            launch.kernel,
+            launch.grid,
             device,
             *call.of_product(first, count),
-            share.slice,
-            0 if partial is None else partial.data_ptr(),
-            0 if counters is None else counters.data_ptr(),
+            launch.slice,
+            partial,
+            counters,
             *call.of_epilogue(first),
         )
     return call.y

@@ -47,9 +47,10 @@ class Driver:
                 function.restype, function.argtypes = ctypes.c_int, types
         except AttributeError as error:
             raise UnsupportedError(f"the NVIDIA driver is older than CUDA 12: {error}.") from None
-        self._function = ctypes.cast(self._cuda.cuLaunchKernel, ctypes.c_void_p).value
         self._load_now = getattr(self._cuda, "cuFuncLoad", None)  # since 12.4
-        self._native = getattr(native.LOADED, "launch_cuda", None)
+        launch = getattr(native.LOADED, "launch_cuda", None)
+        function = ctypes.cast(self._cuda.cuLaunchKernel, ctypes.c_void_p).value
+        self._start: Callable[..., int] = self._launch if launch is None else partial(launch, function)
 
     def kernel(self, cubin: bytes, digest: bytes, name: str, shared_bytes: int = 0, device: int = 0) -> int:
         """A handle of a kernel of a cubin, loaded once for all devices; also while a CUDA graph is being captured.
@@ -130,12 +131,11 @@ class Driver:
         Raises:
             DeviceError: the driver refuses; nothing was started.
         """
-        start: Callable[..., int] = self._launch if self._native is None else partial(self._native, self._function)
         everything: tuple[Any, ...] = (kernel, *(*grid, 1, 1)[:3], threads, shared_bytes, stream, tuple(arguments))
-        status = start(*everything)
+        status = self._start(*everything)
         if status in _NO_CONTEXT:
             self._enter(device)
-            status = start(*everything)
+            status = self._start(*everything)
         self._check(status, "a launch")
 
     def _launch(
