@@ -16,7 +16,7 @@ from torch import Tensor
 from twofour import SparseMatrix
 from twofour.errors import UnsupportedError
 from twofour.kernels import reference
-from twofour.kernels.cuda import decode, layout, packing, resources
+from twofour.kernels.cuda import layout, packing, products, resources
 from twofour.masks import nm_mask
 from twofour.testing import tolerances
 
@@ -134,7 +134,7 @@ def expand(packed: packing.PackedMatrix) -> Tensor:
 def few_tokens(x: Tensor, packed: packing.PackedMatrix, row_scale: Tensor | None = None) -> Tensor:
     """y of our kernel for few tokens."""
     if has_kernels(x):
-        return decode.linear(x, packed, row_scale=row_scale)
+        return products.linear(x, packed, row_scale=row_scale, kernels="decode")
     y = x.float() @ expand(packed).float().T
     y = y if row_scale is None else y * row_scale
     return y.to(torch.bfloat16 if x.dtype == torch.int8 else x.dtype)

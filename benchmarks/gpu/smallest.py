@@ -23,7 +23,18 @@ from benchmarks.gpu import cases
 
 from twofour import Pattern, SparseMatrix, kernels
 from twofour.kernels import KERNELS, LinearSpec, reference
-from twofour.kernels.cuda import arguments, compiler, decode, driver, gemm, layout, packing, resources, table, tiles
+from twofour.kernels.cuda import (
+    arguments,
+    compiler,
+    driver,
+    gemm,
+    layout,
+    packing,
+    products,
+    resources,
+    table,
+    tiles,
+)
 from twofour.kernels.cuda import tokens as inputs
 from twofour.masks import nm_mask
 
@@ -75,7 +86,7 @@ def run_all(device: torch.device) -> set[str]:
             for count in TOKENS.get(name, ()):
                 weight = cases.pruned(cases.normal(WIDE, dtype, torch.device("cpu")))
                 x = cases.normal((count, WIDE[1]), dtype, torch.device("cpu"), count)
-                y = decode.linear(x.to(device), packing.compress(weight.to(device)))
+                y = products.linear(x.to(device), packing.compress(weight.to(device)), kernels="decode")
                 found = cases.Exact(x, weight).error(y.cpu())
                 assert found["of_bound"] <= 1, (name, count, found)
         run_scaled(device)
@@ -97,7 +108,7 @@ def run_scaled(device: torch.device) -> None:
         there = packing.PackedMatrix(packed.values.to(device), packed.metadata.to(device), WIDE)
         for count in TOKENS["bf16"]:
             x = cases.normal((count, columns), dtype, torch.device("cpu"), count)
-            y = decode.linear(x.to(device), there, row_scale=scales.to(device))
+            y = products.linear(x.to(device), there, row_scale=scales.to(device), kernels="decode")
             found = cases.Exact(x, weight).error(y.cpu())
             assert found["of_bound"] <= 1, (dtype, count, found)
 
@@ -119,7 +130,7 @@ def run_tiles(device: torch.device) -> None:
             for slices in {1, stages}:
                 share = gemm.Plan(tile, blocks, slices, -(-stages // slices))
                 with mock.patch.object(gemm, "plan", lambda *_, share=share: share):
-                    found = exact.error(gemm.linear(x.to(device), packed).cpu())
+                    found = exact.error(products.linear(x.to(device), packed, kernels="gemm").cpu())
                 assert found["of_bound"] <= 1, (name, tile, slices, found)
 
 

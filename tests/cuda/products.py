@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 from twofour.kernels import epilogue
 from twofour.kernels.cuda import arguments, layout, table
 from twofour.kernels.cuda.packing import PackedMatrix
+from twofour.kernels.cuda.products import linear
 
+decoded = partial(linear, kernels="decode")
+tiled = partial(linear, kernels="gemm")
 DTYPES = list(arguments.NAMES)
 E4M3 = torch.float8_e4m3fn
 KINDS = [(dtype, dtype) for dtype in DTYPES] + [(dtype, E4M3) for dtype in arguments.NAMES_OF_E4M3]

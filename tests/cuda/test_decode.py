@@ -9,12 +9,12 @@ import pytest
 import torch
 from tests.cuda import model
 from tests.cuda.emulation import Guarded, launch
-from tests.cuda.products import E4M3, KINDS, Case, close, launched, name_of, numbers, packed_of, powers
+from tests.cuda.products import E4M3, KINDS, Case, close, decoded, launched, name_of, numbers, packed_of, powers
 
 from twofour import ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import epilogue
 from twofour.kernels.cuda import arguments, compiler, decode, layout, resources, table
-from twofour.kernels.cuda.decode import linear, plan
+from twofour.kernels.cuda.decode import plan
 from twofour.kernels.cuda.packing import PackedMatrix
 
 __all__ = ["launched"]
@@ -108,7 +108,7 @@ def test_more_tokens_than_a_launch_takes(dtype: torch.dtype, weight: torch.dtype
     out = torch.bfloat16 if dtype.itemsize == 1 else dtype
     bias, residual = numbers((rows,), out, 9), numbers((tokens, rows), out, 9)
     row_scale, token_scale = powers(rows, 1), powers(tokens, 2)
-    y = linear(x, packed, bias, row_scale=row_scale, token_scale=token_scale, activation="relu", residual=residual)
+    y = decoded(x, packed, bias, row_scale=row_scale, token_scale=token_scale, activation="relu", residual=residual)
     sums = x.double() @ dense.double().T * row_scale.double() * token_scale.double()[:, None]
     assert torch.equal(y, ((sums + bias.double()).relu() + residual.double()).to(out))
     name = name_of(dtype, weight)
@@ -152,9 +152,9 @@ def test_e4m3_inputs_are_for_gpus_that_multiply_them(launched: list[str], monkey
     why_not = table.why_not
     monkeypatch.setattr(table, "why_not", lambda kernel, _: why_not(kernel, device))
     with pytest.raises(UnsupportedError, match=f"x is torch.float8_e4m3fn, and {said}: give it as x.half"):
-        linear(x, packed)
+        decoded(x, packed)
     assert launched == []
-    y = linear(x.half(), packed, out_dtype=torch.float32)
+    y = decoded(x.half(), packed, out_dtype=torch.float32)
     assert torch.equal(y, x.float() @ dense.float().T)
 
 
@@ -209,20 +209,20 @@ def test_views_are_read_where_they_lie_or_copied(launched: list[str]) -> None:
     whole = numbers((6, 88), torch.float16, 4)
     residual = numbers((6, 40), torch.float16, 9)
     for x in (whole[:, :64], whole[:, 8:72], whole[:, 1:65], whole[::2, 16:80], whole[:, :64].T.contiguous().T):
-        assert torch.equal(linear(x, packed).double(), x.double() @ dense.double().T)
+        assert torch.equal(decoded(x, packed).double(), x.double() @ dense.double().T)
         for other in (residual[: len(x), 1:21], residual[: len(x), ::2], residual[:1, 3:23].expand(len(x), 20)):
-            y = linear(x, packed, residual=other, out_dtype=torch.float16)
+            y = decoded(x, packed, residual=other, out_dtype=torch.float16)
             assert torch.equal(y.double(), x.double() @ dense.double().T + other.double())
 
 
 def test_nothing_is_launched_for_nothing(launched: list[str]) -> None:
     packed, _ = packed_of((20, 64), torch.bfloat16)
-    assert linear(torch.zeros(0, 64, dtype=torch.bfloat16), packed).shape == (0, 20)
+    assert decoded(torch.zeros(0, 64, dtype=torch.bfloat16), packed).shape == (0, 20)
     nothing, _ = packed_of((20, 0), torch.bfloat16)
     x, bias = torch.zeros(3, 0, dtype=torch.bfloat16), numbers((20,), torch.bfloat16, 9)
     residual = numbers((3, 20), torch.bfloat16, 9)
-    assert torch.equal(linear(x, nothing), torch.zeros(3, 20, dtype=torch.bfloat16))
-    y = linear(x, nothing, bias, activation="relu", residual=residual)
+    assert torch.equal(decoded(x, nothing), torch.zeros(3, 20, dtype=torch.bfloat16))
+    y = decoded(x, nothing, bias, activation="relu", residual=residual)
     assert torch.equal(y, bias.relu() + residual)
     assert launched == []
 
@@ -230,11 +230,11 @@ def test_nothing_is_launched_for_nothing(launched: list[str]) -> None:
 def test_counters_are_made_once_and_stay_zeros(launched: list[str]) -> None:
     packed, _ = packed_of((300, 1100), torch.bfloat16)
     x = numbers((2, 1100), torch.bfloat16, 4)
-    first = linear(x, packed)
+    first = decoded(x, packed)
     kept = resources.counters(x.device, 3)
     assert kept is resources.counters(x.device, 1)
     assert len(resources.counters(x.device, len(kept) + 1)) > len(kept)
-    assert torch.equal(linear(x, packed), first)
+    assert torch.equal(decoded(x, packed), first)
     assert not kept.any()
 
 
@@ -259,42 +259,42 @@ def test_what_it_refuses(launched: list[str], monkeypatch: pytest.MonkeyPatch) -
     known = "one of bfloat16, float16, int8, the same for both, or a weight of float8_e4m3fn"
     known += " and x of bfloat16, float16, float8_e4m3fn"
     with pytest.raises(UnsupportedError, match=f"x is torch.float16, the weight torch.bfloat16: {known}"):
-        linear(x.half(), packed)
+        decoded(x.half(), packed)
     with pytest.raises(UnsupportedError, match=f"x is torch.float8_e4m3fn, the weight torch.bfloat16: {known}"):
-        linear(x.to(E4M3), packed)
+        decoded(x.to(E4M3), packed)
     with pytest.raises(UnsupportedError, match=f"x is torch.int8, the weight torch.float8_e4m3fn: {known}"):
-        linear(x.to(torch.int8), packed_of((20, 64), torch.float8_e4m3fn)[0])
+        decoded(x.to(torch.int8), packed_of((20, 64), torch.float8_e4m3fn)[0])
     with pytest.raises(UnsupportedError, match=f"x is torch.bfloat16, the weight torch.float8_e5m2: {known}"):
-        linear(x, packed_of((20, 64), torch.float8_e5m2)[0])
+        decoded(x, packed_of((20, 64), torch.float8_e5m2)[0])
     for wrong in (x[0], x[:, :32]):
         with pytest.raises(ShapeError, match=r"x is \[.*\]: a weight of \[20, 64\] takes \[tokens, 64\]"):
-            linear(wrong, packed)
+            decoded(wrong, packed)
     with pytest.raises(
         UnsupportedError, match="out_dtype is torch.int8: sums are rounded to bfloat16, float16, float32"
     ):
-        linear(x, packed, out_dtype=torch.int8)
+        decoded(x, packed, out_dtype=torch.int8)
     with pytest.raises(UnsupportedError, match="activation 'tanh' is unknown: the kernels have none, relu"):
-        linear(x, packed, activation="tanh")
+        decoded(x, packed, activation="tanh")
     bias, scale = torch.zeros(20, dtype=torch.bfloat16), torch.ones(20)
     for wrong in (bias[:10], bias.float(), bias.repeat(2)[::2]):
         with pytest.raises(ShapeError, match=r"bias is .*: it must be \[20\] torch.bfloat16, contiguous"):
-            linear(x, packed, wrong)
+            decoded(x, packed, wrong)
     with pytest.raises(ShapeError, match=r"bias is .*: it must be \[20\] torch.float32, contiguous"):
-        linear(x, packed, bias, out_dtype=torch.float32)
+        decoded(x, packed, bias, out_dtype=torch.float32)
     with pytest.raises(ShapeError, match=r"row_scale is .*: it must be \[20\] torch.float32, contiguous"):
-        linear(x, packed, row_scale=scale.double())
+        decoded(x, packed, row_scale=scale.double())
     with pytest.raises(ShapeError, match=r"token_scale is \[20\] .*: it must be \[3\] torch.float32, contiguous"):
-        linear(x, packed, token_scale=scale)
+        decoded(x, packed, token_scale=scale)
     for wrong in (torch.zeros(3, 19).bfloat16(), torch.zeros(3, 20)):
         with pytest.raises(ShapeError, match=r"residual is .*: it must be \[3, 20\] torch.bfloat16, as y"):
-            linear(x, packed, residual=wrong)
+            decoded(x, packed, residual=wrong)
     elsewhere = torch.device("meta")
     for name, tensor in (("row_scale", scale), ("residual", torch.zeros(3, 20).bfloat16())):
         with pytest.raises(UnsupportedError, match=f"x is on cpu, {name} on meta: put them on one device"):
-            linear(x, packed, **{name: tensor.to(elsewhere)})  # type: ignore[arg-type]
+            decoded(x, packed, **{name: tensor.to(elsewhere)})  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="x is on meta, the weight on cpu: put both on one GPU"):
-        linear(x.to(elsewhere), packed)
+        decoded(x.to(elsewhere), packed)
     monkeypatch.undo()
     with pytest.raises(UnsupportedError, match="x is on cpu, the weight on cpu: put both on one GPU"):
-        linear(x, packed)
+        decoded(x, packed)
     assert launched == []

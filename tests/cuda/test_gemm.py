@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.cuda.emulation import Guarded, launch
-from tests.cuda.products import DTYPES, E4M3, Case, close, launched, name_of, numbers, packed_of, powers
+from tests.cuda.products import DTYPES, E4M3, Case, close, launched, name_of, numbers, packed_of, powers, tiled
 
 from twofour import ShapeError, UnsupportedError
 from twofour.kernels import epilogue
-from twofour.kernels.cuda import arguments, decode, gemm, products, resources, table
+from twofour.kernels.cuda import arguments, decode, products, resources, table
 from twofour.kernels.cuda.gemm import plan
 from twofour.kernels.cuda.tiles import TILES
 
@@ -82,7 +82,7 @@ def test_it_takes_what_few_tokens_take(dtype: torch.dtype, launched: list[str]) 
     out = torch.bfloat16 if dtype == torch.int8 else dtype
     bias, residual = numbers((rows,), out, 9), numbers((tokens, rows), out, 9)
     row_scale, token_scale = powers(rows, 1), powers(tokens, 2)
-    y = gemm.linear(x, packed, bias, row_scale=row_scale, token_scale=token_scale, activation="relu", residual=residual)
+    y = tiled(x, packed, bias, row_scale=row_scale, token_scale=token_scale, activation="relu", residual=residual)
     sums = x.double() @ dense.double().T * row_scale.double() * token_scale.double()[:, None]
     assert torch.equal(y, ((sums + bias.double()).relu() + residual.double()).to(out))
     assert len(launched) == 1
@@ -92,7 +92,7 @@ def test_it_takes_what_few_tokens_take(dtype: torch.dtype, launched: list[str]) 
 
 def test_nothing_is_launched_for_nothing_or_for_what_does_not_fit(launched: list[str]) -> None:
     packed, _ = packed_of((20, 64), torch.bfloat16)
-    for linear in (gemm.linear, products.linear):
+    for linear in (tiled, products.linear):
         assert linear(torch.zeros(0, 64, dtype=torch.bfloat16), packed).shape == (0, 20)
         nothing, _ = packed_of((20, 0), torch.bfloat16)
         bias = numbers((20,), torch.bfloat16, 9)
@@ -101,6 +101,8 @@ def test_nothing_is_launched_for_nothing_or_for_what_does_not_fit(launched: list
             linear(torch.zeros(70, 32, dtype=torch.bfloat16), packed)
         with pytest.raises(UnsupportedError, match="activation 'tanh' is unknown"):
             linear(torch.zeros(70, 64, dtype=torch.bfloat16), packed, activation="tanh")
+    with pytest.raises(UnsupportedError, match="kernels is 'few': it must be 'decode' or 'gemm', or None"):
+        products.linear(torch.zeros(70, 64, dtype=torch.bfloat16), packed, kernels="few")  # type: ignore[arg-type]
     assert launched == []
 
 
@@ -127,7 +129,7 @@ def test_e4m3_weights_are_read_up_to_four_times_and_then_widened(dtype: torch.dt
         assert torch.equal(y, (x.double() @ dense.double().T * scale.double() + bias.double()).to(out))
         assert launched == kernels
         launched.clear()
-    assert torch.equal(gemm.linear(x[:9], packed, bias, row_scale=scale), y[:9])
+    assert torch.equal(tiled(x[:9], packed, bias, row_scale=scale), y[:9])
 
 
 @pytest.mark.parametrize("itemsize", [1, 2])

@@ -12,7 +12,7 @@ from tests.cuda.test_pack import weights
 
 from twofour import PatternError, ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import reference
-from twofour.kernels.cuda import arguments, decode, layout, packing, table
+from twofour.kernels.cuda import arguments, layout, packing, products, table
 from twofour.masks import nm_mask
 
 
@@ -210,7 +210,7 @@ def test_a_layout_that_was_moved_or_cut_is_refused(launched: list[str]) -> None:
     ):
         moved = packing.PackedMatrix(values, metadata, (72, 200))
         with pytest.raises(ShapeError, match=r"a matrix of \[72, 200\] is packed as \[5, 8, 32, 8\] and \[5, 4, 32\]"):
-            decode.linear(x, moved)
+            products.linear(x, moved)
         with pytest.raises(ShapeError, match="contiguous, at multiples of 16 bytes, on one device"):
             packing.expand(moved)
         with pytest.raises(ShapeError):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from twofour import SparseMatrix
-from twofour.kernels.cuda import layout, packing
+from twofour.kernels.cuda import layout, packing, products
 from twofour.masks import nm_mask
 from twofour.testing import assert_same_bits
 
+decoded = partial(products.linear, kernels="decode")
+tiled = partial(products.linear, kernels="gemm")
 SLOW = 1 << 24
 """Weights that plain torch takes seconds for on a CPU."""
 

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tests.gpu.support import pruned, specified
+from tests.gpu.support import decoded, pruned, specified
 from torch import Tensor
 
 from twofour import DeviceError, ShapeError, UnsupportedError
-from twofour.kernels.cuda import decode, driver, packing, products, table
+from twofour.kernels.cuda import driver, packing, products, table
 from twofour.testing import assert_same_bits, assert_within_bound
 
 DTYPES = [torch.bfloat16, torch.float16, torch.int8]
@@ -50,10 +50,10 @@ def assert_exact(shape: tuple[int, int], dtype: torch.dtype, counts: list[int], 
     for count in counts:
         x = tokens_of(count, shape[1], dtype, count, whole=True)
         wanted = x.double() @ dense.double().T + bias.double()
-        assert_same_bits(decode.linear(x.to(device), packed, bias.to(device)), wanted.to(out))
+        assert_same_bits(decoded(x.to(device), packed, bias.to(device)), wanted.to(out))
         of_rows = 2.0 ** (torch.arange(shape[0]) % 5 - 2)
         of_tokens = 2.0 ** (torch.arange(count) % 3 - 1)
-        found = decode.linear(
+        found = decoded(
             x.to(device),
             packed,
             row_scale=of_rows.float().to(device),
@@ -79,7 +79,7 @@ def test_every_number_of_tokens_is_exact(shape: tuple[int, int], dtype: torch.dt
 def test_real_numbers_stay_within_the_bound(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
     dense, x = pruned((200, 1432), dtype), tokens_of(tokens, 1432, dtype, tokens)
     bias = torch.randn(200).to(out_of(dtype))
-    y = decode.linear(x.to(device), packed_of(dense, device), bias.to(device))
+    y = decoded(x.to(device), packed_of(dense, device), bias.to(device))
     assert_within_bound(y, x, dense, bias)
 
 
@@ -118,7 +118,7 @@ def test_every_e4m3_is_the_number_that_it_is(dtype: torch.dtype, device: torch.d
     dense[:, 1] = every.view(torch.uint8)
     dense[:, 2] = 1  # 2^-9
     x = torch.tensor([0.0, 2.0, 0.0, float("nan")]).to(dtype).expand(9, 4)
-    y = decode.linear(x.to(device), packed_of(dense.view(torch.float8_e4m3fn), device), out_dtype=torch.float32)
+    y = decoded(x.to(device), packed_of(dense.view(torch.float8_e4m3fn), device), out_dtype=torch.float32)
     assert torch.equal(y.cpu().isnan(), every.float().isnan().expand(9, -1))
     assert torch.equal(y.cpu().nan_to_num(), (2 * every.float()).nan_to_num().expand(9, -1))
 
@@ -133,10 +133,10 @@ def test_large_layers_stay_within_the_bound(dtype: torch.dtype, shape: tuple[int
     packed, some = packing.compress(dense), torch.arange(0, shape[0], 61, device=gpu)
     for tokens in (1, 16, 64):
         x = tokens_of(tokens, shape[1], dtype, tokens).to(gpu)
-        y = decode.linear(x, packed)
+        y = decoded(x, packed)
         assert_within_bound(y[:, some], x, dense[some])
         for _ in range(3):  # whichever block comes last
-            assert_same_bits(decode.linear(x, packed), y)
+            assert_same_bits(decoded(x, packed), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -145,10 +145,10 @@ def test_places_that_are_dropped_are_never_looked_at(dtype: torch.dtype, device:
     dense[:, 1::4], dense[:, 2::4] = 1, -1
     x = torch.ones(9, 64, dtype=dtype)
     x[:, 0::4], x[:, 3::4] = float("inf"), float("nan")
-    y = decode.linear(x.to(device), packed_of(dense, device))
+    y = decoded(x.to(device), packed_of(dense, device))
     assert torch.equal(y.cpu(), torch.zeros(9, 20, dtype=dtype))
     x[:, 1] = float("nan")
-    assert bool(decode.linear(x.to(device), packed_of(dense, device)).isnan().all())
+    assert bool(decoded(x.to(device), packed_of(dense, device)).isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,12 +157,12 @@ def test_inputs_are_read_where_they_lie(dtype: torch.dtype, device: torch.device
     packed, whole = packed_of(dense, device), tokens_of(12, 260, dtype, 1, whole=True).to(device)
     for x in (whole[:, 16:136], whole[:, 1:121], whole[::2, :120], whole[:, :120].T.contiguous().T, whole[:1, 3:123]):
         wanted = (x.cpu().double() @ dense.double().T).to(out_of(dtype))
-        assert_same_bits(decode.linear(x, packed), wanted)
+        assert_same_bits(decoded(x, packed), wanted)
 
 
 def test_empty_sides(device: torch.device) -> None:
     packed = packed_of(pruned((40, 64), torch.bfloat16), device)
-    assert decode.linear(torch.zeros(0, 64, dtype=torch.bfloat16, device=device), packed).shape == (0, 40)
+    assert decoded(torch.zeros(0, 64, dtype=torch.bfloat16, device=device), packed).shape == (0, 40)
 
 
 def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
@@ -171,11 +171,11 @@ def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
     packed = packed_of(dense, gpu)
     inputs = [tokens_of(16, shape[1], torch.bfloat16, seed, whole=True).to(gpu) for seed in range(4)]
     wanted = [(x.double() @ dense.to(gpu).double().T).bfloat16() for x in inputs]
-    assert_same_bits(decode.linear(inputs[0], packed), wanted[0])
+    assert_same_bits(decoded(inputs[0], packed), wanted[0])
     x = inputs[0].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = decode.linear(x, packed)
+        y = decoded(x, packed)
     for given, right in zip(inputs, wanted, strict=True):
         x.copy_(given)
         graph.replay()
@@ -186,7 +186,7 @@ def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
     for _ in range(10):
         for place, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[place].append(decode.linear(inputs[place], packed))
+                found[place].append(decoded(inputs[place], packed))
     torch.cuda.synchronize(gpu)
     for place, right in enumerate(wanted):
         for each in found[place]:
@@ -200,7 +200,7 @@ def test_kernels_are_loaded_while_a_graph_is_captured(gpu: torch.device) -> None
     driver.driver()._kernels.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = decode.linear(x, packed)
+        y = decoded(x, packed)
     graph.replay()
     assert_same_bits(y, (x.double() @ dense.to(gpu).double().T).half())
 
@@ -208,44 +208,44 @@ def test_kernels_are_loaded_while_a_graph_is_captured(gpu: torch.device) -> None
 def test_a_thread_that_has_no_context_yet(gpu: torch.device) -> None:
     dense = pruned((1000, 8192), torch.bfloat16, whole=True)
     packed, x = packed_of(dense, gpu), tokens_of(16, 8192, torch.bfloat16, 1, whole=True).to(gpu)
-    wanted = decode.linear(x, packed)
+    wanted = decoded(x, packed)
     with ThreadPoolExecutor(1) as other:
-        assert_same_bits(other.submit(decode.linear, x, packed).result(), wanted)
+        assert_same_bits(other.submit(decoded, x, packed).result(), wanted)
 
 
 def test_out_of_memory_leaves_nothing_behind(gpu: torch.device) -> None:
     dense = pruned((2048, 1024), torch.bfloat16, whole=True)
     packed, x = packed_of(dense, gpu), tokens_of(32768, 1024, torch.bfloat16, 0, whole=True).to(gpu)
-    first = decode.linear(x[:64], packed)
+    first = decoded(x[:64], packed)
     torch.cuda.synchronize(gpu)
     torch.cuda.empty_cache()
     before, total = torch.cuda.memory_allocated(gpu), torch.cuda.get_device_properties(gpu).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(gpu) + (32 << 20)) / total, gpu)
     try:
         with pytest.raises((torch.cuda.OutOfMemoryError, DeviceError)):
-            decode.linear(x, packed)  # 134 MB of outputs
+            decoded(x, packed)  # 134 MB of outputs
         gc.collect()  # the traceback held what was there already
         assert torch.cuda.memory_allocated(gpu) == before
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, gpu)
-    assert_same_bits(decode.linear(x[:64], packed), first)
+    assert_same_bits(decoded(x[:64], packed), first)
 
 
 def test_what_it_refuses(device: torch.device) -> None:
     packed = packed_of(pruned((40, 64), torch.bfloat16), device)
     with pytest.raises(UnsupportedError, match=r"x is torch.float16, the weight torch.bfloat16"):
-        decode.linear(torch.zeros(1, 64, dtype=torch.float16, device=device), packed)
+        decoded(torch.zeros(1, 64, dtype=torch.float16, device=device), packed)
     x = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
     with pytest.raises(ShapeError, match=r"x is \[1, 60\]: a weight of \[40, 64\] takes"):
-        decode.linear(x[:, :60], packed)
+        decoded(x[:, :60], packed)
     with pytest.raises(ShapeError, match=r"bias is \[39\]"):
-        decode.linear(x, packed, torch.zeros(39, dtype=torch.bfloat16, device=device))
+        decoded(x, packed, torch.zeros(39, dtype=torch.bfloat16, device=device))
 
 
 def test_devices_are_not_mixed(gpu: torch.device) -> None:
     packed = packed_of(pruned((40, 64), torch.bfloat16), gpu)
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match=r"x is on cpu, the weight on cuda:\d: put both on one GPU"):
-        decode.linear(x, packed)
+        decoded(x, packed)
     with pytest.raises(UnsupportedError, match=r"x is on cuda:\d, bias on cpu: put them on one device"):
-        decode.linear(x.to(gpu), packed, torch.zeros(40, dtype=torch.bfloat16))
+        decoded(x.to(gpu), packed, torch.zeros(40, dtype=torch.bfloat16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.gpu.support import pruned
+from tests.gpu.support import pruned, tiled
 from tests.gpu.test_decode import DTYPES, out_of, packed_of, tokens_of
 
 from twofour.kernels.cuda import gemm, packing, resources
@@ -45,7 +45,7 @@ def assert_exact(shape: tuple[int, int], dtype: torch.dtype, counts: list[int], 
         x = tokens_of(count, shape[1], dtype, count, whole=True)
         residual = torch.randint(-9, 10, (count, shape[0]), generator=torch.Generator().manual_seed(count)).to(out)
         sums = (x.to(device).double() @ dense.to(device).double().T).cpu()
-        y = gemm.linear(
+        y = tiled(
             x.to(device),
             packed,
             bias.to(device),
@@ -55,7 +55,7 @@ def assert_exact(shape: tuple[int, int], dtype: torch.dtype, counts: list[int], 
             out_dtype=out,
         )
         assert_same_bits(y, ((sums * of_rows.double() + bias.double()).relu() + residual.double()).to(out))
-        assert_same_bits(gemm.linear(x.to(device), packed, out_dtype=torch.float32), sums.float())
+        assert_same_bits(tiled(x.to(device), packed, out_dtype=torch.float32), sums.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,17 +87,17 @@ def test_large_layers_stay_within_the_bound(dtype: torch.dtype, shape: tuple[int
     packed, some = packing.compress(dense), torch.arange(0, shape[0], 61, device=gpu)
     for tokens in (65, 512, 4096):
         x = tokens_of(tokens, shape[1], dtype, tokens).to(gpu)
-        y = gemm.linear(x, packed)
+        y = tiled(x, packed)
         few = torch.arange(0, tokens, 29, device=gpu)
         assert_within_bound(y[few][:, some], x[few], dense[some])
         for _ in range(3):  # whichever block comes last
-            assert_same_bits(gemm.linear(x, packed), y)
+            assert_same_bits(tiled(x, packed), y)
 
 
 def test_results_of_more_than_2_31_bytes(gpu: torch.device) -> None:
     tokens, shape = 70_000, (16_400, 64)
     dense = pruned(shape, torch.bfloat16, whole=True)
     x = tokens_of(tokens, shape[1], torch.bfloat16, 1, whole=True).to(gpu)
-    y = gemm.linear(x, packed_of(dense, gpu))
+    y = tiled(x, packed_of(dense, gpu))
     some = torch.cat([torch.arange(40), torch.arange(65_000, 65_040), torch.arange(tokens - 40, tokens)]).to(gpu)
     assert_same_bits(y[some], (x[some].double() @ dense.to(gpu).double().T).bfloat16())

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import arguments, layout, resources, table
-from .packing import PackedMatrix
 
 MOST_TOKENS = 64
 """Of a launch; more take several."""
@@ -60,42 +59,6 @@ def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
             best, least = Plan(blocks, slices, each), time
     assert best is not None  # there is a chunk
     return best
-
-
-def linear(
-    x: Tensor,
-    packed: PackedMatrix,
-    bias: Tensor | None = None,
-    *,
-    row_scale: Tensor | None = None,
-    token_scale: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """activation(x @ W.T * token_scale * row_scale + bias) + residual: sums in float32 (int32 for int8), rounded once.
-
-    Results do not depend on which block ran first. Made for few tokens: 64 at a time, each time reading the weight.
-
-    Args:
-        x: [tokens, columns] bfloat16, float16, int8, or where the GPU multiplies it float8_e4m3fn, on the GPU of `packed`;
-            only rows that begin at multiples of 16 bytes avoid a copy.
-        packed: of a [rows, columns] weight of x's dtype; or of float8_e4m3fn, whose numbers 16 bits hold exactly, where x
-            has 16: `packing.quantize` makes one, and its row_scale.
-        bias: [rows] of the dtype of the result, or None.
-        row_scale, token_scale: [rows] and [tokens] float32 that sums are multiplied with, or None.
-        activation: a name of `epilogue.ACTIVATIONS`.
-        residual: [tokens, rows] of the dtype of the result, rows any distance apart; or None.
-        out_dtype: of the result, one of `arguments.ITEMS`; None for that of x, bfloat16 for 8 bits.
-    Returns:
-        [tokens, rows], contiguous.
-    Raises:
-        ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
-        DeviceError: no memory.
-    """
-    call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
-    done = call.without_kernels()
-    return multiplied(call) if done is None else done
 
 
 class _Launch(NamedTuple):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import arguments, resources, table
-from .packing import PackedMatrix
 from .tiles import STAGE_BYTES, TILES
 
 _MOST_SLICES = 16
@@ -61,28 +60,11 @@ def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, s
     return best
 
 
-def linear(
-    x: Tensor,
-    packed: PackedMatrix,
-    bias: Tensor | None = None,
-    *,
-    row_scale: Tensor | None = None,
-    token_scale: Tensor | None = None,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """As `decode.linear`, arguments, result and errors, for many tokens: it reads the weight about once for all of them.
+def multiplied(call: arguments.Arguments) -> Tensor:
+    """y of arguments that have something to multiply; the weight is read about once for all tokens.
 
     An e4m3 weight is widened to the dtype of x first, x to float16 where it is e4m3: memory that lasts as long as the call.
     """
-    call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
-    done = call.without_kernels()
-    return multiplied(call) if done is None else done
-
-
-def multiplied(call: arguments.Arguments) -> Tensor:
-    """y of arguments that have something to multiply."""
     call = call.widened() if call.is_e4m3 else call
     (rows, columns), tokens, device = call.packed.shape, call.x.shape[0], call.x.device
     processors, room = resources.processors(device), resources.shared_bytes(device)
