@@ -63,7 +63,8 @@ def main(path: Path) -> None:
             row["x_one_thread"]
             for row in rows
             if (row["layer"], row["dtype"], row["pattern"], row["tokens"]) == ("square", dtype, "2:4", 512)
-            and row.get("x_one_thread") is not None  # rows of one thread; of older benchmarks
+            and row["threads"] == 2
+            and row.get("x_one_thread") is not None  # older benchmarks have none
         ]
         say(f"two threads against one, square, {dtype}, 512 tokens", found, TWO_THREADS)
     worst = min(rows, key=_against_best)

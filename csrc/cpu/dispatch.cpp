@@ -42,8 +42,9 @@ constexpr Isa kIsas[] = {
 constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"};
 
 // A block of the many-token kernel has sums for part of an L2 cache, 1024 rows of 96 tokens or 2048 of 48. Each panel reads the
-// block's weights again; where half as many rows or more let them stay in the L3 cache (of which a core of many machines has
-// 4 MiB to itself), it has no more than those. Still fewer rows would pack the panels too often.
+// block's weights again, from the L3 cache if they stay there: if blocks of fewer rows, down to half as many, make that so,
+// blocks have fewer. (Metadata left out, 5 MiB: 1024 rows of 4096 bf16. A Zen 5 with 4 MiB of L3 for each of eight cores
+// kept 8 MB for one.) Still fewer rows would pack the panels too often.
 constexpr int64_t kBlockSums = 384 << 10;
 constexpr int64_t kBlockWeights = 5 << 20;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
@@ -145,7 +146,8 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t for_sums = (tiles * tile_bytes + kBlockSums - 1) / kBlockSums;
   const int64_t weights = args.out_features * args.in_features / 2 * kernel.weight_bytes;
   const int64_t for_weights = panels == 1 ? 1 : (weights + kBlockWeights - 1) / kBlockWeights;
-  int64_t blocks = for_weights > for_sums && for_weights <= 2 * for_sums ? for_weights : for_sums;
+  const int64_t wanted = for_weights > for_sums && for_weights <= 2 * for_sums ? for_weights : for_sums;
+  int64_t blocks = wanted < units ? wanted : units;
   while (blocks < units && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
   for_each_unit(threads, panels * blocks, [&](int64_t i) {

@@ -108,8 +108,8 @@ TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, co
   });
 }
 
-// Writes outputs [row, row + rows) of tokens [token0, token0 + tokens): W vectors side by side, full ones if there are several,
-// of sums [W][kLanes] and of the bias. A function of its own: its registers are not those of the loops that made the sums.
+// Writes outputs from `row` on of tokens [token0, token0 + tokens): W vectors side by side, `rows` of each (all of them, if
+// W > 1), from sums kLanes apart. A function of its own: its registers are not those of the loops that made the sums.
 template <class Output, int W>
 TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, const F* bias, int64_t token0, int tokens,
                                   int64_t row, int rows) {

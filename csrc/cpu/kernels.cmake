@@ -19,9 +19,11 @@ add_library(kernels OBJECT
   ${csrc}/cpu/permute.cpp
   ${csrc}/cpu/permute_baseline.cpp
   ${csrc}/cpu/threads.cpp)
-set(one_by_one -ffp-contract=off)  # products and sums round one by one: as in the reference, the same on every machine
+# Products and sums round one by one, but where the source says fma: as in the reference, the same on every machine; and the
+# same in two instances of one template, of which the compiler contracts one and not the other.
+set(one_by_one -ffp-contract=off)
 set_source_files_properties(
-  ${csrc}/cpu/linear_int8_baseline.cpp ${csrc}/cpu/masks.cpp ${csrc}/cpu/masks_baseline.cpp
+  ${csrc}/cpu/linear_baseline.cpp ${csrc}/cpu/linear_int8_baseline.cpp ${csrc}/cpu/masks.cpp ${csrc}/cpu/masks_baseline.cpp
   ${csrc}/cpu/permute.cpp ${csrc}/cpu/permute_baseline.cpp
   PROPERTIES COMPILE_OPTIONS "${one_by_one}")
 set_target_properties(kernels PROPERTIES
@@ -92,7 +94,7 @@ foreach(isa ${isas})
   foreach(source ${sources_${isa}})
     target_sources(kernels PRIVATE ${csrc}/cpu/${source}_${isa}.cpp)
     set(flags ${${isa}} ${gnu})
-    if(source MATCHES "^(linear_int8|masks|permute)$")
+    if(source MATCHES "^(linear|linear_int8|masks|permute)$")
       list(APPEND flags ${one_by_one})
     endif()
     set_source_files_properties(${csrc}/cpu/${source}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${flags}")

@@ -161,7 +161,7 @@ TWOFOUR_OWN_REGISTERS void many_step(const char* panel, const typename Core::Off
   });
 }
 
-// Rows [row, row + rows) of y for a vector of tokens: W vectors side by side, full ones if there are several. `sums` of a
+// Rows of y from `row` on for a vector of tokens: W vectors side by side, `rows` of each (all of them, if W > 1). `sums` of a
 // block that begins at row0, NV vectors for each row.
 template <class Output, int NV, int W>
 TWOFOUR_INLINE inline void write_rows(const LinearArgs& args, const float* sums, const uint8_t* places, int64_t row0,
@@ -194,26 +194,29 @@ TWOFOUR_INLINE inline void write_rows(const LinearArgs& args, const float* sums,
 }
 
 // The sums of all tiles, [tile][place][NV * lanes] -> y, + bias and epilogue. Along the rows of y, one vector of tokens at a
-// time: tile by tile, between the chunks, every store would open another page. Where the rows of y are a multiple of 4 KiB
+// time: tile by tile, between the chunks, every store would open another page. Where 16 rows of y are multiples of 4 KiB
 // apart, they share a set of the L1 cache, which has too few ways for all of them: then whole lines at once. (Elsewhere that
 // is a little slower: two blocks are more than the registers hold.) `places` has the place of each row in its window; null:
 // its own. Blocks begin where windows do, so that the sums of all rows of a window are here.
 template <class Output, int NV>
 void many_epilogue(const LinearArgs& args, const float* sums, const uint8_t* places, int64_t token0, int tokens,
                    int64_t tile0, int64_t tile1) {
-  constexpr int64_t kSize = sizeof(Output), kLine = kCacheLine / (kLanes * kSize);  // vectors of y
-  const bool whole_lines = args.y_stride * kSize % kL1Way == 0;
+  constexpr int64_t kSize = sizeof(Output);
+  constexpr int kLine = kLanes == 16 ? kCacheLine / (kLanes * static_cast<int>(kSize)) : 1;  // vectors of y; fewer rows fit
+  const bool whole_lines = kLine > 1 && args.y_stride * kSize % kL1Way == 0;
   const int64_t row0 = tile0 * nm::kTileRows, end = smaller(tile1 * nm::kTileRows, args.out_features);
   for (int v = 0; v < NV; ++v, sums += kLanes) {
     const int64_t token = token0 + v * kLanes;
     const int count = static_cast<int>(smaller(kLanes, tokens - v * kLanes));
-    int64_t row = row0;
-    for (; whole_lines && row + kLine * kLanes <= end; row += kLine * kLanes) {
-      write_rows<Output, NV, kLine>(args, sums, places, row0, token, count, row, kLanes);
-    }
-    for (; row < end; row += kLanes) {
-      const int rows = static_cast<int>(smaller(kLanes, end - row));
-      write_rows<Output, NV, 1>(args, sums, places, row0, token, count, row, rows);
+    for (int64_t row = row0; row < end;) {
+      if (whole_lines && row * kSize % kCacheLine == 0 && row + kLine * kLanes <= end) {
+        write_rows<Output, NV, kLine>(args, sums, places, row0, token, count, row, kLanes);
+        row += kLine * kLanes;
+      } else {
+        const int rows = static_cast<int>(smaller(kLanes, end - row));
+        write_rows<Output, NV, 1>(args, sums, places, row0, token, count, row, rows);
+        row += kLanes;
+      }
     }
   }
 }

@@ -197,7 +197,7 @@ struct ManyPairs {
       panel += kPanelRows * NV * sizeof(F);
       weights += nm::kTileRows * nm::kKeep;
     };
-    // Two groups at once, which are one line of weights.
+    // Two groups at once: a line of the share that is fetched.
     constexpr int kAtOnce = 2;
     const auto prefetch = [&]() TWOFOUR_INLINE {
       __builtin_prefetch(next_weights);

@@ -307,6 +307,12 @@ void integers_agree_exactly(const Mode& mode) {
   }
 }
 
+// Elements that put rows a multiple of 4 KiB apart: there the kernels of many tokens write whole cache lines.
+int64_t gap_to_4_kib(const Type& type, int64_t columns) {
+  const int64_t page = 4096 / type.size;
+  return (page - columns % page) % page;
+}
+
 // Several panels, several blocks of rows, several threads.
 void large_integers_agree_exactly(const Mode& mode) {
   const Weight weight = make_weight(mode, 1100, 132, Numbers::kIntegers);
@@ -315,10 +321,12 @@ void large_integers_agree_exactly(const Mode& mode) {
   x.fill([&] { return random.integer(); });
   const Reference exact = reference(weight, x, nullptr, x.rows());
   for (const Kernel& kernel : kernels()) {
-    Rows y(mode.tokens, kernel.family == cpu::Family::kFew ? 11 : 110, 1100);
-    run(kernel, mode, weight, x, nullptr, y, 3);
-    check_equal("large", kernel, mode, weight, y,
-                [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+    for (const int64_t gap : {int64_t{0}, gap_to_4_kib(mode.tokens, 1100)}) {
+      Rows y(mode.tokens, kernel.family == cpu::Family::kFew ? 11 : 110, 1100, gap);
+      run(kernel, mode, weight, x, nullptr, y, 3);
+      check_equal("large", kernel, mode, weight, y,
+                  [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+    }
   }
 }
 
@@ -419,12 +427,6 @@ void rounding_is_to_nearest_even(const Mode& mode) {
       }
     }
   }
-}
-
-// Elements that put rows a multiple of 4 KiB apart: there the kernels of many tokens write whole cache lines.
-int64_t gap_to_4_kib(const Type& type, int64_t columns) {
-  const int64_t page = 4096 / type.size;
-  return (page - columns % page) % page;
 }
 
 // ReLU and a residual keep integers exact: any token, row or stride that is taken for another shows.
@@ -639,12 +641,21 @@ void bits_do_not_depend_on_threads(const Mode& mode) {
         check(y.same_bytes(alone), "threads, %s %s, %" PRId64 " tokens: %d threads give other bits than 1",
               kernel.name().c_str(), mode.name, size.tokens, threads);
       }
-      Rows finished(mode.tokens, size.tokens, weight.out_features);
-      Rows again(mode.tokens, size.tokens, weight.out_features);
-      run(kernel, mode, weight, x, nullptr, finished, 1, {cpu::Activation::kGelu, &alone});
-      run(kernel, mode, weight, x, nullptr, again, 3, {cpu::Activation::kGelu, &alone});
-      check(again.same_bytes(finished), "threads, gelu, %s %s: 3 threads give other bits than 1", kernel.name().c_str(),
-            mode.name);
+      // Nor on the distance of the rows of y, which decides how many are written at once.
+      const int64_t gap = gap_to_4_kib(mode.tokens, weight.out_features);
+      for (const Function& function : kFunctions) {
+        Rows finished(mode.tokens, size.tokens, weight.out_features);
+        Rows again(mode.tokens, size.tokens, weight.out_features, gap);
+        run(kernel, mode, weight, x, nullptr, finished, 1, {function.code, &alone});
+        run(kernel, mode, weight, x, nullptr, again, 3, {function.code, &alone});
+        int64_t others = 0;
+        for (int64_t t = 0; t < size.tokens; ++t) {
+          const auto bytes = static_cast<size_t>(weight.out_features * mode.tokens.size);
+          others += std::memcmp(again.at(t, 0), finished.at(t, 0), bytes) != 0;
+        }
+        check(others == 0, "threads, %s, %s %s: 3 threads and rows apart give other bits than 1 in %" PRId64 " tokens",
+              function.name, kernel.name().c_str(), mode.name, others);
+      }
     }
   }
 }
