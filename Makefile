@@ -85,6 +85,7 @@ gpu-emulated: $(VENV)/installed
 # emulated AArch64.
 native-test: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/module --target native_tests
+	build/module/tests/native/cut_test
 	build/module/tests/native/linear_test
 	build/module/tests/native/int8_test
 	build/module/tests/native/masks_test
@@ -92,6 +93,7 @@ native-test: $(VENV)/installed
 
 sanitize: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/build_module.sh sanitize TWOFOUR_SANITIZE=address,undefined
+	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/cut_test
 	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/linear_test
 	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/int8_test
 	$(SANITIZER_OPTIONS) build/sanitize-module/tests/native/masks_test

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/cut.h"
 #include "cpu/features.h"
 #include "cpu/linear.h"
 #include "cpu/work.h"
@@ -47,6 +48,8 @@ constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf
 // kept 8 MB for one.) Still fewer rows would pack the panels too often.
 constexpr int64_t kBlockSums = 384 << 10;
 constexpr int64_t kBlockWeights = 5 << 20;
+// Packing a panel takes the time of about six tiles.
+constexpr int64_t kLeastTiles = 16;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
 constexpr int64_t kAlone = 1 << 18;
 
@@ -139,7 +142,6 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t vectors = (args.tokens + kernel.lanes - 1) / kernel.lanes;
   const int64_t panel_vectors = kernel.panel_tokens / kernel.lanes;
   const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
-  // Every block packs its panel again, so no more blocks than the cache asks for, unless threads would stand idle.
   const int64_t tile_bytes = static_cast<int64_t>(sizeof(float)) * nm::kTileRows * kernel.panel_tokens;
   const int64_t unit = args.order == nullptr ? 1 : nm::kWindowTiles;  // what only one thread may hold
   const int64_t units = (tiles + unit - 1) / unit;
@@ -147,16 +149,14 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t weights = args.out_features * args.in_features / 2 * kernel.weight_bytes;
   const int64_t for_weights = panels == 1 ? 1 : (weights + kBlockWeights - 1) / kBlockWeights;
   const int64_t wanted = for_weights > for_sums && for_weights <= 2 * for_sums ? for_weights : for_sums;
-  int64_t blocks = wanted < units ? wanted : units;
-  while (blocks < units && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
+  const Cut cut(panels, units, wanted, (kLeastTiles + unit - 1) / unit, threads);
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
-  for_each_unit(threads, panels * blocks, [&](int64_t i) {
-    const int64_t panel = i % panels, block = i / panels;
-    const int64_t token0 = part(vectors, panels, panel) * kernel.lanes;
-    const int64_t end = part(vectors, panels, panel + 1) * kernel.lanes;
+  for_each_unit(threads, cut.pieces(), [&](int64_t i) {
+    const Cut::Piece piece = cut[i];
+    const int64_t token0 = part(vectors, panels, piece.panel) * kernel.lanes;
+    const int64_t end = part(vectors, panels, piece.panel + 1) * kernel.lanes;
     const int64_t token1 = end < args.tokens ? end : args.tokens;
-    const int64_t tile0 = part(units, blocks, block) * unit, last = part(units, blocks, block + 1) * unit;
-    const int64_t tile1 = last < tiles ? last : tiles;
+    const int64_t tile0 = piece.row0 * unit, tile1 = piece.row1 * unit < tiles ? piece.row1 * unit : tiles;
     void* scratch = own_scratch().get(kernel.many_scratch_bytes(panel_bytes, tile1 - tile0));
     kernel.many(args, scratch, panel_bytes, token0, static_cast<int>(token1 - token0), tile0, tile1);
   });

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/cut.h"
 #include "cpu/grad.h"
 #include "cpu/work.h"
 #include "nm/layout.h"
@@ -48,10 +49,12 @@ const GradKernel& kernel_of(const GradIsa& isa, DType dtype) {
 constexpr int64_t kAlone = 1 << 18;
 // Columns of a block of the input gradient: 1024 of 96 sums in fp32 are 384 KiB of an L2 cache.
 constexpr int64_t kBlockGroups = 256;
+constexpr int64_t kLeastFours = 16;  // for which it is worth packing a panel
 // Groups whose weights one unit sorts.
 constexpr int64_t kSortGroups = 64;
 // Rows of a block of the values' gradient: 128 rows of tokens of about 3 KiB are 384 KiB of an L2 cache.
 constexpr int64_t kBlockTiles = 8;
+constexpr int64_t kLeastTiles = 2;
 constexpr int kPanelPercent = 65;   // of the L1 cache for the packed gradient
 constexpr int kColumnsPercent = 72; // of the L1 cache for the transposed x
 
@@ -68,12 +71,6 @@ Scratch& shared_memory() {
 Scratch& own_memory() {
   thread_local Scratch memory;
   return memory;
-}
-
-// One more block than the cache asks for, until no thread stands idle for long.
-int64_t balanced(int64_t wanted, int64_t most, int64_t others, int threads) {
-  while (wanted < most && (others * wanted + threads - 1) / threads * threads * 8 > others * wanted * 9) ++wanted;
-  return wanted;
 }
 
 }  // namespace
@@ -103,14 +100,13 @@ const char* grad_input(const GradInputArgs& args, DType dtype, int threads, cons
   const int64_t panel_vectors = kernel.panel_tokens / kernel.step_tokens;
   const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
   const int64_t fours = (groups + 3) / 4;  // blocks of whole 16 columns
-  const int64_t blocks = balanced((groups + kBlockGroups - 1) / kBlockGroups, fours, panels, threads);
-  for_each_unit(threads, panels * blocks, [&](int64_t i) {
-    const int64_t panel = i / blocks, block = i % blocks;
-    const int64_t token0 = part(vectors, panels, panel) * kernel.step_tokens;
-    const int64_t end = part(vectors, panels, panel + 1) * kernel.step_tokens;
+  const Cut cut(panels, fours, (groups + kBlockGroups - 1) / kBlockGroups, kLeastFours, threads);
+  for_each_unit(threads, cut.pieces(), [&](int64_t i) {
+    const Cut::Piece piece = cut[i];
+    const int64_t token0 = part(vectors, panels, piece.panel) * kernel.step_tokens;
+    const int64_t end = part(vectors, panels, piece.panel + 1) * kernel.step_tokens;
     const int64_t token1 = end < args.tokens ? end : args.tokens;
-    const int64_t group0 = part(fours, blocks, block) * 4;
-    const int64_t last = part(fours, blocks, block + 1) * 4, group1 = last < groups ? last : groups;
+    const int64_t group0 = piece.row0 * 4, group1 = piece.row1 * 4 < groups ? piece.row1 * 4 : groups;
     void* scratch = own_memory().get(kernel.input_scratch_bytes(rows, group1 - group0));
     kernel.input(args, rows, sorted, scratch, token0, static_cast<int>(token1 - token0), group0, group1);
   });
@@ -147,7 +143,7 @@ const char* grad_values(const GradValuesArgs& args, DType dtype, int threads, co
   const CallMemory sums_memory(own_sums ? static_cast<size_t>(slots) * sizeof(float) : 0);
   float* const sums = static_cast<float*>(dtype == DType::kFp32 ? args.grad_values : own_sums ? sums_memory.get() : nullptr);
 
-  const int64_t blocks = balanced((tiles + kBlockTiles - 1) / kBlockTiles, tiles, 1, threads);
+  const Cut cut(1, tiles, (tiles + kBlockTiles - 1) / kBlockTiles, kLeastTiles, threads);
   const int64_t x_parts = (args.in_features + 255) / 256, grad_parts = (args.out_features + 255) / 256;
   const auto turned = [&](auto transpose, const void* from, int64_t stride, int64_t token0, int64_t tokens, int64_t all,
                           int64_t part, char* rows) {
@@ -166,9 +162,9 @@ const char* grad_values(const GradValuesArgs& args, DType dtype, int threads, co
         turned(kernel.transpose_grad, args.grad, args.grad_stride, token0, tokens, args.out_features, i - x_parts, grad_rows);
       }
     });
-    for_each_unit(threads, blocks, [&](int64_t i) {
+    for_each_unit(threads, cut.pieces(), [&](int64_t i) {
       kernel.values(args, x_rows, grad_rows, pitch, (vector1 - vector0) * vector_bytes, sums, chunk == 0,
-                    chunk + 1 == chunks, part(tiles, blocks, i), part(tiles, blocks, i + 1));
+                    chunk + 1 == chunks, cut[i].row0, cut[i].row1);
     });
   }
   return of.values_name;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/cut.h"
 #include "cpu/features.h"
 #include "cpu/work.h"
 #include "nm/layout.h"
@@ -37,6 +38,8 @@ constexpr Isa kIsas[] = {
 // Quantized inputs of a panel: about an L2 cache. At 256 tokens of 4096 inputs one panel beat two by 4 %.
 constexpr int64_t kPanelBytes = 1100 * 1024;
 constexpr int64_t kPanelTokens = 384;
+// Of rows that a thread is given.
+constexpr int64_t kLeastPairs = 8;
 // Quantized inputs that are held at once.
 constexpr int64_t kSlabBytes = 8 * 1024 * 1024;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
@@ -97,13 +100,11 @@ void run_many(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int th
               float* x_scales, int64_t most_tokens) {
   const int64_t row_bytes = row_bytes_of(kernel, args);
   const int64_t tiles = nm::tiles_of(args.out_features);
-  // Panels begin at whole steps of the kernel's blocks. Few blocks of rows, so that a panel stays with its thread; more
-  // where threads would stand idle. Blocks hold whole pairs of tiles.
+  // Panels begin at whole steps of the kernel's blocks, and few blocks of rows, so that a panel stays with its thread.
   const int64_t units = (args.tokens + kernel.block_step - 1) / kernel.block_step;
   const int64_t panels = (args.tokens + most_tokens - 1) / most_tokens;
   const int64_t pairs = (tiles + 1) / 2;
-  int64_t blocks = 1;
-  while (blocks < pairs && (panels * blocks + threads - 1) / threads * threads * 8 > panels * blocks * 9) ++blocks;
+  const Cut cut(panels, pairs, 1, kLeastPairs, threads);
   const auto panel_start = [&](int64_t panel) {
     const int64_t token = part(units, panels, panel) * kernel.block_step;
     return token < args.tokens ? token : args.tokens;
@@ -115,12 +116,11 @@ void run_many(const LinearInt8Kernel& kernel, const LinearInt8Args& args, int th
       token += width;
     }
   });
-  for_each_unit(threads, panels * blocks, [&](int64_t i) {
-    const int64_t panel = i / blocks, block = i % blocks;
+  for_each_unit(threads, cut.pieces(), [&](int64_t i) {
+    const auto [panel, pair0, pair1] = cut[i];
     const int64_t token0 = panel_start(panel), token1 = panel_start(panel + 1);
-    const int64_t tile0 = 2 * part(pairs, blocks, block), end = 2 * part(pairs, blocks, block + 1);
     void* scratch = sums_scratch().get(kernel.many_scratch_bytes(token1 - token0) + 64);
-    kernel.many(args, scratch, quantized, x_scales, token0, token1, tile0, end < tiles ? end : tiles);
+    kernel.many(args, scratch, quantized, x_scales, token0, token1, 2 * pair0, 2 * pair1 < tiles ? 2 * pair1 : tiles);
   });
 }
 
