@@ -19,14 +19,14 @@ def in_turns(kernels: dict[str, Callable[[], object]], repeats: int, seldom: Col
     A rival that takes more than twice the time of the first, and more than 20 ms, or that `seldom` names, takes part in
     every fifth round only.
     """
-    once = {name: _seconds(function) for name, function in kernels.items()}
+    once = {name: seconds_of(function) for name, function in kernels.items()}
     own = once[next(iter(kernels))]
     slow = {name for name in kernels if once[name] > max(2 * own, 0.02)} | set(seldom)
     times: Times = {name: [] for name in kernels}
     for repeat in range(repeats + 2):
         for name, function in kernels.items():
             if name not in slow or repeat % SELDOM == 2:
-                seconds = _seconds(function)
+                seconds = seconds_of(function)
                 if repeat >= 2:
                     times[name].append(seconds)
     return times
@@ -43,7 +43,8 @@ def ratios_to(own: str, times: Times) -> dict[str, float]:
     }
 
 
-def _seconds(function: Callable[[], object]) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
+    """Of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
