@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
+from ..native import output
 from ..pattern import Pattern
 from . import cpu, reference, vendor
 from .cuda import backend as cuda
@@ -154,7 +155,7 @@ def linear_cpu(
     if inner != 1 or (tokens > 1 and x_stride < in_features):
         x = x.contiguous()
         x_stride = in_features
-    y = torch.empty((tokens, out_features), dtype=x.dtype)
+    y = output((tokens, out_features), x.dtype)
     try:
         cpu._native.linear_int8(
             x.data_ptr(),
