@@ -151,14 +151,17 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t wanted = for_weights > for_sums && for_weights <= 2 * for_sums ? for_weights : for_sums;
   const Cut cut(panels, units, wanted, (kLeastTiles + unit - 1) / unit, threads);
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
+  const auto first_token = [&](int64_t panel) {
+    const int64_t token = part(vectors, panels, panel) * kernel.lanes;
+    return token < args.tokens ? token : args.tokens;
+  };
   for_each_unit(threads, cut.pieces(), [&](int64_t i) {
     const Cut::Piece piece = cut[i];
-    const int64_t token0 = part(vectors, panels, piece.panel) * kernel.lanes;
-    const int64_t end = part(vectors, panels, piece.panel + 1) * kernel.lanes;
-    const int64_t token1 = end < args.tokens ? end : args.tokens;
+    const int64_t token0 = first_token(piece.panel), token1 = first_token(piece.panel + 1);
+    const int64_t next_token = i + threads < cut.pieces() ? first_token(cut[i + threads].panel) : args.tokens;
     const int64_t tile0 = piece.row0 * unit, tile1 = piece.row1 * unit < tiles ? piece.row1 * unit : tiles;
     void* scratch = own_scratch().get(kernel.many_scratch_bytes(panel_bytes, tile1 - tile0));
-    kernel.many(args, scratch, panel_bytes, token0, static_cast<int>(token1 - token0), tile0, tile1);
+    kernel.many(args, scratch, panel_bytes, token0, static_cast<int>(token1 - token0), tile0, tile1, next_token);
   });
 }
 

@@ -50,13 +50,14 @@ struct LinearKernel {
 
   // Many tokens: tokens in the lanes. Computes tokens [token0, token0 + tokens) of the rows of tiles [tile0, tile1), whole
   // windows where there is an order, tokens <= panel_tokens; the packed activations of a K-chunk take at most panel_bytes.
+  // The thread will probably go on at next_token, args.tokens if with nothing.
   int lanes;          // tokens of a vector
   int panel_tokens;   // tokens of the largest panel
   int panel_percent;  // share of the L1 cache that panel_bytes should be
   int weight_bytes;   // of one kept weight
   size_t (*many_scratch_bytes)(int panel_bytes, int64_t tiles);
   void (*many)(const LinearArgs& args, void* scratch, int panel_bytes, int64_t token0, int tokens, int64_t tile0,
-               int64_t tile1);
+               int64_t tile1, int64_t next_token);
 };
 
 struct LinearKernels {
