@@ -4,8 +4,9 @@
 
 Every kernel of a row runs in turn in the same loop, so that all of them see the same machine; a time is the median, a
 ratio the median of the paired ratios. A rival that takes more than twice twofour's time takes part in every fifth round
-only, and its ratio is that of the medians. With few tokens the weights are cold: each call takes the next of enough
-copies to exceed the last-level cache. All results are compared with float64 in the same run.
+only, and its ratio is that of the medians. What several threads gain is measured in a loop of its own. With few tokens
+the weights are cold: each call takes the next of enough copies to exceed the last-level cache. All results are compared
+with float64 in the same run.
 
 The JSON is written after every row. Rows of the same commit that are there already are not measured again, so a run that
 was stopped (--budget does) goes on where it was. A row whose quartiles lie far apart is measured once more, and marked.
@@ -135,17 +136,19 @@ def sparse_linear(matrix: SparseMatrix, bias: Tensor) -> tuple[Linear, int]:
 def gain_of_threads(function: Linear, x: Tensor, repeats: int) -> float:
     """How many times as long the call takes on one thread: the median of pairs.
 
-    The call on several threads follows one like it that is not timed: a core that stood idle while the other one worked
-    needs milliseconds to reach its clock (a Zen 5 took 750, 650, 635, 600 us for work that takes 565).
+    Each call follows one like it that is not timed: a core that stood idle while the other one worked needs milliseconds
+    to reach its clock (a Zen 5 took 750, 650, 635, 600 us for work that takes 565).
     """
     threads = torch.get_num_threads()
     ratios = []
+    call = partial(function, x)
     for _ in range(repeats):
-        function(x)
-        several = seconds_of(partial(function, x))
+        call()
+        several = seconds_of(call)
         torch.set_num_threads(1)
         try:
-            ratios.append(seconds_of(partial(function, x)) / several)
+            call()
+            ratios.append(seconds_of(call) / several)
         finally:
             torch.set_num_threads(threads)
     return statistics.median(ratios)

@@ -14,9 +14,9 @@ class Cut {
     int64_t panel, row0, row1;
   };
 
-  // `rows` counts what only one thread may hold, such as tiles; `blocks` of them are what the caches ask for. Every block
-  // packs its panel again, so there are more only where threads would stand idle for more than a ninth of the time. For
-  // the same reason no unit is cut into pieces of fewer than `least` rows.
+  // `rows` counts what only one thread may hold, such as tiles; `blocks` of them are what the caches ask for. Most products
+  // pack a panel again for every block, so there are more only where threads would stand idle for more than a ninth of the
+  // time. For the same reason the last units are cut only into pieces of `least` rows or more.
   Cut(int64_t panels, int64_t rows, int64_t blocks, int64_t least, int threads)
       : panels_(panels), rows_(rows), blocks_(blocks < rows ? blocks : rows) {
     cut_last(least, threads);
@@ -28,8 +28,8 @@ class Cut {
 
   int64_t pieces() const { return whole() + last_ * pieces_of_last_; }
 
-  // All panels of a block before the next one, whose rows are other weights; the last panel, of those that part() makes
-  // wider, first.
+  // All panels of a block before the next one, whose rows are other weights. The last panel first: part() makes the last
+  // ones wider, and what is cut at the end should be small.
   Piece operator[](int64_t i) const {
     const bool cut = i >= whole();
     const int64_t piece = cut ? (i - whole()) / last_ : 0, of = cut ? pieces_of_last_ : 1;

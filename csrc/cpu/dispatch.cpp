@@ -49,7 +49,7 @@ constexpr const char* kIsasAnywhere[] = {"baseline", "avx2", "avx512", "avx512bf
 constexpr int64_t kBlockSums = 384 << 10;
 constexpr int64_t kBlockWeights = 5 << 20;
 // Packing a panel takes the time of about six tiles.
-constexpr int64_t kLeastTiles = 16;
+constexpr int64_t kLeastTiles = 12;
 // Below this many multiply-adds a call stays on its own thread: waking others costs a few microseconds.
 constexpr int64_t kAlone = 1 << 18;
 

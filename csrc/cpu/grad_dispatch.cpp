@@ -49,7 +49,7 @@ const GradKernel& kernel_of(const GradIsa& isa, DType dtype) {
 constexpr int64_t kAlone = 1 << 18;
 // Columns of a block of the input gradient: 1024 of 96 sums in fp32 are 384 KiB of an L2 cache.
 constexpr int64_t kBlockGroups = 256;
-constexpr int64_t kLeastFours = 16;  // for which it is worth packing a panel
+constexpr int64_t kLeastFours = 12;  // for which it is worth packing a panel again
 // Groups whose weights one unit sorts.
 constexpr int64_t kSortGroups = 64;
 // Rows of a block of the values' gradient: 128 rows of tokens of about 3 KiB are 384 KiB of an L2 cache.

@@ -35,23 +35,15 @@ def module() -> ModuleType:
 
 
 _HUGE_BYTES = 4 << 20  # below, hardly a whole huge page lies inside
-_MAPPED_BYTES = 32 << 20  # from here on malloc takes memory from the system each time, and gives it back
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, least: int = _HUGE_BYTES) -> Tensor:
-    """Memory to be written by C++: on huge pages where it has `least` bytes and the system has them.
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory to be written by C++: on huge pages where it is large and the system has them.
 
     Fresh pages of 4 KiB cost as much as what is written to them: a mask of 14336x4096 took 48 ms, 21 of them for itself.
+    And large memory is often fresh, for malloc gives it back to the system: 64 MiB of results at each call.
     """
     tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= least:
+    if tensor.nbytes >= _HUGE_BYTES:
         module().ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
-
-
-def output(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for the result of a layer: on huge pages where it is fresh from the system at each call.
-
-    Smaller ones malloc holds from call to call. At 4096 tokens of a 4096x4096 layer this is 7 % of the time.
-    """
-    return empty(shape, dtype, _MAPPED_BYTES)

@@ -417,7 +417,7 @@ void nothing_outside_is_touched(const Mode& mode) {
 void bits_do_not_depend_on_threads(const Mode& mode) {
   struct {
     int64_t tokens, out_features, in_features;
-  } const sizes[] = {{1, 2100, 516}, {7, 300, 516}, {50, 200, 140}, {410, 40, 140}};  // all beyond kAlone
+  } const sizes[] = {{1, 2100, 516}, {7, 300, 516}, {50, 200, 140}, {410, 40, 140}, {1100, 280, 36}};  // all beyond kAlone
   for (const auto& size : sizes) {
     const Weight weight = make_weight(size.out_features, size.in_features);
     Random random(8);

@@ -313,19 +313,25 @@ int64_t gap_to_4_kib(const Type& type, int64_t columns) {
   return (page - columns % page) % page;
 }
 
-// Several panels, several blocks of rows, several threads.
+// Several panels, several blocks of rows, several threads, for which the last panels are cut; with gaps x and y reach over
+// more than 1 MiB, from where on they are fetched beforehand.
 void large_integers_agree_exactly(const Mode& mode) {
-  const Weight weight = make_weight(mode, 1100, 132, Numbers::kIntegers);
-  Random random(2);
-  Rows x(mode.tokens, 110, 132);
-  x.fill([&] { return random.integer(); });
-  const Reference exact = reference(weight, x, nullptr, x.rows());
-  for (const Kernel& kernel : kernels()) {
-    for (const int64_t gap : {int64_t{0}, gap_to_4_kib(mode.tokens, 1100)}) {
-      Rows y(mode.tokens, kernel.family == cpu::Family::kFew ? 11 : 110, 1100, gap);
-      run(kernel, mode, weight, x, nullptr, y, 3);
-      check_equal("large", kernel, mode, weight, y,
-                  [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+  constexpr int64_t kTokens = 280, kOut = 1100, kIn = 132;
+  const Weight weight = make_weight(mode, kOut, kIn, Numbers::kIntegers);
+  for (const bool gaps : {false, true}) {
+    Random random(2);
+    Rows x(mode.tokens, kTokens, kIn, gaps ? gap_to_4_kib(mode.tokens, kIn) : 0);
+    x.fill([&] { return random.integer(); });
+    const Reference exact = reference(weight, x, nullptr, x.rows());
+    for (const Kernel& kernel : kernels()) {
+      const bool few = kernel.family == cpu::Family::kFew;
+      Rows y(mode.tokens, few ? 11 : kTokens, kOut, gaps ? gap_to_4_kib(mode.tokens, kOut) : 0);
+      for (const int threads : {2, 3, 4}) {
+        if (few && threads != 3) continue;
+        run(kernel, mode, weight, x, nullptr, y, threads);
+        check_equal("large", kernel, mode, weight, y,
+                    [&](int64_t t, int64_t row) { return rounded(mode.tokens, exact.at(t, row)); });
+      }
     }
   }
 }

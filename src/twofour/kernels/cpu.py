@@ -429,7 +429,7 @@ def linear(
         x_stride = in_features
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
-    y = native.output((tokens, out_features), x.dtype)
+    y = empty((tokens, out_features), x.dtype)
     try:
         _native.linear(
             x.data_ptr(),

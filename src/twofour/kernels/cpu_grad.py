@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
-from ..native import output
+from ..native import empty
 from . import cpu
 
 
@@ -34,7 +34,7 @@ def grad_input(
     cpu._require_packed(values, metadata, out_features, in_features)
     grad, stride = _rows("grad", grad, out_features, values.dtype)
     metadata, grad, stride = _arranged(metadata, grad, stride, out_features, in_features)
-    grad_x = output((grad.shape[0], in_features), grad.dtype)
+    grad_x = empty((grad.shape[0], in_features), grad.dtype)
     try:
         native.grad_input(
             grad.data_ptr(),
@@ -85,7 +85,7 @@ def grad_values(
     grad, grad_stride = _rows("grad", grad, out_features, grad.dtype)
     x, x_stride = _rows("x", x, in_features, grad.dtype)
     metadata, grad, grad_stride = _arranged(metadata, grad, grad_stride, out_features, in_features)
-    found = output(values_shape, grad.dtype)
+    found = empty(values_shape, grad.dtype)
     try:
         native.grad_values(
             grad.data_ptr(),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
-from ..native import output
 from ..pattern import Pattern
 from . import cpu, reference, vendor
 from .cuda import backend as cuda
@@ -155,7 +154,7 @@ def linear_cpu(
     if inner != 1 or (tokens > 1 and x_stride < in_features):
         x = x.contiguous()
         x_stride = in_features
-    y = output((tokens, out_features), x.dtype)
+    y = cpu.empty((tokens, out_features), x.dtype)
     try:
         cpu._native.linear_int8(
             x.data_ptr(),
