@@ -54,7 +54,7 @@ CSR_TOKENS = (1, 64, 512)
 CSR_WEIGHTS = 4096 * 4096
 """torch.sparse CSR is timed in float32 at these tokens and up to this size, in three rounds: it is that slow."""
 DISTURBED = 1.15
-"""Third quartile over first, of twofour's times or oneDNN's, from which a row is suspicious."""
+"""Third quartile over first, of twofour's times, oneDNN's or the gains of threads, from which a row is suspicious."""
 COLD_TOKENS = 16
 """Up to this many tokens the weights are cold."""
 COLD_BYTES = 160 << 20
@@ -133,8 +133,8 @@ def sparse_linear(matrix: SparseMatrix, bias: Tensor) -> tuple[Linear, int]:
     return run, values.nbytes + metadata.nbytes
 
 
-def gain_of_threads(function: Linear, x: Tensor, repeats: int) -> float:
-    """How many times as long the call takes on one thread: the median of pairs.
+def gains_of_threads(function: Linear, x: Tensor, repeats: int) -> list[float]:
+    """How many times as long the call takes on one thread, for each of `repeats` pairs.
 
     Each call follows one like it that is not timed: a core that stood idle while the other one worked needs milliseconds
     to reach its clock (a Zen 5 took 750, 650, 635, 600 us for work that takes 565).
@@ -151,7 +151,7 @@ def gain_of_threads(function: Linear, x: Tensor, repeats: int) -> float:
             ratios.append(seconds_of(call) / several)
         finally:
             torch.set_num_threads(threads)
-    return statistics.median(ratios)
+    return ratios
 
 
 def dense_linear(weight: Tensor, bias: Tensor) -> Linear:
@@ -230,7 +230,9 @@ def measure(layer: Layer, dtype_name: str, pattern: str, tokens: int, threads: i
     calls = {name: partial(function, x) for name, function in kernels.items()}
     for attempt in range(2):
         times = in_turns(calls, repeats, few_rounds)
-        disturbed = any(spread(times[name]) > DISTURBED for name in ("twofour", "oneDNN") if name in times)
+        gains = gains_of_threads(kernels["twofour"], x, repeats) if threads > 1 else []
+        spreads = [spread(times[name]) for name in ("twofour", "oneDNN") if name in times] + [spread(gains)]
+        disturbed = max(spreads) > DISTURBED
         if not disturbed or sum(map(sum, times.values())) > 10 or attempt:
             break
 
@@ -262,7 +264,7 @@ def measure(layer: Layer, dtype_name: str, pattern: str, tokens: int, threads: i
         x_f_linear=ratio["F.linear"],
         x_onednn=ratio.get("oneDNN"),
         x_csr=ratio.get("CSR"),
-        x_one_thread=gain_of_threads(kernels["twofour"], x, repeats) if threads > 1 else None,
+        x_one_thread=statistics.median(gains) if gains else None,
         disturbed=disturbed,
     )
 
