@@ -143,13 +143,13 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
   const int64_t panel_vectors = kernel.panel_tokens / kernel.lanes;
   const int64_t panels = (vectors + panel_vectors - 1) / panel_vectors;
   const int64_t tile_bytes = static_cast<int64_t>(sizeof(float)) * nm::kTileRows * kernel.panel_tokens;
-  const int64_t unit = args.order == nullptr ? 1 : nm::kWindowTiles;  // what only one thread may hold
-  const int64_t units = (tiles + unit - 1) / unit;
+  const int64_t held = args.order == nullptr ? 1 : nm::kWindowTiles;  // tiles that only one thread may hold
+  const int64_t rows = (tiles + held - 1) / held;  // of the cut
   const int64_t for_sums = (tiles * tile_bytes + kBlockSums - 1) / kBlockSums;
   const int64_t weights = args.out_features * args.in_features / 2 * kernel.weight_bytes;
   const int64_t for_weights = panels == 1 ? 1 : (weights + kBlockWeights - 1) / kBlockWeights;
   const int64_t wanted = for_weights > for_sums && for_weights <= 2 * for_sums ? for_weights : for_sums;
-  const Cut cut(panels, units, wanted, (kLeastTiles + unit - 1) / unit, threads);
+  const Cut cut(panels, rows, wanted, (kLeastTiles + held - 1) / held, threads);
   const int panel_bytes = l1_bytes() * kernel.panel_percent / 100 / 64 * 64;
   const auto first_token = [&](int64_t panel) {
     const int64_t token = part(vectors, panels, panel) * kernel.lanes;
@@ -159,7 +159,7 @@ void run_many(const LinearKernel& kernel, const LinearArgs& args, int threads) {
     const Cut::Piece piece = cut[i];
     const int64_t token0 = first_token(piece.panel), token1 = first_token(piece.panel + 1);
     const int64_t next_token = i + threads < cut.pieces() ? first_token(cut[i + threads].panel) : args.tokens;
-    const int64_t tile0 = piece.row0 * unit, tile1 = piece.row1 * unit < tiles ? piece.row1 * unit : tiles;
+    const int64_t tile0 = piece.row0 * held, tile1 = piece.row1 * held < tiles ? piece.row1 * held : tiles;
     void* scratch = own_scratch().get(kernel.many_scratch_bytes(panel_bytes, tile1 - tile0));
     kernel.many(args, scratch, panel_bytes, token0, static_cast<int>(token1 - token0), tile0, tile1, next_token);
   });
