@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing
-from tests.gpu.conftest import emulate
 
+from tests.gpu.conftest import emulate
 from twofour import UnsupportedError
 from twofour.kernels.cuda import compiler, table
 

@@ -166,6 +166,10 @@ def test_an_unknown_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no step nothing: they are install, machine" in capsys.readouterr().err
 
 
+WRITE = "echo ========= Invalid __global__ write of size 4 bytes"
+RACE = "echo ========= Error: Race reported between Write access and Read access"
+
+
 def tool(folder: Path, code: str) -> dict[str, str]:
     """An environment whose compute-sanitizer is a script."""
     folder.mkdir()
@@ -180,7 +184,9 @@ def tool(folder: Path, code: str) -> dict[str, str]:
     [
         ('case "$*" in *planted*) exit 86;; esac; echo 23 kernels ran', 0, "racecheck: nothing found; 23 kernels ran"),
         ("exit 86", 1, "memcheck failed"),
-        ('case "$*" in *planted*) exit 86;; *race*) exit 1;; esac', 1, "racecheck failed"),
+        ('case "$*" in *planted*) exit 86;; *race*) exit 1;; esac', 1, "racecheck did not get to the end"),
+        (f'case "$*" in *planted*) {WRITE}; {RACE}; exit 1;; esac; echo 23 kernels ran', 0, "memcheck: nothing found"),
+        (f'case "$*" in *planted*) ;; *memcheck*) {WRITE}; exit 1;; esac', 1, "memcheck failed"),
         ("echo Device not supported; exit 1", 77, "memcheck does not find a planted fault here: Device not supported"),
     ],
 )

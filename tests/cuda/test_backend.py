@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.cuda import emulation
-from torch import nn
+from torch import Tensor, nn
 
 import twofour
 from twofour import Pattern, QuantizedSparseLinear, SparseLinear, SparseMatrix, UnsupportedError, explain
 from twofour.kernels import KERNELS, LinearSpec, choose, linear, products, registry
 from twofour.kernels.cuda import arguments, backend, compiler, driver, packing, table
+from twofour.kernels.vendor import support, torch_operations
 from twofour.masks import nm_mask
 from twofour.workflows import timing
 from twofour.workflows.comparison import Comparison, LayerTimes
@@ -314,3 +315,19 @@ def test_masks_of_training_are_chosen_by_a_kernel(gpu: list[str], monkeypatch: p
         monkeypatch.setattr(backend, "unusable", lambda _: "no driver")
         assert torch.equal(products.magnitude_mask(given, pattern), nm_mask(given.abs(), pattern))
         assert gpu == ran
+
+
+def test_a_tracer_asks_whether_a_gpu_can_be_used_and_does_not_look_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that calls `kernels.linear` asks in its middle, and no tracer follows into drivers and libraries."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(backend, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+
+    def asked(x: Tensor) -> Tensor:
+        ours, theirs = backend.unusable(device), support.device_why_not(torch.bfloat16, device)
+        return x if ours is None or theirs is None else x + len(ours) + len(theirs)
+
+    x = torch.zeros(2)
+    torch_operations.installed.cache_clear()
+    assert torch.equal(torch.compile(asked, fullgraph=True, backend="eager")(x), asked(x))
+    torch_operations.installed.cache_clear()

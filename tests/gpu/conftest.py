@@ -7,6 +7,7 @@ They are skipped where there is none, unless TWOFOUR_GPU_TESTS says otherwise: "
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -67,10 +68,20 @@ def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory
 
 @pytest.fixture(autouse=True)
 def _faults_belong_to_their_test(device: torch.device) -> Iterator[None]:
-    """Waits for the GPU after each test, so that what fails there fails here."""
+    """Waits for the GPU after each test, so that what fails there fails here.
+
+    After a fault nothing runs any more in this process. One of several ends then: pytest names the test and starts another.
+    """
     yield
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return
+    try:
         torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        print(error, file=sys.__stderr__, flush=True)
+        os._exit(70)
 
 
 def emulate(patch: pytest.MonkeyPatch) -> None:

@@ -46,4 +46,4 @@ def pruned(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0, *, whole: 
         dense = torch.randint(-4, 5, shape, generator=generator).float()
     else:
         dense = torch.randn(shape, generator=generator).to(dtype).float()
-    return (dense * nm_mask(dense.abs(), "2:4")).to(dtype)
+    return torch.where(nm_mask(dense.abs(), "2:4"), dense, 0.0).to(dtype)  # a product would have -0.0

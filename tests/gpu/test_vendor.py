@@ -22,7 +22,10 @@ HALVES = (torch.float16, torch.bfloat16)
 BYTES = (torch.int8, torch.float8_e4m3fn)
 SHAPES = [(16, 16), (1, 4), (33, 68), (128, 256), (512, 1024), (1000, 700), (4096, 4096)]
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("error:.*does not hold the kept values"),
+]
 
 
 @pytest.fixture(autouse=True, params=["cuSPARSELt", "CUTLASS"])

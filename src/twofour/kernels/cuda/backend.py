@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...pattern import Pattern
 from .. import epilogue
+from ..tracing import constant
 from . import arguments, compiler, driver, layout, packing, products, tokens
 from .packing import PackedMatrix
 
@@ -37,6 +38,7 @@ def why_not(
     return unusable(device)
 
 
+@constant
 def unusable(device: torch.device) -> str | None:
     """Why no kernel of csrc/cuda can run on a GPU of this machine; None where they can."""
     reason = driver.why_not() or compiler.why_not() or missing()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..tracing import constant
 from . import torch_operations
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def version() -> str | None:
     return None if found is None else _version(found)
 
 
+@constant
 def device_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """None where a weight of one of DTYPES can be multiplied on a GPU; otherwise why not."""
     if torch.version.hip:
