@@ -14,7 +14,7 @@ SANITIZER_OPTIONS := ASAN_OPTIONS=max_malloc_fill_size=1073741824:malloc_fill_by
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
-.PHONY: demo test lint types examples bench bench-training bench-smallest gpu gpu-dry gpu-emulated native-test sanitize sanitize-threads neon emulated check clean
+.PHONY: demo test lint types examples bench bench-training bench-smallest gpu gpu-dry gpu-emulated pretended native-test sanitize sanitize-threads neon emulated check clean
 
 demo: $(VENV)/installed
 	$(BIN)/twofour demo
@@ -80,6 +80,10 @@ gpu-dry: $(VENV)/installed
 # The tests for GPUs that can run on an emulated one.
 gpu-emulated: $(VENV)/installed
 	TWOFOUR_GPU_TESTS=emulated $(PYTEST) tests/gpu
+
+# The tests of the CPU that `make gpu` runs on a GPU, on a device that is none: is everything made where it belongs?
+pretended: $(VENV)/installed
+	TWOFOUR_TEST_DEVICE=pretended $(PYTEST) $$($(BIN)/python -c "from benchmarks.gpu import run; print(*run.SUITES)")
 
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.

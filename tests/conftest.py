@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.on_device import DEVICE, made_by_tests
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-DEVICE = torch.device(os.environ.get("TWOFOUR_TEST_DEVICE", "cpu"))
-"""Where tests that use `device` run; `make gpu` runs them on a GPU."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +23,18 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if DEVICE.type == "cuda" and "TWOFOUR_CACHE" in os.environ:
+        return  # compiled kernels are kept there too
     monkeypatch.setenv("TWOFOUR_CACHE", str(tmp_path_factory.getbasetemp() / "no-timings" / os.urandom(8).hex()))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=DEVICE.type != "cpu")
 def device() -> Iterator[torch.device]:
     """The device that tensors of a test are made on."""
     if DEVICE.type == "cpu":
         yield DEVICE
         return
-    with DEVICE:
+    with made_by_tests(DEVICE):
         yield DEVICE
 
 
@@ -120,6 +121,28 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE.type == "pretended":  # its own doing: what falls back on the CPU gives results of other shapes
+        config.addinivalue_line("filterwarnings", "ignore:An output with one or more elements was resized")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On a GPU, tells of a failure at once: a run that is stopped never comes to its end, where pytest tells of all."""
+    on_gpu = DEVICE.type == "cuda" or os.environ.get("TWOFOUR_GPU_TESTS") == "required"
+    if report.failed and on_gpu and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n-- {report.nodeid}, {report.when}\n{report.longreprtext[-2500:]}", flush=True)
+
+
+_UNKNOWN_OF_PRETENDED = (
+    "KeyError: 'pretended'",
+    "NestedTensorpretended",
+    "'_scatter'",
+    "NYI devices other than",
+    "appears to be a view operator",
+    "expected scalar type BFloat16 but found Float",  # of its autocast
+)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """On another device than the CPU, skips a test whose shapes the table says a backend cannot run."""
@@ -131,10 +154,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         if DEVICE.type != "cpu" and "cannot run this layer" in str(error):
             pytest.skip(str(error))
         raise
+    except Exception as error:
+        if DEVICE.type == "pretended" and any(part in str(error) for part in _UNKNOWN_OF_PRETENDED):
+            pytest.skip(f"torch knows no such device: {str(error).splitlines()[0]}")
+        raise
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what `backend` gives to a test together with a dtype that the backend cannot run here."""
+    if DEVICE.type != "cpu" and item.get_closest_marker("of_cpu"):
+        pytest.skip("is about the CPU")
     callspec = getattr(item, "callspec", None)
     if callspec is not None and DEVICE.type != "cpu" and "backend" in callspec.params:
         from twofour import Pattern

@@ -89,6 +89,7 @@ def test_the_matrix_is_a_copy_without_gradient() -> None:
     assert not matrix.values.requires_grad
 
 
+@pytest.mark.of_cpu
 def test_a_matrix_cannot_be_changed_and_says_what_it_is() -> None:
     matrix = SparseMatrix.from_dense(torch.eye(4, dtype=torch.bfloat16))
     assert repr(matrix) == "SparseMatrix(2:4, [4, 4], bfloat16, 20 bytes)"
@@ -137,6 +138,7 @@ def test_a_weight_that_is_not_n_m_is_refused() -> None:
         SparseMatrix.from_dense(weight, name="fc")
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [

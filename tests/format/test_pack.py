@@ -46,12 +46,14 @@ def obvious_pack(weight: Tensor, wanted: Tensor, pattern: Pattern) -> tuple[list
     return values, metadata
 
 
+@pytest.mark.of_cpu
 def test_the_example_of_the_specification_byte_by_byte() -> None:
     matrix = SparseMatrix.from_dense(torch.tensor(EXAMPLE, dtype=torch.int8), "2:4")
     assert matrix.values.view(torch.uint8).numpy().tobytes() == bytes.fromhex("03FF0502 00000700 FE000400 0102FD06")
     assert matrix.metadata.numpy().tobytes() == bytes.fromhex("CD EE 98 94")
 
 
+@pytest.mark.of_cpu
 def test_the_example_as_4_8_byte_by_byte() -> None:
     matrix = SparseMatrix.from_dense(torch.tensor(EXAMPLE, dtype=torch.int8), "4:8")
     assert matrix.values.view(torch.uint8).numpy().tobytes() == bytes.fromhex("03FF0502 00000700 FE000400 0102FD06")

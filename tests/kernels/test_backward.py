@@ -19,6 +19,8 @@ from twofour.masks.rows import clustered_mask
 from twofour.pattern import Pattern
 from twofour.testing import assert_within_bound
 
+pytestmark = pytest.mark.of_cpu
+
 DTYPES = (torch.float32, torch.bfloat16)
 ISAS = [] if os.environ.get("TWOFOUR_NO_NATIVE") else cpu.isas()
 every_kernel = pytest.mark.parametrize(

@@ -29,6 +29,8 @@ if os.environ.get("TWOFOUR_NO_NATIVE"):
 
 from twofour import _native
 
+pytestmark = pytest.mark.of_cpu
+
 ISAS = cpu.isas()
 FAMILIES: tuple[cpu.Family, ...] = ("few", "many")
 DTYPES = (torch.float32, torch.bfloat16)

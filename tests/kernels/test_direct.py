@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twofour import SparseLinear, SparseMatrix
 from twofour.kernels import direct, ops
 
+pytestmark = pytest.mark.of_cpu
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:

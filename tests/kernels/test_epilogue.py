@@ -67,6 +67,7 @@ def test_relu_and_residual_are_exact_on_integers(
         assert torch.equal(y, (expected if residual is None else expected + residual.double()).to(dtype))
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["few", "many"])
@@ -82,6 +83,7 @@ def test_native_functions_stay_within_the_bound(isa: str, family: cpu.Family, na
     assert_finished(found, name, before, magnitude, 2 * 65, residual)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("isa", cpu.isas() if cpu.available() is None else [])
@@ -202,6 +204,7 @@ def test_traces_and_old_calls(backend: str) -> None:
         assert torch.equal(program.module()(x, residual), Layer()(x, residual))
 
 
+@pytest.mark.of_cpu
 def test_what_does_not_fit_is_refused(backend: str) -> None:
     matrix = SparseMatrix.from_dense(torch.randn(12, 8), prune=True)
     x = torch.randn(5, 8)

@@ -22,6 +22,8 @@ if os.environ.get("TWOFOUR_NO_NATIVE"):
 
 from twofour import _native
 
+pytestmark = pytest.mark.of_cpu
+
 DTYPES = (torch.float32, torch.bfloat16)
 FAMILIES: tuple[cpu.Family, ...] = ("few", "many")
 PATTERN = Pattern.parse("2:4")

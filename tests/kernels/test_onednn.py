@@ -15,6 +15,8 @@ from twofour import SparseLinear, SparseMatrix, UnsupportedError, kernels
 from twofour.kernels import KERNELS, LinearSpec, choose, onednn
 from twofour.pattern import Pattern
 
+pytestmark = pytest.mark.of_cpu
+
 
 @pytest.fixture(autouse=True)
 def _required(require_onednn: Callable[[torch.dtype], None]) -> None:

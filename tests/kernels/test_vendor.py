@@ -20,6 +20,8 @@ from twofour.nn.quantized import quantize_rows
 from twofour.pattern import Pattern
 from twofour.testing import assert_same_bits, hostile_tensor, hostile_values, integer_tensor, random_mask
 
+pytestmark = pytest.mark.of_cpu
+
 GPU = torch.device("cuda", 0)
 HALVES = (torch.float16, torch.bfloat16)
 BYTES = (torch.int8, torch.float8_e4m3fn)

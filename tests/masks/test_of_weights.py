@@ -25,6 +25,7 @@ def hostile(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
     return x
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("columns", [16, 36, 64, 100, 128])
@@ -38,6 +39,7 @@ def test_transposable_masks_of_weights(columns: int, dtype: torch.dtype, isa: st
     assert torch.equal(cpu.transposable_2_4(wide, magnitude=True, isa=isa), wanted)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("isa", ISAS)
 def test_bfloat16_sums_at_the_edge_of_what_float_holds(isa: str) -> None:
     """Blocks whose masks differ by the smallest place beside the largest: floats would tie where doubles do not."""

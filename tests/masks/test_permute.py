@@ -145,6 +145,7 @@ def test_published_level_at_64_channels_and_128_rows(native: None) -> None:
     assert sum(figures) / len(figures) >= 36
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize(
     "scores",
     [torch.ones(8, 32), torch.zeros(8, 32), torch.rand(0, 32), torch.rand(8, 4), torch.eye(4)],

@@ -109,6 +109,7 @@ NATIVE = native.LOADED
 ISAS = NATIVE.masks_isas() if NATIVE is not None else []
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["2:4", "2:4t"])
@@ -123,6 +124,7 @@ def test_cpp_is_torch(shape: tuple[int, int], pattern: str, dtype: torch.dtype, 
     assert torch.allclose(cpu.soft_threshold(real, 1.3, turned, isa=isa), wanted, rtol=3e-7, atol=0)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("isa", ISAS)
 def test_cpp_with_numbers_that_are_none(isa: str) -> None:
     x = torch.randn(8, 40, generator=torch.Generator().manual_seed(6))

@@ -43,6 +43,7 @@ def all_masks(keep: int, size: int) -> Tensor:
     return torch.tensor(blocks, dtype=torch.bool)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize(
     ("text", "masks"),
     [("1:2t", 2), ("1:4t", 24), ("2:4t", 90), ("3:4t", 24), ("1:3t", 6), ("2:5t", 2040), ("1:6t", 720)],
@@ -109,6 +110,7 @@ def test_cpp_equals_python_for_numbers_of_any_size(text: str, size: float) -> No
     assert torch.equal(nm_mask(scores, pattern), best_of_blocks(scores, pattern))
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("text", ["1:8t", "1:16t"])
 def test_one_of_each_is_an_assignment(name: str, text: str) -> None:
     optimize = pytest.importorskip("scipy.optimize")
@@ -121,6 +123,7 @@ def test_one_of_each_is_an_assignment(name: str, text: str) -> None:
         assert torch.equal(path(name, scores, pattern), expected)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("text", ["4:8t", "3:12t"])
 def test_as_good_as_a_linear_program(name: str, text: str) -> None:
     optimize = pytest.importorskip("scipy.optimize")
@@ -147,6 +150,7 @@ def test_nan_is_kept_last_and_infinities_first(name: str) -> None:
     assert bool(mask[1, 1])
 
 
+@pytest.mark.of_cpu
 def test_labels_may_begin_again_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = Pattern.parse("8:16t")
     scores = torch.randn(16, 16)
@@ -168,6 +172,7 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_narrow_scores(dtype: torch.dtype) -> None:
     scores = hostile_tensor((16, 24), dtype)

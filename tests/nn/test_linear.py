@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import nn
 from torch.nn import functional
 
@@ -42,6 +43,7 @@ def test_output_is_that_of_the_dense_layer(backend: str, dtype: torch.dtype, sha
         assert torch.equal(sparse(x), expected)
 
 
+@pytest.mark.of_cpu
 def test_half_precision_runs_on_the_reference_and_says_why() -> None:
     sparse, dense = sparse_and_dense(dtype=torch.float16)
     assert sparse.backend == "reference"
@@ -209,12 +211,13 @@ def test_conversion_and_copies_keep_the_numbers(native: None) -> None:
 def test_autocast_computes_in_the_weights_dtype(native: None) -> None:
     sparse, dense = sparse_and_dense()
     x = torch.randn(3, 64)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
         y = sparse(x.bfloat16())
         assert y.dtype == dense(x).dtype == torch.bfloat16
         torch.testing.assert_close(y, dense(x), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.of_cpu
 def test_weight_tells_shape_and_dtype_but_is_no_tensor() -> None:
     sparse, _ = sparse_and_dense(dtype=torch.bfloat16)
     assert tuple(sparse.weight.shape) == (48, 64)

@@ -11,6 +11,8 @@ from torch import nn
 
 from twofour.nn import onednn
 
+pytestmark = pytest.mark.of_cpu
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])

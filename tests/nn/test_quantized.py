@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 
 import twofour
@@ -57,6 +58,7 @@ def test_forward_is_the_reference() -> None:
     assert (layer(x) - dense(x)).norm() < 0.02 * dense(x).norm()
 
 
+@pytest.mark.of_cpu
 @needs_native
 def test_backends_agree_and_say_which_runs() -> None:
     native, plain = (QuantizedSparseLinear.from_linear(pruned_linear(), backend=b) for b in (None, "reference"))
@@ -68,6 +70,7 @@ def test_backends_agree_and_say_which_runs() -> None:
     assert "weights=int8" in repr(native)
 
 
+@pytest.mark.of_cpu
 def test_other_patterns_run_on_the_reference() -> None:
     linear = nn.Linear(16, 8)
     matrix = SparseMatrix.from_dense(linear.weight, "4:8", prune=True)
@@ -127,7 +130,7 @@ def test_gradients_and_autocast() -> None:
     x = torch.randn(3, 24, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.to_linear().weight.sum(0).expand(3, -1))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
 
 

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -87,9 +88,9 @@ def test_autocast_gives_linears_dtype(backend: str, weight_dtype: torch.dtype, x
     sparse = SparseLinear(layer(dtype=weight_dtype).matrix, backend=backend)
     dense = sparse.to_linear()
     x = torch.randn(3, 64).to(x_dtype)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
         assert sparse(x).dtype == dense(x).dtype
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(twofour.UnsupportedError, match="x is torch.int64"):
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(twofour.UnsupportedError, match="x is torch.int64"):
         sparse(torch.zeros(3, 64, dtype=torch.int64))
 
 
@@ -97,7 +98,7 @@ def test_the_reference_keeps_its_precision_under_autocast() -> None:
     matrix = layer().matrix
     x = torch.randn(3, 64)
     expected = kernels.linear(x, matrix, backend="reference")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(kernels.linear(x, matrix, backend="reference"), expected)
 
 
@@ -124,6 +125,7 @@ def test_backward_hooks_fire_after_swapping() -> None:
     assert calls == [1]
 
 
+@pytest.mark.of_cpu
 def test_assigning_a_state_takes_its_device_and_dtype() -> None:
     source = layer(dtype=torch.bfloat16)
     target = layer().to("meta")
@@ -135,6 +137,7 @@ def test_assigning_a_state_takes_its_device_and_dtype() -> None:
         layer().load_state_dict(both)
 
 
+@pytest.mark.of_cpu
 def test_from_meta_to_empty_and_filled() -> None:
     source = layer()
     target = layer().to("meta").to_empty(device="cpu")

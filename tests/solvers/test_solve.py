@@ -33,7 +33,7 @@ def weights(rows: int, features: int, seed: int = 1) -> Tensor:
 
 
 def seen(x: Tensor) -> Hessian:
-    hessian = Hessian(x.shape[1])
+    hessian = Hessian(x.shape[1], x.device)
     hessian.add(x)
     return hessian
 
@@ -45,7 +45,7 @@ def scaled(hessian: Hessian) -> tuple[Tensor, Tensor]:
 
 def test_hessian_is_the_mean_of_x_xt_in_any_order() -> None:
     x = inputs(24)
-    whole, parts = seen(x), Hessian(24)
+    whole, parts = seen(x), Hessian(24, x.device)
     for part in reversed(x.view(10, 200, 24).split(3)):
         parts.add(part)
     assert parts.tokens == whole.tokens == 2000
@@ -72,7 +72,7 @@ def test_hessian_refuses_what_is_no_number_and_keeps_what_it_had(bad: float) -> 
 
 
 def paired(x: Tensor, wanted: Tensor, through: Tensor | None = None) -> Hessian:
-    hessian = Hessian(x.shape[1], paired=True, through=through)
+    hessian = Hessian(x.shape[1], x.device, paired=True, through=through)
     for part, wanted_part in zip(x.split(700), wanted.split(700), strict=True):
         hessian.add(part, wanted_part)
     return hessian

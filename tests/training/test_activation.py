@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -232,7 +233,7 @@ def test_autocast_leaves_the_dtype() -> None:
     model = nn.Sequential(nn.Linear(16, 32), SquaredReLU("2:4"), nn.Linear(32, 4))
     seen: list[torch.dtype] = []
     model[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = model(torch.randn(5, 16)).float().square().sum()
         assert squared_relu(torch.ones(4), "2:4").dtype == torch.float32
     loss.backward()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -173,6 +174,7 @@ def test_packed_activations_are_all_that_is_kept() -> None:
     y.sum().backward()
 
 
+@pytest.mark.of_cpu
 def test_the_kernel_is_taken_where_it_pays() -> None:
     x, weight = torch.ones(256, 1024), torch.ones(256, 1024)
     expected = None if cpu.available() is None else cpu.available()
@@ -207,7 +209,7 @@ def test_why_not(text: str, ask: Callable[[], str | None]) -> None:
 @pytest.mark.usefixtures("native")
 def test_watched_calls_are_dense() -> None:
     x, weight = torch.randn(256, 1024), torch.randn(256, 1024)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert "autocast" in (why_dense(x, weight) or "")
         assert squared_relu_linear(x, weight).dtype == torch.bfloat16
     seen: list[str | None] = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -371,7 +372,7 @@ def test_autocast(masked: bool, compressed: bool) -> None:
     plain = copy.deepcopy(model)
     add_adapters(model, rank=2, masked=masked)
     x = torch.randn(9, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert model(x).dtype == plain(x).dtype == torch.bfloat16
         torch.testing.assert_close(model(x), plain(x), rtol=0.05, atol=0.05)
         nn.functional.cross_entropy(model(x).float(), torch.zeros(9, dtype=torch.long)).backward()
@@ -390,7 +391,11 @@ def test_gradient_checkpointing(reentrant: bool, masked: bool) -> None:
         y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
         y.square().sum().backward()
         grads.append([x.grad, *(p.grad for p in adapter_parameters(model))])
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    near = (
+        0.0 if DEVICE.type == "cpu" else 1e-5
+    )  # elsewhere gradients have threads of their own, which sum in another order
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -633,7 +638,7 @@ def test_with_calibration_outputs_come_nearest() -> None:
     assert error(best) < 0.9 * error(slim) < 0.9 * error(plain) < 0.9 * error(model)
     assert error(weighted) == pytest.approx(error(slim), rel=0.05)
     # No change of A and B makes the damped error smaller: its gradient is zero.
-    hessian = Hessian(32)
+    hessian = Hessian(32, DEVICE)
     hessian.add(x)
     moments = statistics(hessian).matrix
     left = (dense[0].weight - model[0].weight).detach().double() - best[0].update().detach().double()

@@ -104,6 +104,7 @@ def trainer_for(model: nn.Module, folder: Path, *callbacks: Any, **options: Any)
     return transformers.Trainer(model, args, train_dataset=data(), eval_dataset=data(8), callbacks=list(callbacks))
 
 
+@pytest.mark.of_cpu
 @needs_accelerate
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -274,6 +275,7 @@ def test_a_kept_weight_that_is_zero_by_chance_still_learns_after_a_resume(tmp_pa
     assert resumed.transformer.h[0].mlp.c_fc.weight[row, 0] != 0
 
 
+@pytest.mark.of_cpu
 def test_the_best_checkpoint_brings_its_masks(tmp_path: Path) -> None:
     model = gpt2(pruned=False)
     calling = Calling(model, tmp_path, MasksCallback(schedule="fst"), load_best_model_at_end=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as rerun
 from torch.utils.data import DataLoader, TensorDataset
@@ -455,7 +456,7 @@ def test_under_autocast_gradients_flow_at_every_step() -> None:
     """Weights that autocast has cast and kept would be those of before the step."""
     model, dense = pair()
     batch = inputs(1)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         distillation = Distillation(model.eval(), dense)
         before = distillation.evaluate(batch)
         for step in range(3):
@@ -465,7 +466,7 @@ def test_under_autocast_gradients_flow_at_every_step() -> None:
                 assert float(loss.detach()) == before
             else:
                 assert float(loss.detach()) != before  # weights of before the step are not used
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(DEVICE.type, enabled=False):
                 loss.backward()  # type: ignore[no-untyped-call]
             grad = model.blocks[0].up.weight.grad
             assert grad is not None
@@ -474,7 +475,7 @@ def test_under_autocast_gradients_flow_at_every_step() -> None:
                 model.blocks[0].up.weight += 0.1  # of what autocast casts alone
             model.zero_grad()
     model, dense = pair()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         report = distill(model, dense, inputs(), steps=20, lr=1e-3)
     assert report.summary["loss after"] < before
 
@@ -856,6 +857,7 @@ def test_a_loss_that_is_nan_ends_the_run_with_the_last_good_weights(at: int) -> 
     assert_same(*found)
 
 
+@pytest.mark.of_cpu
 def test_gradients_and_weights_that_are_not_finite() -> None:
     class Steep(torch.autograd.Function):
         @staticmethod

@@ -21,7 +21,7 @@ GROUPS = {
 
 def drawn(group: list[float], seed: int = 0) -> Tensor:
     x = torch.tensor(group, dtype=torch.float64).repeat(DRAWS, 1)
-    return mvue(x, generator=torch.Generator().manual_seed(seed))
+    return mvue(x, generator=torch.Generator(x.device).manual_seed(seed))
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
@@ -57,7 +57,7 @@ def test_places_are_kept_with_the_chances_that_are_best() -> None:
 def test_two_or_fewer_come_back_as_they_are(dtype: torch.dtype) -> None:
     x = torch.tensor([[0.0, 3.3, 0.0, -0.7], [0.0, 0.0, 1e-3, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=dtype)
     for seed in range(50):
-        assert torch.equal(mvue(x, generator=torch.Generator().manual_seed(seed)), x)
+        assert torch.equal(mvue(x, generator=torch.Generator(x.device).manual_seed(seed)), x)
 
 
 def test_rounding_lets_no_third_place_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +70,8 @@ def test_rounding_lets_no_third_place_in(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_axes_seeds_and_extremes() -> None:
     x = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0))
-    one = mvue(x, dim=0, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(one, mvue(x, dim=-3, generator=torch.Generator().manual_seed(1)))
+    one = mvue(x, dim=0, generator=torch.Generator(x.device).manual_seed(1))
+    assert torch.equal(one, mvue(x, dim=-3, generator=torch.Generator(x.device).manual_seed(1)))
     assert int((one.unflatten(0, (2, 4)) != 0).sum(1).max()) == 2
     torch.manual_seed(3)
     again = mvue(x, dim=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 
 import twofour
@@ -56,12 +57,12 @@ def test_masked_companions_merge_to_the_bit(dtype: torch.dtype) -> None:
         optimizer.step()
     x = torch.randn(50, 16).to(dtype)
     expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         expected_autocast = model(x.float()) if dtype == torch.float32 else None
     report = merge_adapters(model)
     assert torch.equal(model(x), expected)
     if expected_autocast is not None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             assert torch.equal(model(x), expected_autocast)
     assert [(name, type(module)) for name, module in model.named_modules()] == names
     for weight, old in zip(weights(model), before, strict=True):
@@ -179,7 +180,7 @@ def test_refit_gives_up_less_of_the_outputs(compressed: bool) -> None:
         assert twofour.check(merged).summary["holds"]
     assert errors["refit"] < 0.5 * errors["mask"]
     # Nothing on the mask is better: the damped error has no gradient there.
-    hessian = Hessian(32)
+    hessian = Hessian(32, DEVICE)
     hessian.add(x)
     pull = (target - weight.double()) @ statistics(hessian).matrix
     assert float(pull[before != 0].abs().max()) < 1e-2 * float(pull.abs().max())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 
 import twofour
@@ -370,7 +371,7 @@ def test_mvue_gives_the_weight_gradient_on_average() -> None:
 def test_mvue_under_autocast() -> None:
     model = dense()
     move_masks(model, None, "2:4t", Phase("s-ste", mvue=True))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         out = model(batch(0)[0])
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()

@@ -41,6 +41,7 @@ def test_in_three_processes(check: str, three: dict[str, str | None]) -> None:
         pytest.fail(f"{check}:\n{three[check]}")
 
 
+@pytest.mark.of_cpu
 def test_one_process_resumes_what_two_have_saved(folder: Path, two: dict[str, str | None]) -> None:
     assert two["saves"] is None
     warnings.filterwarnings("ignore", "torch.distributed is .*single process")

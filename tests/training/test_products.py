@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 
 import twofour
@@ -190,7 +191,7 @@ def test_autocast_computes_in_its_dtype(rule: str, monkeypatch: pytest.MonkeyPat
     (model, _), (dense, _) = pair(rule, "2:4t")
     counts = counted(monkeypatch)
     x = torch.randn(9, 32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         found, wanted = model(x), dense(x)
     assert found.dtype == wanted.dtype == torch.bfloat16
     assert torch.allclose(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -243,7 +244,7 @@ def test_inner_graphs_are_read(frozen: bool) -> None:
     """no_grad and autocast inside a forward become graphs inside the graph."""
 
     def inner(x: Tensor, v: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(DEVICE.type, enabled=False):
             scale = (v * v).sqrt()
         return x * scale
 

@@ -309,6 +309,7 @@ def test_explain_tells_the_kernel_and_the_way_on(mlp: Build, native: None) -> No
         twofour.explain(nn.ReLU())
 
 
+@pytest.mark.of_cpu
 def test_other_patterns_run_on_the_reference(mlp: Build) -> None:
     model = mlp()
     twofour.prune(model, "4:8")
@@ -331,6 +332,7 @@ def test_tied_layers_that_go_back_to_dense_share_one_weight(speeds: Callable[...
     assert model[0].bias is not model[1].bias
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize(
     ("options", "note"),
     [

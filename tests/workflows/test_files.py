@@ -41,6 +41,7 @@ def test_rows_that_share_a_mask_need_not_be_neighbours(mlp: Build, path: Path) -
     assert [str(layer.pattern) for layer in layers] == ["2:4x4"] * len(linears)
 
 
+@pytest.mark.of_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_fresh_model_gives_the_same_bits(mlp: Build, path: Path, dtype: torch.dtype) -> None:
     model = mlp().to(dtype)
@@ -218,6 +219,7 @@ def test_attention_projections_come_back_dense(path: Path) -> None:
     assert torch.equal(fresh[0](x, x, x)[0], model[0](x, x, x)[0])
 
 
+@pytest.mark.of_cpu
 def test_loaded_values_are_mapped_not_read(path: Path) -> None:
     model = nn.Sequential(nn.Embedding(1000, 8), nn.Linear(8, 8))
     twofour.prune(model)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 
 import twofour
@@ -78,7 +79,7 @@ def by_hand(model: nn.Module, batches: list[Any], recipe: Recipe, names: list[li
     dense = copy.deepcopy(model)
     paired = recipe.resolved().targets == "dense"
     for group in names:
-        hessian = Hessian(modules[group[0]].weight.shape[1], paired=paired)
+        hessian = Hessian(modules[group[0]].weight.shape[1], DEVICE, paired=paired)
         for batch in batches:
             x, wanted = inputs_of(model, group[0], batch), inputs_of(dense, group[0], batch)
             hessian.add(x, wanted if paired else None)
@@ -105,7 +106,7 @@ def test_each_layer_sees_the_pruned_ones_before_it(skip: bool) -> None:
     # Not what layers that see the dense ones before them would get.
     independent = copy.deepcopy(plain)
     by_hand(independent, batches, Recipe("sparsegpt"), [["inlet"]])
-    dense_hessian = Hessian(64)
+    dense_hessian = Hessian(64, DEVICE)
     hook = plain.blocks[2].down.register_forward_pre_hook(lambda module, args: dense_hessian.add(args[0]))
     plain(batches[0])
     hook.remove()
@@ -356,7 +357,7 @@ def test_padding_does_not_count() -> None:
     expected = copy.deepcopy(model)
     twofour.prune(expected, calibration=(x, torch.ones_like(mask)), method="sparsegpt")
     twofour.prune(model, calibration={"inputs": loud, "attention_mask": mask}, method="sparsegpt")
-    hessian = Hessian(16)
+    hessian = Hessian(16, DEVICE)
     hessian.add(x[mask.bool()])
     torch.manual_seed(0)
     wanted = solve(Tagger().first.weight.detach(), hessian, "2:4", Recipe("sparsegpt"))
@@ -574,6 +575,7 @@ def test_a_killed_run_goes_on_where_it_was(targets: str, tmp_path: Any) -> None:
         twofour.prune(other, calibration=data(), checkpoint=tmp_path / "full")
 
 
+@pytest.mark.of_cpu
 def test_bad_calibration_is_said_before_anything_changes() -> None:
     model = Stack()
     before = copy.deepcopy(model.state_dict())

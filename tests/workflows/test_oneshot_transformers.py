@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import Tensor, nn
 
 import twofour
@@ -99,7 +100,7 @@ def plainly(model: nn.Module, batches: list[dict[str, Tensor]], recipe: Recipe, 
             module = modules[name]
             weight = module.weight.detach()
             matrix = observe.as_matrix(module, weight)
-            hessian = Hessian(matrix.shape[1])
+            hessian = Hessian(matrix.shape[1], DEVICE)
             for batch in batches:
                 masks = [mask for key, mask in batch.items() if key.endswith("attention_mask")]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.on_device import DEVICE
 from torch import nn
 
 import twofour
@@ -26,7 +27,7 @@ def test_losses_are_those_of_pruning_one_layer(mlp: Build) -> None:
     seen = x
     for i, module in enumerate(model):
         if isinstance(module, nn.Linear):
-            hessian = Hessian(module.in_features)
+            hessian = Hessian(module.in_features, DEVICE)
             hessian.add(seen)
             (row,) = report.where(layer=str(i))
             for pattern in ("2:4", "1:4"):
