@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import twofour
 from twofour import Pattern, QuantizedSparseLinear, SparseLinear, SparseMatrix, UnsupportedError, explain
-from twofour.kernels import KERNELS, LinearSpec, choose, linear, products, registry
+from twofour.kernels import KERNELS, SCALED, LinearSpec, choose, linear, products, registry
 from twofour.kernels.cuda import arguments, backend, compiler, driver, packing, table
 from twofour.kernels.vendor import support, torch_operations
 from twofour.masks import nm_mask
+from twofour.testing import assert_same_bits
 from twofour.workflows import timing
 from twofour.workflows.comparison import Comparison, LayerTimes
 
@@ -36,7 +37,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(table, "launch", launch)
     for module in (packing, arguments):
         monkeypatch.setattr(module, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(backend, "why_not", lambda pattern, dtype, *_: None if dtype in (*DTYPES, torch.int8) else "no")
+    monkeypatch.setattr(backend, "why_not", lambda pattern, dtype, *_: None if dtype in (*DTYPES, *SCALED) else "no")
     on_cpu = torch.library.Library("twofour", "IMPL")
     for name, run in (
         ("linear_cuda", backend.linear),
@@ -45,6 +46,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ("linear_grad_values_cuda", backend.grad_values),
         ("linear_int8_cuda", backend.linear_int8),
         ("to_dense_int8_cuda", backend.to_dense),
+        ("linear_float8_cuda", backend.linear_float8),
+        ("to_dense_float8_cuda", backend.to_dense),
     ):
         on_cpu.impl(name, run, "CPU")
     yield names
@@ -156,6 +159,36 @@ def test_int8_layers_give_the_bits_of_the_reference(
     state = copy.deepcopy(mine).state_dict()
     plain.load_state_dict(state)
     assert torch.equal(torch.nan_to_num(mine(x)), torch.nan_to_num(plain(x)))
+
+
+@pytest.mark.parametrize("of_bias", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_float8_layers_give_what_the_reference_gives(
+    dtype: torch.dtype, of_bias: torch.dtype | None, gpu: list[str]
+) -> None:
+    """Whole numbers and scales that are powers of two: every sum is exact."""
+    held = matrix((40, 100), torch.float8_e4m3fn)
+    scales = 2.0 ** torch.randint(-3, 3, (40,)).float()
+    bias = None if of_bias is None else torch.randn(40).to(of_bias)
+    mine, plain = (QuantizedSparseLinear(held, scales, bias, backend=name) for name in ("cuda", "reference"))
+    assert (mine.backend, plain.backend) == ("cuda", "reference")
+    assert_same_bits(mine.matrix.values, held.values)
+    for tokens in (0, 1, 70, 260):  # none, and by one, several and no reading of the bytes
+        gpu.clear()
+        x = inputs(tokens, 100).to(dtype)
+        assert torch.equal(mine(x), plain(x))
+        ran = {name.rsplit("_", 1)[0] for name in gpu}
+        wanted = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+        if tokens and wanted is not None:
+            assert ran == ({f"decode_e4m3_{wanted}"} if tokens < 260 else {f"gemm_{wanted}"})
+    x = inputs(2, 3, 100).to(dtype).requires_grad_()
+    mine(x).sum().backward()
+    assert x.grad is not None
+    first, x.grad = x.grad, None
+    plain(x).sum().backward()
+    assert torch.equal(first, x.grad)
+    plain.load_state_dict(copy.deepcopy(mine).state_dict())
+    assert torch.equal(mine(x), plain(x))
 
 
 def test_it_compiles_and_batches(gpu: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -267,3 +268,14 @@ def test_transposable_matrices_are_checked_when_they_are_made() -> None:
     one = torch.zeros(4, 4)
     one[0, 0] = 1  # fillers crowd the last columns, and count for nothing
     assert torch.equal(SparseMatrix.from_dense(one, "2:4t").to_dense(), one)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_copies_and_pickles_hold_the_matrix_and_nothing_else(dtype: torch.dtype) -> None:
+    matrix = SparseMatrix.from_dense(hostile_tensor((8, 16), dtype), mask=random_mask((8, 16), "2:4"))
+    matrix.prepared["cpu"] = (matrix.values, matrix.metadata)
+    for other in (pickle.loads(pickle.dumps(matrix)), copy.deepcopy(matrix)):
+        assert_same_bits(other.values, matrix.values)
+        assert_same_bits(other.metadata, matrix.metadata)
+        assert (other.pattern, other.shape, other.prepared) == (matrix.pattern, matrix.shape, {})
+        assert other.values.data_ptr() != matrix.values.data_ptr()

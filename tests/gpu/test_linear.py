@@ -6,12 +6,15 @@ import copy
 import io
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tests.gpu.support import pruned
+from torch import nn
 
-from twofour import SparseMatrix, UnsupportedError, kernels
+import twofour
+from twofour import QuantizedSparseLinear, SparseMatrix, UnsupportedError, kernels
 from twofour.kernels import KERNELS, LinearSpec, choose, ops
 from twofour.kernels.cuda import resources
 from twofour.nn import SparseLinear
@@ -211,6 +214,38 @@ def test_state_dicts_and_pickles_go_between_devices(gpu: torch.device) -> None:
     stream.seek(0)
     loaded = torch.load(stream, weights_only=False, map_location=gpu)
     assert_same_bits(loaded(x).detach(), wanted)
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_layers_of_8_bits_are_compressed_and_move(weights: Any, gpu: torch.device) -> None:
+    """On the CPU, on the GPU and on the CPU again: the same numbers, by kernels of the GPU there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 128)).bfloat16()
+    twofour.prune(model, "2:4")
+    twofour.compress(model, force=True, weights=weights)
+    x = torch.randn(300, 512).bfloat16()
+    wanted = model(x).float()
+    model.to(gpu)
+    first = model[0]
+    assert isinstance(first, QuantizedSparseLinear)
+    assert first.backend == "cuda"
+    for tokens in (1, 16, 64, 300):
+        found = model(x[:tokens].to(gpu)).float().cpu()
+        torch.testing.assert_close(found, wanted[:tokens], rtol=0.02, atol=0.02)
+    with torch.inference_mode():
+        static = x[:8].to(gpu)
+        model(static)
+        torch.cuda.synchronize(gpu)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(static)
+        y.zero_()
+        graph.replay()
+        torch.testing.assert_close(y.float().cpu(), wanted[:8], rtol=0.02, atol=0.02)
+    model.cpu()
+    torch.testing.assert_close(model(x).float(), wanted, rtol=0, atol=0)
+    report = twofour.compress(model.to(gpu), tokens=16)
+    assert all(row["sparse_us"] > 0 for row in report.rows)
 
 
 def test_devices_are_not_mixed(backend: str, applies: Callable[..., None], gpu: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""QuantizedSparseLinear: int8 weights with a scale per row, as a module among torch's modules."""
+"""QuantizedSparseLinear: int8 and float8 weights with a scale per row, as a module among torch's modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ import twofour
 from twofour.errors import FormatError, ModelError, UnsupportedError
 from twofour.format import SparseMatrix
 from twofour.kernels import cpu, reference
-from twofour.nn import QuantizedSparseLinear, quantize_rows
+from twofour.nn import WEIGHTS, QuantizedSparseLinear, quantize_rows
 from twofour.nn.swap import to_dense_modules
+from twofour.testing import assert_same_bits
 
 needs_native = pytest.mark.skipif(cpu.available() is not None, reason="no native kernels in this build")
 
@@ -32,9 +34,8 @@ def pruned_linear(out_features: int = 20, in_features: int = 24, *, bias: bool =
 
 def specified(layer: QuantizedSparseLinear, x: Tensor) -> Tensor:
     matrix = layer.matrix
-    return reference.linear_int8(
-        x, matrix.values, matrix.metadata, layer.scales, layer.bias, matrix.pattern, matrix.in_features
-    )
+    run = reference.linear_int8 if matrix.dtype == torch.int8 else reference.linear_float8
+    return run(x, matrix.values, matrix.metadata, layer.scales, layer.bias, matrix.pattern, matrix.in_features)
 
 
 def test_rows_are_quantized_to_half_a_scale() -> None:
@@ -46,8 +47,29 @@ def test_rows_are_quantized_to_half_a_scale() -> None:
     assert error.max() > 0
 
 
-def test_forward_is_the_reference() -> None:
-    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+def test_rows_are_rounded_to_float8() -> None:
+    linear = pruned_linear()
+    layer = QuantizedSparseLinear.from_linear(linear, weights="float8")
+    error = (layer.to_linear().weight - linear.weight).abs()
+    assert (error <= torch.maximum(linear.weight.abs() / 16, layer.scales[:, None] * 2.0**-10) * 1.0001).all()
+    assert (layer.matrix.values.float().abs().amax(1) == 448).all()
+    assert layer.matrix.dtype == torch.float8_e4m3fn
+    assert error.max() > 0
+    with pytest.raises(UnsupportedError, match="weights='int4': they can be rounded to int8 or float8"):
+        QuantizedSparseLinear.from_linear(linear, weights="int4")
+
+
+def test_float8_takes_inputs_as_they_are() -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear(), weights="float8")
+    x = torch.randn(7, 24, dtype=torch.float64)
+    weight = layer.matrix.to_dense().double() * layer.scales.double()[:, None]
+    assert layer.bias is not None
+    torch.testing.assert_close(layer(x), x @ weight.T + layer.bias.double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_forward_is_the_reference(weights: str) -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear(), weights=weights)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(2, 5, 24).to(dtype)
         y = layer(x)
@@ -55,7 +77,7 @@ def test_forward_is_the_reference() -> None:
         assert torch.equal(y, specified(layer, x))
     dense = layer.to_linear()
     x = torch.randn(50, 24)
-    assert (layer(x) - dense(x)).norm() < 0.02 * dense(x).norm()
+    assert (layer(x) - dense(x)).norm() < (0.02 if weights == "int8" else 1e-6) * dense(x).norm()
 
 
 @pytest.mark.of_cpu
@@ -80,8 +102,9 @@ def test_other_patterns_run_on_the_reference() -> None:
     assert torch.equal(layer(torch.ones(2, 16)), specified(layer, torch.ones(2, 16)))
 
 
-def test_conversions_keep_the_weight() -> None:
-    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_conversions_keep_the_weight(weights: str) -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear(), weights=weights)
     before, scales = layer.matrix, layer.scales.clone()
     layer.to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
@@ -89,14 +112,15 @@ def test_conversions_keep_the_weight() -> None:
     assert layer.bias.dtype == torch.bfloat16
     assert layer.scales.dtype == torch.float32
     assert torch.equal(layer.scales, scales)
-    assert torch.equal(layer.matrix.values, before.values)
+    assert_same_bits(layer.matrix.values, before.values)
     assert layer.to_linear().weight.dtype == torch.bfloat16
     with pytest.raises(UnsupportedError, match="cannot become"):
         layer.to(torch.float8_e4m3fn)
 
 
-def test_copies_and_pickles() -> None:
-    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_copies_and_pickles(weights: str) -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear(), weights=weights)
     x = torch.randn(3, 24)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -106,27 +130,29 @@ def test_copies_and_pickles() -> None:
         assert other.scales.data_ptr() != layer.scales.data_ptr()
 
 
-def test_state_dict_is_canonical_and_comes_back() -> None:
-    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_state_dict_is_canonical_and_comes_back(weights: str) -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear(), weights=weights)
     state = layer.state_dict()
     assert sorted(state) == ["bias", "weight.metadata", "weight.scales", "weight.values"]
     assert state["weight.values"].shape == (20, 12)
-    other = QuantizedSparseLinear.from_linear(pruned_linear(seed=1))
+    other = QuantizedSparseLinear.from_linear(pruned_linear(seed=1), weights=weights)
     x = torch.randn(3, 24)
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(state)
     assert torch.equal(other(x), layer(x))
     dense = pruned_linear(seed=2)
     other.load_state_dict(dense.state_dict())  # quantized on the way
-    assert torch.equal(other(x), QuantizedSparseLinear.from_linear(dense)(x))
+    assert torch.equal(other(x), QuantizedSparseLinear.from_linear(dense, weights=weights)(x))
     with pytest.raises(RuntimeError, match="scales are"):
         other.load_state_dict({**state, "weight.scales": torch.ones(3)})
     with pytest.raises(RuntimeError, match=r"weight\.values"):
         other.load_state_dict({"bias": state["bias"]})
 
 
-def test_gradients_and_autocast() -> None:
-    layer = QuantizedSparseLinear.from_linear(pruned_linear())
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_gradients_and_autocast(weights: str) -> None:
+    layer = QuantizedSparseLinear.from_linear(pruned_linear(), weights=weights)
     x = torch.randn(3, 24, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.to_linear().weight.sum(0).expand(3, -1))
@@ -134,8 +160,9 @@ def test_gradients_and_autocast() -> None:
         assert layer(x).dtype == torch.bfloat16
 
 
-def test_compiled_and_exported() -> None:
-    model = nn.Sequential(QuantizedSparseLinear.from_linear(pruned_linear()), nn.ReLU())
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_compiled_and_exported(weights: str) -> None:
+    model = nn.Sequential(QuantizedSparseLinear.from_linear(pruned_linear(), weights=weights), nn.ReLU())
     x = torch.randn(3, 24)
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), model(x))
@@ -143,7 +170,7 @@ def test_compiled_and_exported() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     matrix = SparseMatrix.from_dense(pruned_linear().weight)
-    with pytest.raises(UnsupportedError, match=r"takes an int8 SparseMatrix, not torch\.float32"):
+    with pytest.raises(UnsupportedError, match=r"takes an int8 or float8_e4m3fn SparseMatrix, not torch\.float32"):
         QuantizedSparseLinear(matrix, torch.ones(20))
     quantized, scales = quantize_rows(matrix)
     with pytest.raises(FormatError, match=r"must be float32 \[20\]"):
@@ -160,21 +187,33 @@ def small_model() -> nn.Sequential:
     return nn.Sequential(pruned_linear(32, 24), nn.GELU(), pruned_linear(16, 32), nn.LayerNorm(16))
 
 
-def test_compress_quantizes_and_reports() -> None:
+@pytest.mark.parametrize(("weights", "error", "rounding"), [("int8", 0.03, 0.01), ("float8", 0.06, 0.03)])
+def test_compress_quantizes_and_reports(weights: Any, error: float, rounding: float) -> None:
     model = small_model()
     x = torch.randn(5, 24)
     expected = model(x)
-    with pytest.raises(ModelError, match="weights='int4'"):
+    with pytest.raises(ModelError, match=r"weights='int4': pass 'int8', 'float8' or 'bfloat16'"):
         twofour.compress(model, weights="int4")  # type: ignore[arg-type]
-    report = twofour.compress(model, force=True, weights="int8")
+    report = twofour.compress(model, force=True, weights=weights)
     assert [type(m) for m in model] == [QuantizedSparseLinear, nn.GELU, QuantizedSparseLinear, nn.LayerNorm]
-    assert (model(x) - expected).norm() < 0.03 * expected.norm()
+    assert (model(x) - expected).norm() < error * expected.norm()
     for row in report.rows:
-        assert 0 < row["weight_error"] < 0.01
+        assert 0 < row["weight_error"] < rounding
         assert row["bytes"] < row["dense_bytes"] / 4
-    assert all("int8" in row["kernel"] for row in twofour.explain(model).rows if row["kind"] == "QuantizedSparseLinear")
-    timed = twofour.compress(small_model(), tokens=4, weights="int8")
+    assert all(
+        weights in row["kernel"] for row in twofour.explain(model).rows if row["kind"] == "QuantizedSparseLinear"
+    )
+    timed = twofour.compress(small_model(), tokens=4, weights=weights)
     assert all(row["sparse_us"] > 0 for row in timed.rows)
+
+
+def test_float8_says_where_its_kernels_are() -> None:
+    model = small_model()
+    report = twofour.compress(model, force=True, weights="float8")
+    native = "float8 weights have native kernels on NVIDIA GPUs alone"
+    assert all(native in row["reason"] for row in report.rows)
+    table = twofour.explain(model, kernels=True).rows
+    assert [row["kernel"] for row in table if row["layer"] == "0"] == ["reference float8", "dense (torch)"]
 
 
 def test_compressed_layers_can_be_quantized_and_written_out() -> None:
@@ -187,10 +226,11 @@ def test_compressed_layers_can_be_quantized_and_written_out() -> None:
     assert torch.equal(model[0].weight, values)
 
 
-def test_files_hold_scales(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_files_hold_scales(weights: Any, tmp_path: Path) -> None:
     model = small_model()
     x = torch.randn(5, 24)
-    twofour.compress(model, force=True, weights="int8")
+    twofour.compress(model, force=True, weights=weights)
     twofour.save(model, tmp_path / "model.safetensors")
     for other in (small_model(), copy.deepcopy(model)):
         with torch.no_grad():
@@ -198,6 +238,6 @@ def test_files_hold_scales(tmp_path: Path) -> None:
         report = twofour.load(other, tmp_path / "model.safetensors")
         assert isinstance(other[0], QuantizedSparseLinear)
         assert torch.equal(other(x), model(x))
-        assert all("int8" in row["kernel"] for row in report.rows)
+        assert all(weights in row["kernel"] for row in report.rows)
     twofour.save(other, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()

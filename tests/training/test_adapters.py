@@ -145,7 +145,7 @@ def test_int8_layers_have_companions_too() -> None:
     report = add_adapters(model, rank=2)
     assert torch.equal(model(x), before)
     assert report.summary["masked"] == 0
-    assert report.rows[0]["reason"] == "not masked: int8 weights do not merge, and it stays beside them"
+    assert report.rows[0]["reason"] == "not masked: weights of 8 bits do not merge, and it stays beside them"
     assert [type(module.base) for module in model if isinstance(module, AdaptedLinear)] == [QuantizedSparseLinear] * 3
     assert train(model, torch.optim.AdamW(adapter_parameters(model), 0.05), 8)[-1] < float(
         loss_of(pruned(), 0).detach()

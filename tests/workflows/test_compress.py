@@ -533,5 +533,5 @@ def test_bfloat16_weights_in_a_float32_model(tmp_path: Path) -> None:
     twofour.save(model, tmp_path / "mixed.safetensors")
     twofour.load(again, tmp_path / "mixed.safetensors")
     assert torch.equal(again(x), model(x))
-    with pytest.raises(ModelError, match="pass 'int8' or 'bfloat16'"):
+    with pytest.raises(ModelError, match="pass 'int8', 'float8' or 'bfloat16'"):
         twofour.compress(again, weights="int4")  # type: ignore[arg-type]

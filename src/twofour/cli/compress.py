@@ -42,7 +42,8 @@ def run(
         bool, typer.Option("--remeasure", help="Time again what was timed on this machine before.")
     ] = False,
     weights: Annotated[
-        str | None, typer.Option(help="Round the kept values: bfloat16, or int8 with a scale for each output row.")
+        str | None,
+        typer.Option(help="Round the kept values: bfloat16, or int8 or float8 with a scale for each output row."),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -70,7 +71,7 @@ def run(
         tokens=counts,
         force=force,
         remeasure=remeasure,
-        weights=cast(Literal["int8", "bfloat16"] | None, weights),  # compress refuses any other
+        weights=cast(Literal["int8", "float8", "bfloat16"] | None, weights),  # compress refuses any other
         include=include,
         exclude=exclude,
         dry_run=dry_run,

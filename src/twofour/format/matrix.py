@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,11 @@ class SparseMatrix:
                 packing.require_shared_metadata(self.metadata, self.pattern)
             if self.pattern.transposable:
                 packing.require_transposable(self.values, self.metadata, self.shape, self.pattern)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, without what kernels have made of it. torch pickles float8 but does not read it again."""
+        held = self.values.view(torch.uint8) if self.values.dtype.itemsize == 1 else self.values
+        return _from_pickle, (held, self.values.dtype, self.metadata, self.pattern, self.shape)
 
     @staticmethod
     def from_dense(
@@ -207,3 +213,9 @@ def _require_mask(mask: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
             f" than {pattern.keep}. Make one with twofour.masks.nm_mask(scores, '{pattern}')."
         )
     return mask
+
+
+def _from_pickle(
+    held: Tensor, dtype: torch.dtype, metadata: Tensor, pattern: Pattern, shape: tuple[int, int]
+) -> SparseMatrix:
+    return SparseMatrix(held.view(dtype), metadata, pattern, shape)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..format import SparseMatrix
+from . import float8 as float8
 from . import int8 as int8
 from . import ops
 from . import reference as reference
@@ -16,6 +17,10 @@ from .registry import Kernel as Kernel
 from .registry import LinearSpec as LinearSpec
 from .registry import choose as choose
 from .registry import told_of as told_of
+from .scaled import Kind as Kind
+
+SCALED: dict[torch.dtype, Kind] = {torch.int8: int8.KIND, torch.float8_e4m3fn: float8.KIND}
+"""What runs weights of eight bits that have a scale for each output row."""
 
 
 def linear(

@@ -1,4 +1,4 @@
-"""Linear layers of int8 2:4 weights: native kernels, the operations as torch knows them, and one function that runs them.
+"""Linear layers of int8 2:4 weights: the native kernels, their operations and the table.
 
 Inputs are quantized inside, symmetrically, each token by itself; sums are exact int32. `reference.linear_int8` is the
 specification, and the native kernels give the same bits (csrc/cpu/linear_int8.h has the rules and draws the layout).
@@ -6,8 +6,7 @@ specification, and the native kernels give the same bits (csrc/cpu/linear_int8.h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,11 +18,10 @@ from . import cpu, reference, vendor
 from .cuda import backend as cuda
 from .cuda import layout
 from .registry import Kernel, LinearSpec
+from .scaled import Backend, Kind, Operands, require_input
 
 MOST_INPUTS = 1 << 18
 """in_features up to which every sum of products fits an int32."""
-
-Operands = tuple[Tensor, Tensor]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -211,7 +209,7 @@ def _explain(
     """Raises the error that says what is wrong with the arguments of `linear_cpu`."""
     cpu._module()
     _require_packed(values, metadata, out_features, in_features)
-    _require_input(x, scales, bias, out_features, in_features)
+    require_input(x, scales, bias, out_features, in_features)
     if x.ndim != 2:
         raise ShapeError(f"x is {list(x.shape)}: it must be [tokens, {in_features}]. Flatten it with x.flatten(0, -2).")
     raise UnsupportedError(
@@ -220,32 +218,7 @@ def _explain(
     )
 
 
-def _require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
-    if x.ndim == 0 or x.shape[-1] != in_features:
-        raise ShapeError(f"x is {list(x.shape)}: its last axis must be in_features {in_features}.")
-    for name, tensor in (("scales", scales), ("bias", bias)):
-        if tensor is not None and tuple(tensor.shape) != (out_features,):
-            raise ShapeError(f"{name} is {list(tensor.shape)}: it must be [{out_features}], one for each output.")
-    if not x.dtype.is_floating_point:
-        raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
-    if x.device != scales.device:
-        raise UnsupportedError(f"x is on {x.device} and the weight on {scales.device}: move one of them.")
-
-
 # ---- the operations ------------------------------------------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("twofour", "FRAGMENT")  # kept alive: operations vanish with it
-
-_BACKENDS = ("reference", "cpu", "cuda", "vendor")
-for _backend in _BACKENDS:
-    _LIBRARY.define(
-        f"linear_int8_{_backend}(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? bias, str pattern,"
-        " int out_features, int in_features) -> Tensor"
-    )
-    _LIBRARY.define(
-        f"to_dense_int8_{_backend}(Tensor values, Tensor metadata, str pattern, int out_features, int in_features)"
-        " -> Tensor"
-    )
 
 
 def _linear_reference(
@@ -280,100 +253,12 @@ def _linear_cpu(
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _linear_fake(
-    x: Tensor,
-    values: Tensor,
-    metadata: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    pattern: str,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
 def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
     return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
 
 
 def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
     return reference.to_dense(*unpack(values, metadata, out_features, in_features), Pattern.parse(pattern), in_features)
-
-
-def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
-    return values.new_empty(out_features, in_features)
-
-
-_LIBRARY.impl("linear_int8_reference", _linear_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("to_dense_int8_reference", _to_dense_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_int8_cpu", _linear_cpu, "CPU")
-_LIBRARY.impl("to_dense_int8_cpu", _to_dense_cpu, "CPU")
-_LIBRARY.impl("linear_int8_cuda", cuda.linear_int8, "CUDA")
-_LIBRARY.impl("to_dense_int8_cuda", cuda.to_dense, "CUDA")
-_LIBRARY.impl("linear_int8_vendor", vendor.linear_int8, "CUDA")
-_LIBRARY.impl("to_dense_int8_vendor", vendor.to_dense, "CUDA")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, metadata, scales, bias, pattern, out_features, in_features = inputs
-    ctx.save_for_backward(values, metadata, scales)
-    ctx.arguments = (pattern, out_features, in_features)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Straight through: the gradient of x is that of the layer without the rounding of x; weights are constants."""
-    to_dense = getattr(torch.ops.twofour, f"to_dense_int8_{backend}").default
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, metadata, scales = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = to_dense(values, metadata, *ctx.arguments).to(torch.float32) * scales[:, None]
-            grad_x = (grad.to(torch.float32) @ weight).to(grad.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias, None, None, None
-
-    return backward
-
-
-for _backend in _BACKENDS:
-    torch.library.register_fake(f"twofour::linear_int8_{_backend}", _linear_fake, lib=_LIBRARY)
-    torch.library.register_fake(f"twofour::to_dense_int8_{_backend}", _to_dense_fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"twofour::linear_int8_{_backend}", _backward(_backend), setup_context=_setup_context, lib=_LIBRARY
-    )
-
-_LINEAR = {name: getattr(torch.ops.twofour, f"linear_int8_{name}").default for name in _BACKENDS}
-
-
-def linear(
-    backend: str,
-    x: Tensor,
-    operands: Operands,
-    scales: Tensor,
-    bias: Tensor | None,
-    pattern: str,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    """quantized(x) @ W.T, scaled, + bias through one backend; gradients of x go straight through the rounding.
-
-    Args:
-        backend: a row of KERNELS; `operands` are what its `pack` makes of a matrix.
-        x: [..., in_features], any floating dtype.
-        scales: float32 [out_features].
-        bias: [out_features] or None.
-        pattern: "2:4", "4:8", ...
-    Returns:
-        [..., out_features] of x's dtype.
-    Raises:
-        ShapeError, UnsupportedError: an input that does not fit.
-    """
-    _require_input(x, scales, bias, out_features, in_features)
-    return cast(Tensor, _LINEAR[backend](x, *operands, scales, bias, pattern, out_features, in_features))
 
 
 # ---- the rows of the table ------------------------------------------------------------------------------------------
@@ -439,3 +324,16 @@ KERNELS: dict[str, Kernel] = {
     ),
 }
 """The kernels of int8 weights that have scales, fastest first."""
+
+KIND = Kind(
+    "int8",
+    reference.quantize_tokens,  # a row of the weight is quantized as a token is
+    KERNELS,
+    {
+        "reference": Backend("CompositeExplicitAutograd", _linear_reference, _to_dense_reference),
+        "cpu": Backend("CPU", _linear_cpu, _to_dense_cpu),
+        "cuda": Backend("CUDA", cuda.linear_int8, cuda.to_dense),
+        "vendor": Backend("CUDA", vendor.linear_int8, vendor.to_dense),
+    },
+)
+linear = KIND.linear

@@ -150,6 +150,32 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * factor[:, None]).to(torch.float8_e4m3fn), scales
 
 
+def linear_float8(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    in_features: int,
+) -> Tensor:
+    """x @ W.T, scaled, + bias: (sum * scale) + bias in float32 (float64 for float64 x), rounded to x's dtype once.
+
+    Args:
+        x: [..., in_features] floating point.
+        values, metadata: as in SparseMatrix, float8_e4m3fn.
+        scales: float32 [out_features].
+        bias: [out_features], or None.
+    Returns:
+        [..., out_features] of x's dtype. An input at a dropped place never reaches the output, not even NaN or infinity.
+    Cost: as `linear`.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = linear(x.to(wide), values, metadata, None, pattern, in_features) * scales.to(wide)
+    y = y if bias is None else y + bias.to(wide)
+    return y.to(x.dtype)
+
+
 def linear_int8(
     x: Tensor,
     values: Tensor,

@@ -2,5 +2,6 @@
 
 from .linear import SparseLinear as SparseLinear
 from .linear import SparseWeight as SparseWeight
+from .quantized import WEIGHTS as WEIGHTS
 from .quantized import QuantizedSparseLinear as QuantizedSparseLinear
 from .quantized import quantize_rows as quantize_rows

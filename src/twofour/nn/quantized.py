@@ -1,4 +1,4 @@
-"""QuantizedSparseLinear: a SparseLinear whose kept values are int8 with one scale per output row."""
+"""QuantizedSparseLinear: a SparseLinear whose kept values have eight bits, int8 or float8, and one scale per output row."""
 
 from __future__ import annotations
 
@@ -10,22 +10,33 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, TwofourError, UnsupportedError
 from ..format import SparseMatrix
-from ..kernels import Choice, LinearSpec, choose, int8, reference
+from ..kernels import SCALED, Choice, Kind, LinearSpec, choose
 from ..pattern import Pattern
 from .linear import SparseLinear, SparseWeight
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def quantize_rows(matrix: SparseMatrix, name: str = "weight") -> tuple[SparseMatrix, Tensor]:
-    """`matrix` in int8, at the same places, and the float32 scales [out_features] of its rows, symmetrically.
+_KINDS = {kind.name: kind for kind in SCALED.values()}
+WEIGHTS = tuple(_KINDS)
+"""Names of what weights can be rounded to."""
 
-    scale = largest / 127, value = round(weight * (127 / largest)), ties to even: the error of a weight is at most half
-    its row's scale. A row whose largest weight is below 2**-119 becomes zero, with scale 0.
 
+def quantize_rows(matrix: SparseMatrix, name: str = "weight", weights: str = "int8") -> tuple[SparseMatrix, Tensor]:
+    """`matrix` in int8 or float8, at the same places, and the float32 scales [out_features] of its rows, symmetrically.
+
+    int8: scale = largest / 127, value = round(weight * (127 / largest)), ties to even: the error of a weight is at most half
+    its row's scale. float8 (e4m3): scale = largest / 448, value = weight * (448 / largest) with three bits behind the first:
+    the error is at most a sixteenth of the weight, or 2**-10 scales. A row whose largest weight is below 2**-119 becomes
+    zero, with scale 0.
+
+    Args:
+        name: of the weight, in errors.
+        weights: "int8" or "float8".
     Raises:
-        UnsupportedError: values that are not floating point, NaN or infinite.
+        UnsupportedError: values that are not floating point, NaN or infinite; another name.
     """
+    kind = _kind_of(weights)
     if not matrix.dtype.is_floating_point:
         raise UnsupportedError(f"{name} is {matrix.dtype}: only floating point weights can be quantized.")
     wide = matrix.values.to(torch.float32)
@@ -33,30 +44,38 @@ def quantize_rows(matrix: SparseMatrix, name: str = "weight") -> tuple[SparseMat
     if bool(bad.any()):
         row = int(bad.any(1).nonzero()[0])
         raise UnsupportedError(
-            f"{name} has {int(bad.sum())} kept values that are NaN or infinite, the first in row {row}: no int8 stands for"
-            " them. Leave the layer out with exclude=[...]."
+            f"{name} has {int(bad.sum())} kept values that are NaN or infinite, the first in row {row}: no {weights} stands"
+            " for them. Leave the layer out with exclude=[...]."
         )
-    values, scales = reference.quantize_tokens(wide)  # a row of the weight is quantized as a token is
+    values, scales = kind.quantize(wide)
     return SparseMatrix(values, matrix.metadata.clone(), matrix.pattern, matrix.shape), scales
 
 
+def _kind_of(weights: str) -> Kind:
+    if weights not in _KINDS:
+        raise UnsupportedError(f"weights={weights!r}: they can be rounded to {' or '.join(WEIGHTS)}.")
+    return _KINDS[weights]
+
+
 class QuantizedSparseLinear(SparseLinear):
-    """y = quantized(x) @ W.T, scaled, + b, with an N:M weight of int8 and one float32 scale per output.
+    """y = x @ W.T, scaled, + b, with an N:M weight of int8 or float8 (e4m3) and one float32 scale per output.
 
-    Inputs are quantized inside, each token by itself (`kernels.reference.linear_int8` says exactly how); no calibration.
-    A token with NaN or infinity in it is NaN in every output. Gradients of the input go straight through the rounding.
+    With int8 inputs are quantized inside, each token by itself (`kernels.reference.linear_int8` says exactly how); no
+    calibration. A token with NaN or infinity in it is NaN in every output. Gradients of the input go straight through the
+    rounding. With float8 inputs are taken as they are (`kernels.reference.linear_float8`).
 
-    The state dict has `weight.values` (int8), `weight.metadata`, `weight.scales` (float32) and `bias`; a dense `weight`
-    that holds the pattern is quantized when it is loaded. Scales stay float32 whatever the layer is converted to.
+    The state dict has `weight.values` (int8 or float8_e4m3fn), `weight.metadata`, `weight.scales` (float32) and `bias`; a
+    dense `weight` that holds the pattern is quantized when it is loaded. Scales stay float32 whatever the layer is
+    converted to.
 
     Args:
-        matrix: the int8 weight, [out_features, in_features].
+        matrix: the int8 or float8_e4m3fn weight, [out_features, in_features].
         scales: float32 [out_features].
         bias: [out_features], or None; a Parameter is used as it is.
-        backend: "cpu", "cuda", "vendor", "reference", or None for the first that applies.
+        backend: a row of the table of its dtype (`kernels.SCALED`), or None for the first that applies.
         dtype: what `weight.dtype` says: the dtype that the model's other layers compute in. Inputs may be of any.
     Raises:
-        UnsupportedError: a matrix that is not int8, a backend that cannot run it. FormatError: scales that do not fit.
+        UnsupportedError: a matrix of another dtype, a backend that cannot run it. FormatError: scales that do not fit.
 
     >>> linear = nn.Linear(8, 2)
     >>> _ = linear.weight.data.copy_(torch.tensor([[1., 0, 0, 2, 0, 3, 4, 0], [0, 0, 1, 1, 1, 1, 0, 0]]))
@@ -76,11 +95,11 @@ class QuantizedSparseLinear(SparseLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        if not isinstance(matrix, SparseMatrix) or matrix.dtype != torch.int8:
+        if not isinstance(matrix, SparseMatrix) or matrix.dtype not in SCALED:
             given = matrix.dtype if isinstance(matrix, SparseMatrix) else type(matrix).__name__
             raise UnsupportedError(
-                f"QuantizedSparseLinear takes an int8 SparseMatrix, not {given}: QuantizedSparseLinear.from_linear(linear)"
-                " makes one of a Linear that is pruned."
+                f"QuantizedSparseLinear takes an int8 or float8_e4m3fn SparseMatrix, not {given}:"
+                " QuantizedSparseLinear.from_linear(linear) makes one of a Linear that is pruned."
             )
         _require_scales(scales, matrix)
         self.in_features = matrix.in_features
@@ -92,24 +111,37 @@ class QuantizedSparseLinear(SparseLinear):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        choose(LinearSpec.of(matrix), backend, int8.KERNELS)  # refuses a backend that cannot run the matrix
+        choose(
+            LinearSpec.of(matrix), backend, SCALED[matrix.dtype].kernels
+        )  # refuses a backend that cannot run the matrix
         self.register_buffer("scales", scales.detach(), persistent=False)
         self._set_matrix(matrix)
 
     @staticmethod
     def from_matrix(
-        matrix: SparseMatrix, bias: Tensor | None = None, *, backend: str | None = None, name: str = "weight"
+        matrix: SparseMatrix,
+        bias: Tensor | None = None,
+        *,
+        backend: str | None = None,
+        name: str = "weight",
+        weights: str = "int8",
     ) -> QuantizedSparseLinear:
         """A layer of a floating point matrix, quantized row by row (`quantize_rows`)."""
-        return QuantizedSparseLinear(*quantize_rows(matrix, name), bias, backend=backend, dtype=matrix.dtype)
+        return QuantizedSparseLinear(*quantize_rows(matrix, name, weights), bias, backend=backend, dtype=matrix.dtype)
 
     @staticmethod
     def from_linear(
-        linear: nn.Linear, pattern: Pattern | str = "2:4", *, backend: str | None = None
+        linear: nn.Linear, pattern: Pattern | str = "2:4", *, backend: str | None = None, weights: str = "int8"
     ) -> QuantizedSparseLinear:
-        """The int8 twin of a Linear whose weight already is N:M (PatternError otherwise). Shares its bias."""
+        """The int8 or float8 twin of a Linear whose weight already is N:M (PatternError otherwise). Shares its bias."""
         matrix = SparseMatrix.from_dense(linear.weight, pattern)
-        return QuantizedSparseLinear.from_matrix(matrix, linear.bias, backend=backend).train(linear.training)
+        layer = QuantizedSparseLinear.from_matrix(matrix, linear.bias, backend=backend, weights=weights)
+        return layer.train(linear.training)
+
+    @property
+    def kind(self) -> Kind:
+        """int8 or float8: its kernels, and how it is quantized."""
+        return SCALED[self.values.dtype]
 
     def twin(self, bias: nn.Parameter | None) -> QuantizedSparseLinear:
         """Another layer on the same weight tensors, with its own bias."""
@@ -123,9 +155,11 @@ class QuantizedSparseLinear(SparseLinear):
         return other.train(self.training)
 
     def requires_grad_values(self, requires_grad: bool = True) -> QuantizedSparseLinear:
-        """Refused: int8 values have no gradient. Train the layer before it is quantized."""
+        """Refused: values of eight bits have no gradient. Train the layer before it is quantized."""
         if requires_grad:
-            raise UnsupportedError("int8 values have no gradient: train a SparseLinear and quantize it afterwards.")
+            raise UnsupportedError(
+                f"{self.kind.name} values have no gradient: train a SparseLinear and quantize it afterwards."
+            )
         return self
 
     def to_linear(self) -> nn.Linear:
@@ -138,20 +172,22 @@ class QuantizedSparseLinear(SparseLinear):
 
     @property
     def matrix(self) -> SparseMatrix:
-        """The int8 weight in canonical form, without its scales (bit for bit)."""
-        return int8.KERNELS[self.backend].unpack((self.values, self.metadata), self.spec)
+        """The weight in canonical form, without its scales (bit for bit)."""
+        return self.kind.kernels[self.backend].unpack((self.values, self.metadata), self.spec)
 
     @property
     def choice(self) -> Choice:
         """The kernel that runs, and why no faster one does."""
-        best = choose(self.spec, kernels=int8.KERNELS)
+        kernels = self.kind.kernels
+        best = choose(self.spec, kernels=kernels)
         if best.kernel.backend == self.backend:
-            return best
-        return Choice(int8.KERNELS[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
+            slower = best.kernel.why_slower((self.values, self.metadata), self.spec)
+            return best if slower is None else Choice(best.kernel, (*best.rejected, (self.backend, slower)))
+        return Choice(kernels[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
 
     @property
     def weight(self) -> SparseWeight:
-        """Shape and device of the weight, and the dtype that the layer computes among (`dtype`, not int8)."""
+        """Shape and device of the weight, and the dtype that the layer computes among (`dtype`, not its own)."""
         return SparseWeight(torch.Size((self.out_features, self.in_features)), self.dtype, self.values.device)
 
     @property
@@ -169,16 +205,18 @@ class QuantizedSparseLinear(SparseLinear):
     def _run(self, x: Tensor) -> Tensor:
         operands = (self.values, self.metadata)
         shape = (self.out_features, self.in_features)
-        return int8.linear(self.backend, x, operands, self.scales, self.bias, self._pattern_text, *shape)
+        return self.kind.linear(self.backend, x, operands, self.scales, self.bias, self._pattern_text, *shape)
 
     def extra_repr(self) -> str:
-        return super().extra_repr().replace("dtype=int8", "weights=int8")
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return super().extra_repr().replace(f"dtype={dtype}", f"weights={dtype}")
 
     def _set_matrix(self, matrix: SparseMatrix) -> None:
         spec = LinearSpec.of(matrix)
         wanted = self._wanted_backend
-        fits = wanted is not None and int8.KERNELS[wanted].why_not(spec) is None
-        kernel = choose(spec, wanted if fits else None, int8.KERNELS).kernel
+        kernels = SCALED[matrix.dtype].kernels
+        fits = wanted in kernels and kernels[wanted].why_not(spec) is None
+        kernel = choose(spec, wanted if fits else None, kernels).kernel
         self.backend = kernel.backend
         self._hold(*kernel.pack(matrix))
 
@@ -197,7 +235,7 @@ class QuantizedSparseLinear(SparseLinear):
         if probe.device != self.values.device:
             if self.values.is_meta:  # `to_empty`: any matrix will do, but it must be one
                 zeros = torch.zeros(self.out_features, self.in_features, device=probe.device)
-                matrix, scales = quantize_rows(SparseMatrix.from_dense(zeros, self.pattern))
+                matrix, scales = quantize_rows(SparseMatrix.from_dense(zeros, self.pattern), weights=self.kind.name)
             else:
                 matrix, scales = self.matrix.to(probe.device), self.scales.to(probe.device)
             self.register_buffer("scales", scales, persistent=False)
@@ -236,14 +274,14 @@ class QuantizedSparseLinear(SparseLinear):
                 shape = (self.out_features, self.in_features)
                 matrix = SparseMatrix(tensors[0].clone(), tensors[1].clone(), self.pattern, shape)
                 scales = tensors[2].detach().clone()
-                if matrix.dtype != torch.int8:
-                    raise FormatError(f"values are {matrix.dtype}: they must be int8.")
+                if matrix.dtype not in SCALED:
+                    raise FormatError(f"values are {matrix.dtype}: they must be int8 or float8_e4m3fn.")
                 _require_scales(scales, matrix)
             else:  # a dense checkpoint whose weight holds the pattern
                 matrix = SparseMatrix.from_dense(tensors[0], self.pattern, name=prefix + "weight")
                 if matrix.shape != (self.out_features, self.in_features):
                     raise FormatError(f"the weight is {list(matrix.shape)}, the layer {list(self.weight.shape)}.")
-                matrix, scales = quantize_rows(matrix, prefix + "weight")
+                matrix, scales = quantize_rows(matrix, prefix + "weight", self.kind.name)
             self.register_buffer("scales", scales, persistent=False)
             self._set_matrix(matrix)
         except TwofourError as error:

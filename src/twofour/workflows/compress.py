@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix
 from ..format.pack import VALUE_DTYPES
-from ..kernels import KERNELS, LinearSpec, int8
+from ..kernels import KERNELS, LinearSpec
 from ..masks import check_pattern
-from ..nn import QuantizedSparseLinear, SparseLinear
+from ..nn import WEIGHTS, QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
 from ..nn.inputs import Batch, batches, call, evaluating
 from ..nn.survey import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
@@ -56,7 +56,7 @@ def compress(
     tokens: Sequence[int] | int | None = None,
     force: bool = False,
     remeasure: bool = False,
-    weights: Literal["int8", "bfloat16"] | None = None,
+    weights: Literal["int8", "float8", "bfloat16"] | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     dry_run: bool = False,
@@ -82,8 +82,9 @@ def compress(
         remeasure: time again what is on disk.
         weights: "bfloat16" rounds the kept values of a float32 model and leaves its inputs and outputs float32: half the
             bytes again, and with few tokens the speed of memory. "int8" stores them with a scale per output row, and
-            quantizes inputs token by token inside the layer (QuantizedSparseLinear). The report has each layer's
-            weight_error. None keeps every value as it is.
+            quantizes inputs token by token inside the layer (QuantizedSparseLinear). "float8" (e4m3) stores as many bytes and
+            takes inputs as they are, on GPUs; CPUs have no native kernel for it. The report has each layer's weight_error.
+            None keeps every value as it is.
         include, exclude: shell wildcards over module names.
         dry_run: measure and report; change nothing.
         progress: a progress bar; None shows one on a terminal only.
@@ -99,8 +100,10 @@ def compress(
     pattern = Pattern.parse(pattern)
     if inputs is not None and tokens is not None:
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
-    if weights not in (None, "int8", "bfloat16"):
-        raise ModelError(f"weights={weights!r}: pass 'int8' or 'bfloat16', or None to keep every value as it is.")
+    if weights not in (None, "bfloat16", *WEIGHTS):
+        raise ModelError(
+            f"weights={weights!r}: pass {', '.join(map(repr, WEIGHTS))} or 'bfloat16', or None to keep every value as it is."
+        )
     tokens = (tokens,) if isinstance(tokens, int) else tokens
     if tokens is not None and not all(isinstance(count, int) for count in tokens):
         raise ModelError(f"tokens={tokens!r}: pass whole numbers, as in tokens=[1, 128].")
@@ -292,10 +295,10 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
     exact: SparseMatrix | None = None  # the weight before it was rounded, or what its rounding stands for
     if isinstance(sparse, QuantizedSparseLinear):
         exact = SparseMatrix.from_dense(sparse.to_linear().weight, pattern)
-    if weights == "int8" and not isinstance(sparse, QuantizedSparseLinear):
+    if weights in WEIGHTS and not isinstance(sparse, QuantizedSparseLinear):
         exact = sparse.matrix
         try:
-            sparse = QuantizedSparseLinear.from_matrix(exact, module.bias, name=candidate.first.name)
+            sparse = QuantizedSparseLinear.from_matrix(exact, module.bias, name=candidate.first.name, weights=weights)
         except UnsupportedError as refused:
             candidate.row = {"action": "dense", "kernel": DENSE, "reason": str(refused)}
             return
@@ -361,7 +364,7 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
 
 def _others_on_gpu(sparse: SparseLinear) -> list[SparseLinear]:
     """The layer on each other kernel that is for GPUs: which is faster depends on the shape."""
-    table = int8.KERNELS if isinstance(sparse, QuantizedSparseLinear) else KERNELS
+    table = sparse.kind.kernels if isinstance(sparse, QuantizedSparseLinear) else KERNELS
     if not table[sparse.backend].on_gpu:
         return []
     rows = [kernel for kernel in table.values() if kernel.on_gpu and kernel.backend != sparse.backend]

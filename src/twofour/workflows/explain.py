@@ -110,6 +110,7 @@ def _kernel_rows(layer: Layer, store: Store) -> list[dict[str, Any]]:
         spec = LinearSpec(module.out_features, module.in_features, Pattern(), layer.weight.dtype, layer.weight.device)
         running, has_bias = DENSE, module.bias is not None
     quantized = isinstance(module, QuantizedSparseLinear)
+    table = module.kind.kernels if isinstance(module, QuantizedSparseLinear) else KERNELS
     default = running if quantized else choose(spec).kernel.backend
     measured_as, found = measurements.get(module, (None, {}))
     if measured_as != spec:  # never, or before it was converted
@@ -117,8 +118,8 @@ def _kernel_rows(layer: Layer, store: Store) -> list[dict[str, Any]]:
         found = store.known(spec, kernel, has_bias, torch.get_num_threads())
     rivals = {default: "sparse", "onednn": "packed", DENSE: "dense"}
     rows = []
-    for name in (*(name for name, kernel in KERNELS.items() if told_of(kernel, spec.device)), DENSE):
-        why_not = KERNELS[name].why_not(spec) if name in KERNELS else None
+    for name in (*(name for name, kernel in table.items() if told_of(kernel, spec.device)), DENSE):
+        why_not = table[name].why_not(spec) if name in table else None
         us = {t: m.us[rivals[name]] for t, m in found.items() if name in rivals and rivals[name] in m.us}
         chosen = name == running
         if chosen:
@@ -135,7 +136,7 @@ def _kernel_rows(layer: Layer, store: Store) -> list[dict[str, Any]]:
         rows.append(
             {
                 **layer.identity(),
-                "kernel": KERNELS[name].label() if name in KERNELS and why_not is None else name,
+                "kernel": table[name].label() if name in table and why_not is None else name,
                 "us": us,
                 "times": ", ".join(f"{tokens}: {format_value(value, 'us')}" for tokens, value in us.items()),
                 "chosen": "yes" if chosen else "",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix, file
-from ..kernels import KERNELS, LinearSpec, choose
+from ..kernels import KERNELS, SCALED, LinearSpec, choose
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
@@ -248,7 +248,7 @@ def _require_fillable(model: nn.Module, name: str, slot: _Slot, source: str, con
     if sparse:
         matrix = contents.matrices[source]
         scales = _scales(source, contents)
-        if matrix.dtype.itemsize == 1 and (matrix.dtype != torch.int8 or scales is None):
+        if matrix.dtype.itemsize == 1 and (matrix.dtype not in SCALED or scales is None):
             raise ModelError(
                 f"'{name}' is stored as {dtype_name(matrix.dtype)} without scales, which no layer runs: read it with"
                 " twofour.load_matrices(path). The model is unchanged."

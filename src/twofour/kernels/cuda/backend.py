@@ -122,6 +122,38 @@ def linear_int8(
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
+def linear_float8(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`reference.linear_float8` for x of 16 bits.
+
+    For wider x the weight is written out and multiplied by torch's dense product: tensor cores would round x. What is not
+    finite in such x reaches every output of its token.
+    """
+    packed = PackedMatrix(values, metadata, (out_features, in_features))
+    rows = x.reshape(-1, in_features)
+    if x.dtype in DTYPES:
+        fits = bias is None or bias.dtype == x.dtype
+        y = products.linear(
+            rows,
+            packed,
+            None if bias is None else (bias if fits else bias.float()).contiguous(),
+            row_scale=scales.contiguous(),
+            out_dtype=x.dtype if fits else torch.float32,
+        )
+    else:
+        y = rows @ packing.expand(packed).to(x.dtype).t() * scales.to(x.dtype)
+        y = y if bias is None else y + bias.to(x.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
 def to_dense(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
     """[out_features, in_features], dropped places +0.0."""
     return packing.expand(PackedMatrix(values, metadata, (out_features, in_features)))

@@ -23,7 +23,7 @@ from .recover import Recovered, dense_weights, recover
 
 _NOT_MASKED = {
     False: "not masked: it has no zeros to keep, and merges exactly",
-    True: "not masked: int8 weights do not merge, and it stays beside them",
+    True: "not masked: weights of 8 bits do not merge, and it stays beside them",
 }
 _A, _B, _SCALE = ".lora_a", ".lora_b", ".lora_scale"
 
@@ -67,7 +67,7 @@ def add_adapters(
         alpha: scale = alpha / rank; None: scale 1.
         masked: the update is zero where the weight is, in every forward. Costs the dense product and B A for each call,
             also of compressed layers. None: True, but False with `dense` or `dropout`, which it excludes. Layers without
-            zeros to keep are not masked, for they merge exactly anyway, nor are int8 layers, which do not merge.
+            zeros to keep are not masked, for they merge exactly anyway, nor are layers of 8 bits, which do not merge.
         dropout: share of the inputs of A that is dropped in training mode.
         include, exclude: shell wildcards over module names, as in `prune`: embeddings, convolutions, output heads (unless
             included), layers of several names for one weight and the output projection of nn.MultiheadAttention, which is

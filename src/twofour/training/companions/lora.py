@@ -61,7 +61,8 @@ class AdaptedLinear(nn.Module):
             raise UnsupportedError(f"a {type(base).__name__} cannot be adapted: {reason}.")
         if masked and isinstance(base, QuantizedSparseLinear):
             raise UnsupportedError(
-                "masked=True adds to the weight itself, and this one is int8: leave the companion beside it (masked=False)."
+                f"masked=True adds to the weight itself, and this one is {base.kind.name}: leave the companion beside it"
+                " (masked=False)."
             )
         self.base = base
         self.scale = 1.0 if alpha is None else alpha / rank
@@ -198,8 +199,8 @@ def matrix_of(base: nn.Module) -> Tensor:
     """[out_features, in_features]: the weight of `base`; that of a compressed one is written out, as a constant."""
     if isinstance(base, QuantizedSparseLinear):
         raise UnsupportedError(
-            "the weight is int8, and a sum with the update would be rounded anew: merge before compress(weights='int8'), or"
-            " leave the companion beside it (masked=False, no merge)."
+            f"the weight is {base.kind.name}, and a sum with the update would be rounded anew: merge before"
+            f" compress(weights='{base.kind.name}'), or leave the companion beside it (masked=False, no merge)."
         )
     if isinstance(base, SparseLinear):
         operands = (base.values, base.metadata)

@@ -67,8 +67,8 @@ def merge_adapters(
         the squared outputs, for masking alone (error_masked) and for the new weights (error); the reason.
     Raises:
         ModelError: no adapters, masks are kept of the model, a weight that is shared, or a sum that is not finite.
-        UnsupportedError: an int8 layer, another method. CalibrationError: refit without inputs, or inputs that tell nothing.
-        Nothing is changed then.
+        UnsupportedError: a layer of 8 bits, another method.
+        CalibrationError: refit without inputs, or inputs that tell nothing. Nothing is changed then.
     Cost: B A of each layer, and all new weights at once in memory; with calibration forwards of the model, and 8 *
         in_features² bytes for each layer that loses something; refit up to 60 products of its size.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1 (merging); Meng et al. 2024, arXiv:2406.07831 (least squares).
@@ -118,8 +118,8 @@ def _require_mergeable(model: nn.Module, named: dict[str, AdaptedLinear]) -> Non
         base = module.base
         if isinstance(base, QuantizedSparseLinear):
             raise UnsupportedError(
-                f"'{name}' is int8, and a sum with the update would be rounded anew: merge before compress(weights='int8'), or"
-                " leave the companion beside it. Nothing was changed."
+                f"'{name}' is {base.kind.name}, and a sum with the update would be rounded anew: merge before"
+                f" compress(weights='{base.kind.name}'), or leave the companion beside it. Nothing was changed."
             )
         if base not in layers or why_not_adaptable(base) is not None:
             raise UnsupportedError(

@@ -1,0 +1,154 @@
+"""Weights of eight bits with a scale for each output row: their operations as torch knows them, and what layers ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, UnsupportedError
+from .registry import Kernel
+
+Operands = tuple[Tensor, Tensor]
+Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
+_LIBRARY = torch.library.Library("twofour", "FRAGMENT")  # kept alive: operations vanish with it
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One row of the table of a kind, as operations.
+
+    Args:
+        key: the dispatch key it is registered for.
+        linear: of (x, values, metadata, scales, bias, pattern, out_features, in_features), [..., out_features] of x's dtype.
+        to_dense: of (values, metadata, pattern, out_features, in_features), the weight without its scales.
+    """
+
+    key: str
+    linear: Callable[..., Tensor]
+    to_dense: Callable[..., Tensor]
+
+
+class Kind:
+    """int8 or float8: how weights are rounded, the kernels that run them, fastest first, and their operations.
+
+    Args:
+        name: as `twofour.compress(weights=)` has it.
+        quantize: float32 [rows, n] to values and float32 scales [rows], for finite numbers.
+        kernels: the table.
+        backends: the operations of each row of the table.
+    """
+
+    def __init__(
+        self, name: str, quantize: Quantize, kernels: dict[str, Kernel], backends: Mapping[str, Backend]
+    ) -> None:
+        self.name = name
+        self.quantize = quantize
+        self.kernels = kernels
+        self._linear = {backend: _register(name, backend, row) for backend, row in backends.items()}
+
+    def linear(
+        self,
+        backend: str,
+        x: Tensor,
+        operands: Operands,
+        scales: Tensor,
+        bias: Tensor | None,
+        pattern: str,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        """x @ W.T, scaled, + bias through one backend; gradients of x go straight through where x is rounded.
+
+        Args:
+            backend: a row of the table; `operands` are what its `pack` makes of a matrix.
+            x: [..., in_features], any floating dtype.
+            scales: float32 [out_features].
+            bias: [out_features] or None.
+            pattern: "2:4", "4:8", ...
+        Returns:
+            [..., out_features] of x's dtype.
+        Raises:
+            ShapeError, UnsupportedError: an input that does not fit.
+        """
+        require_input(x, scales, bias, out_features, in_features)
+        return cast(Tensor, self._linear[backend](x, *operands, scales, bias, pattern, out_features, in_features))
+
+
+def require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+    """Raises unless x, scales and bias fit a weight and each other."""
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ShapeError(f"x is {list(x.shape)}: its last axis must be in_features {in_features}.")
+    for name, tensor in (("scales", scales), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != (out_features,):
+            raise ShapeError(f"{name} is {list(tensor.shape)}: it must be [{out_features}], one for each output.")
+    if not x.dtype.is_floating_point:
+        raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
+    if x.device != scales.device:
+        raise UnsupportedError(f"x is on {x.device} and the weight on {scales.device}: move one of them.")
+
+
+def _register(kind: str, backend: str, row: Backend) -> Any:
+    """The operation linear_<kind>_<backend>, its gradient, and to_dense_<kind>_<backend>, which that needs."""
+    linear, to_dense = f"linear_{kind}_{backend}", f"to_dense_{kind}_{backend}"
+    _LIBRARY.define(
+        f"{linear}(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? bias, str pattern,"
+        " int out_features, int in_features) -> Tensor"
+    )
+    _LIBRARY.define(
+        f"{to_dense}(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
+    )
+    _LIBRARY.impl(linear, row.linear, row.key)
+    _LIBRARY.impl(to_dense, row.to_dense, row.key)
+    torch.library.register_fake(f"twofour::{linear}", _linear_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"twofour::{to_dense}", _to_dense_fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"twofour::{linear}",
+        _backward(getattr(torch.ops.twofour, to_dense).default),
+        setup_context=_setup_context,
+        lib=_LIBRARY,
+    )
+    return getattr(torch.ops.twofour, linear).default
+
+
+def _linear_fake(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    pattern: str,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    return values.new_empty(out_features, in_features)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, metadata, scales, bias, pattern, out_features, in_features = inputs
+    ctx.save_for_backward(values, metadata, scales)
+    ctx.arguments = (pattern, out_features, in_features)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(to_dense: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Straight through: the gradient of x is that of the layer without the rounding of x; weights are constants."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, metadata, scales = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = to_dense(values, metadata, *ctx.arguments).to(torch.float32) * scales[:, None]
+            grad_x = (grad.to(torch.float32) @ weight).to(grad.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, None, None, None
+
+    return backward
