@@ -49,6 +49,8 @@ bench: $(VENV)/installed
 	$(LINEAR) --layer Llama $(FEW) --tokens 128 --tokens 512
 	$(LINEAR) --layer square --pattern 2:4x2 --tokens 512
 	$(LINEAR) --layer square --dtype "bf16 weights" --tokens 1 --tokens 16 --tokens 512
+	$(LINEAR) --layer square --dtype "float8 weights" $(FEW) --tokens 256 --tokens 1024
+	$(LINEAR) --layer "big square" --dtype "float8 weights" $(FEW)
 	$(BIN)/python benchmarks/kernels/bench_int8.py --layer square --json $(RESULTS)/int8.json
 	$(BIN)/python benchmarks/kernels/bench_backward.py --json $(RESULTS)/backward.json
 	$(BIN)/python benchmarks/masks/bench_masks.py --json $(RESULTS)/masks.json

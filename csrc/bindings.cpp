@@ -43,7 +43,7 @@ void check_weight(int64_t out_features, int64_t in_features) {
 }
 
 void check_itemsize(int itemsize) {
-  if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("itemsize must be 2 or 4");
+  if (itemsize != 1 && itemsize != 2 && itemsize != 4) throw std::invalid_argument("itemsize must be 1, 2 or 4");
 }
 
 std::vector<std::string> isas() {
@@ -93,7 +93,7 @@ bool pack_masked(uintptr_t weight, uintptr_t mask, uintptr_t values, uintptr_t m
                  uintptr_t turned_metadata, int64_t out_features, int64_t in_features, int64_t stride, int itemsize,
                  int threads, const std::optional<std::string>& isa) {
   check_weight(out_features, in_features);
-  check_itemsize(itemsize);
+  if (itemsize != 2 && itemsize != 4) throw std::invalid_argument("itemsize must be 2 or 4");
   if (out_features > 1 && stride < in_features) throw std::invalid_argument("rows must not overlap");
   if (turned_values != 0 && (turned_metadata == 0 || out_features % nm::kGroup != 0)) {
     throw std::invalid_argument("the transposed matrix needs metadata, and out_features a multiple of 4");
@@ -109,14 +109,14 @@ bool pack_masked(uintptr_t weight, uintptr_t mask, uintptr_t values, uintptr_t m
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
             int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
             int kernel, const std::optional<std::string>& isa, int bias_dtype, int shared, int activation,
-            uintptr_t residual, int64_t residual_stride, uintptr_t order) {
+            uintptr_t residual, int64_t residual_stride, uintptr_t order, uintptr_t scales) {
   check_weight(out_features, in_features);
   check_shared(shared);
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
     throw std::invalid_argument("tokens must not be negative, nor rows overlap");
   }
-  if (dtype < 0 || dtype > 2 || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
-    throw std::invalid_argument("dtype is 0..2, bias_dtype 0..1, kernel 0..2");
+  if (dtype < 0 || dtype >= cpu::kDTypes || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
+    throw std::invalid_argument("dtype is 0..4, bias_dtype 0..1, kernel 0..2");
   }
   if (activation < 0 || activation > 4) throw std::invalid_argument("activation is 0..4");
   if (residual != 0 && tokens > 1 && residual_stride < 0) throw std::invalid_argument("residual_stride must not be negative");
@@ -127,6 +127,7 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
   args.residual = at<const void>(residual);
   args.residual_stride = residual_stride;
   args.order = at<const uint8_t>(order);
+  args.scales = at<const float>(scales);
   const nb::gil_scoped_release nogil;
   last_kernel = cpu::linear(args, static_cast<cpu::DType>(dtype), at<const void>(bias),
                             static_cast<cpu::DType>(bias_dtype), threads, isa ? isa->c_str() : nullptr,
@@ -340,7 +341,7 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear, "x"_a, "values"_a, "metadata"_a, "bias"_a, "y"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0, "isa"_a = nb::none(),
         "bias_dtype"_a = 0, "shared"_a = 1, "activation"_a = 0, "residual"_a = 0, "residual_stride"_a = 0,
-        "order"_a = 0);
+        "order"_a = 0, "scales"_a = 0);
   m.def("grad_input", &grad_input, "grad"_a, "values"_a, "metadata"_a, "grad_x"_a, "tokens"_a, "out_features"_a,
         "in_features"_a, "grad_stride"_a, "x_stride"_a, "dtype"_a, "threads"_a, "isa"_a = nb::none());
   m.def("grad_values", &grad_values, "grad"_a, "x"_a, "metadata"_a, "grad_values"_a, "tokens"_a, "out_features"_a,

@@ -48,6 +48,7 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16 weights": (torch.bfloat16, torch.float32),
+    "float8 weights": (torch.float8_e4m3fn, torch.bfloat16),
 }
 """dtypes of the sparse weight, and of everything else."""
 CSR_TOKENS = (1, 64, 512)
@@ -122,13 +123,15 @@ def rotating(functions: Sequence[Linear]) -> Linear:
 
 
 def sparse_linear(matrix: SparseMatrix, bias: Tensor) -> tuple[Linear, int]:
-    """The kernel on a packed copy of its own, and the bytes of that copy."""
+    """The kernel on a packed copy of its own, and the bytes of that copy; with scales of 1 where values have 8 bits."""
     shared = cpu.shared_rows(matrix.metadata)
     assert shared == matrix.pattern.rows
     values, metadata = cpu.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features, shared)
 
+    scales = torch.ones(matrix.out_features) if matrix.dtype.itemsize == 1 else None
+
     def run(x: Tensor) -> Tensor:
-        return cpu.linear(x, values, metadata, bias, matrix.out_features, matrix.in_features)
+        return cpu.linear(x, values, metadata, bias, matrix.out_features, matrix.in_features, scales=scales)
 
     return run, values.nbytes + metadata.nbytes
 
@@ -326,7 +329,7 @@ class Results:
 def main(
     threads: Annotated[list[int] | None, typer.Option(help="Threads; repeat it for several. Default 1.")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16 or 'bf16 weights'; default the first two.")
+        list[str] | None, typer.Option(help="fp32, bf16, 'bf16 weights' or 'float8 weights'; default the first two.")
     ] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="2:4, 2:4x2 or 2:4x4; default 2:4.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; default 1 to 4096.")] = None,

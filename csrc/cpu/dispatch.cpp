@@ -19,24 +19,24 @@ struct Isa {
   const char* name;
   bool (*runs_here)();
   const LinearKernels* kernels;
-  // The many-token kernel runs from this number of tokens on: [fp32, bf16, bf16_fp32]. Measured on Zen 5, for
+  // The many-token kernel runs from this number of tokens on, by DType. Measured on Zen 5, for
   // AVX2 on Zen 4; for NEON counted in vector instructions, without a machine to measure on.
-  int64_t many_from[3];
+  int64_t many_from[kDTypes];
   const char* few_name;
   const char* many_name;
 };
 
 // Plainest first; the last one that runs here is the default.
 constexpr Isa kIsas[] = {
-    {"baseline", always, &linear_baseline, {3, 3, 3}, "baseline/few", "baseline/many"},
+    {"baseline", always, &linear_baseline, {3, 3, 3, 3, 3}, "baseline/few", "baseline/many"},
 #if defined(TWOFOUR_X86)
-    {"avx2", has_avx2, &linear_avx2, {12, 12, 12}, "avx2/few", "avx2/many"},
-    {"avx512", has_avx512, &linear_avx512, {32, 32, 32}, "avx512/few", "avx512/many"},
-    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48, 32}, "avx512bf16/few", "avx512bf16/many"},
+    {"avx2", has_avx2, &linear_avx2, {12, 12, 12, 12, 12}, "avx2/few", "avx2/many"},
+    {"avx512", has_avx512, &linear_avx512, {32, 32, 32, 32, 32}, "avx512/few", "avx512/many"},
+    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48, 32, 32, 48}, "avx512bf16/few", "avx512bf16/many"},
 #endif
 #if defined(TWOFOUR_AARCH64)
-    {"neon", always, &linear_neon, {5, 5, 5}, "neon/few", "neon/many"},
-    {"neonbf16", has_neonbf16, &linear_neonbf16, {5, 8, 5}, "neonbf16/few", "neonbf16/many"},
+    {"neon", always, &linear_neon, {5, 5, 5, 5, 5}, "neon/few", "neon/many"},
+    {"neonbf16", has_neonbf16, &linear_neonbf16, {5, 8, 5, 5, 8}, "neonbf16/few", "neonbf16/many"},
 #endif
 };
 // Those of every build: a name from here is not a misspelling, this machine lacks it.
@@ -94,6 +94,10 @@ Scratch& bias_scratch() {
   thread_local Scratch scratch;
   return scratch;
 }
+Scratch& scales_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 Scratch& shared_scratch() {
   thread_local Scratch scratch;
   return scratch;
@@ -103,11 +107,11 @@ Scratch& own_scratch() {
   return scratch;
 }
 
-// The bias as fp32, in this order of rows (null: its own); null stays null.
-const float* arranged_bias(const void* bias, DType dtype, int64_t out_features, const uint8_t* order) {
+// The bias as fp32, in this order of rows (null: its own); null stays null. Likewise scales.
+const float* arranged_in(Scratch& scratch, const void* bias, DType dtype, int64_t out_features, const uint8_t* order) {
   if (bias == nullptr) return nullptr;
   if (dtype != DType::kBf16 && order == nullptr) return static_cast<const float*>(bias);
-  auto* arranged = static_cast<float*>(bias_scratch().get(static_cast<size_t>(out_features) * sizeof(float)));
+  auto* arranged = static_cast<float*>(scratch.get(static_cast<size_t>(out_features) * sizeof(float)));
   for (int64_t i = 0; i < out_features; ++i) {
     const int64_t row = nm::row_of(order, i);
     uint32_t bits;
@@ -185,15 +189,14 @@ const char* isa_name(int index) {
 const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dtype, int threads, const char* isa,
                    Family family) {
   const Isa& chosen = isa == nullptr ? chosen_isa() : find_isa(isa);
-  const LinearKernels& kernels = *chosen.kernels;
-  const LinearKernel& kernel = dtype == DType::kFp32   ? kernels.fp32
-                               : dtype == DType::kBf16 ? kernels.bf16
-                                                       : kernels.bf16_fp32;
+  const LinearKernel& kernel = chosen.kernels->of(dtype);
   const bool many = family == Family::kAuto ? args.tokens >= chosen.many_from[static_cast<int>(dtype)]
                                             : family == Family::kMany;
   if (args.tokens > 0) {
     // Kernels of many tokens write rows in their own order, those of few add the bias where the sums lie.
-    args.bias = arranged_bias(bias, bias_dtype, args.out_features, many ? nullptr : args.order);
+    const uint8_t* order = many ? nullptr : args.order;
+    args.bias = arranged_in(bias_scratch(), bias, bias_dtype, args.out_features, order);
+    args.scales = arranged_in(scales_scratch(), args.scales, DType::kFp32, args.out_features, order);
     const bool small = args.tokens * args.out_features * args.in_features / 2 < kAlone;
     const int used = threads < 1 || small ? 1 : threads;
     (many ? run_many : run_few)(kernel, args, used);

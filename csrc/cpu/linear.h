@@ -2,7 +2,7 @@
 // (nm/layout.h).
 //
 // fp32: x, W, y are fp32. bf16: x, W, y are bf16; sums are fp32, y is rounded once, to nearest even, and NaN stays
-// NaN. bf16_fp32: W is bf16, x and y are fp32. The bias may be of either type. Dropped positions take no part: inf or
+// NaN. bf16_fp32: W is bf16, x and y are fp32. e4m3_fp32, e4m3_bf16: W is float8 e4m3, x and y as named. The bias may be of either type. Dropped positions take no part: inf or
 // NaN in x there does not reach y.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
@@ -14,7 +14,8 @@
 
 namespace twofour::cpu {
 
-enum class DType : int { kFp32 = 0, kBf16 = 1, kBf16Fp32 = 2 };  // the last: weights, then tokens
+enum class DType : int { kFp32 = 0, kBf16 = 1, kBf16Fp32 = 2, kE4m3Fp32 = 3, kE4m3Bf16 = 4 };  // weights, then tokens
+constexpr int kDTypes = 5;
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };  // kGelu: by erf
 enum class Family : int { kAuto = 0, kFew = 1, kMany = 2 };
 
@@ -36,6 +37,8 @@ struct LinearArgs {
   int64_t residual_stride = 0;     // elements between its rows
   // Which row of W lies where in the tiles (nm/layout.h); null where every row lies at its own place.
   const uint8_t* order = nullptr;
+  // [out_features] or null: what each row's sums are multiplied with before the bias is added.
+  const float* scales = nullptr;
 };
 
 // One dtype on one instruction set. The functions are pure workers: dispatch.cpp cuts the work, owns the scratch
@@ -64,7 +67,12 @@ struct LinearKernels {
   LinearKernel fp32;
   LinearKernel bf16;
   LinearKernel bf16_fp32;
+  LinearKernel e4m3_fp32;
+  LinearKernel e4m3_bf16;
+
+  const LinearKernel& of(DType dtype) const { return (&fp32)[static_cast<int>(dtype)]; }
 };
+static_assert(sizeof(LinearKernels) == kDTypes * sizeof(LinearKernel), "one kernel after the other");
 
 // One object file each; the avx ones exist only on x86-64, the neon ones only on AArch64.
 extern const LinearKernels linear_baseline;
@@ -83,7 +91,7 @@ int isa_count();
 const char* isa_name(int index);
 
 // Runs the op on up to `threads` threads. `bias` (null for none, else [out_features] of bias_dtype) takes the place of
-// args.bias; `isa` null means default_isa(). Returns "isa/family", a literal. Throws std::invalid_argument as
+// args.bias; args.scales are in the rows' own order; `isa` null means default_isa(). Returns "isa/family", a literal. Throws std::invalid_argument as
 // default_isa() does.
 const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dtype, int threads, const char* isa,
                    Family family);

@@ -10,6 +10,7 @@ namespace {
 #include "cpu/epilogue.inl.h"
 #include "cpu/linear_few.inl.h"
 #include "cpu/linear_many.inl.h"
+#include "cpu/e4m3.inl.h"
 #include "cpu/linear_kernels.inl.h"
 
 }  // namespace
@@ -18,6 +19,8 @@ const LinearKernels linear_baseline = {
     kernel_of<FewWide<float>, ManyWide<float>>(),
     kernel_of<FewWide<bf16>, ManyWide<bf16>>(),
     kernel_of<FewWide<bf16, float>, ManyWide<bf16, float>>(),
+    kernel_of<FewE4m3<FewWide<bf16, float>>, ManyE4m3<ManyWide<bf16, float>>>(),
+    kernel_of<FewE4m3<FewWide<bf16>>, ManyE4m3<ManyWide<bf16>>>(),
 };
 
 }  // namespace twofour::cpu

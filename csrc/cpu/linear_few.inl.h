@@ -111,10 +111,11 @@ void few_tile(const LinearArgs& args, const void* prepared, int64_t tile, int64_
     const int rows = static_cast<int>(smaller(kLanes, args.out_features - row));
     if (rows > 0) {
       const F bias = args.bias != nullptr ? load_first(args.bias + row, rows) : zero();
+      const F scale = args.scales != nullptr ? load_first(args.scales + row, rows) : all(1);
       const auto sum_of = [&](auto t) TWOFOUR_INLINE {
         F sum = sums[0][half][t];
         unroll<kUnrolled - 1>([&](auto u) TWOFOUR_INLINE { sum = add(sum, sums[u + 1][half][t]); });
-        return sum;
+        return mul(sum, scale);
       };
       if (args.order != nullptr || has_epilogue(args)) {
         F ends[T];

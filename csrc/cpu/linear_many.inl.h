@@ -178,6 +178,10 @@ TWOFOUR_INLINE inline void write_rows(const LinearArgs& args, const float* sums,
       unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[w][i] = load(window + places[of_block + i] * kRow); });
     }
     transpose(block[w]);
+    if (args.scales != nullptr) {
+      const F scale = load_first(args.scales + first, rows);
+      unroll<kLanes>([&](auto i) TWOFOUR_INLINE { block[w][i] = mul(block[w][i], scale); });
+    }
   });
   if (has_epilogue(args)) return finish<Output, W>(args, block[0], bias, token, tokens, row, rows);
   Output* y = static_cast<Output*>(args.y) + token * args.y_stride + row;

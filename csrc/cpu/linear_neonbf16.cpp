@@ -13,6 +13,7 @@ namespace {
 #include "cpu/linear_few.inl.h"
 #include "cpu/linear_many.inl.h"
 #include "cpu/linear_pairs_neon.inl.h"
+#include "cpu/e4m3.inl.h"
 #include "cpu/linear_kernels.inl.h"
 
 }  // namespace
@@ -21,6 +22,8 @@ const LinearKernels linear_neonbf16 = {
     kernel_of<FewWide<float>, ManyWide<float>>(),
     kernel_of<FewPairs, ManyPairs>(),
     kernel_of<FewWide<bf16, float>, ManyWide<bf16, float>>(),
+    kernel_of<FewE4m3<FewWide<bf16, float>>, ManyE4m3<ManyWide<bf16, float>>>(),
+    kernel_of<FewE4m3<FewPairs>, ManyE4m3<ManyPairs>>(),
 };
 
 }  // namespace twofour::cpu

@@ -95,6 +95,9 @@ void pack_linear(const void* values, const uint8_t* metadata, void* packed_value
   if (itemsize == 4) {
     pack(static_cast<const uint32_t*>(values), metadata, static_cast<uint32_t*>(packed_values), packed_metadata,
          out_features, in_features, shared, order);
+  } else if (itemsize == 1) {
+    pack(static_cast<const uint8_t*>(values), metadata, static_cast<uint8_t*>(packed_values), packed_metadata,
+         out_features, in_features, shared, order);
   } else {
     pack(static_cast<const uint16_t*>(values), metadata, static_cast<uint16_t*>(packed_values), packed_metadata,
          out_features, in_features, shared, order);
@@ -105,6 +108,9 @@ void unpack_linear(const void* packed_values, const uint8_t* packed_metadata, vo
                    int64_t out_features, int64_t in_features, int itemsize, int shared, const uint8_t* order) {
   if (itemsize == 4) {
     unpack(static_cast<const uint32_t*>(packed_values), packed_metadata, static_cast<uint32_t*>(values), metadata,
+           out_features, in_features, shared, order);
+  } else if (itemsize == 1) {
+    unpack(static_cast<const uint8_t*>(packed_values), packed_metadata, static_cast<uint8_t*>(values), metadata,
            out_features, in_features, shared, order);
   } else {
     unpack(static_cast<const uint16_t*>(packed_values), packed_metadata, static_cast<uint16_t*>(values), metadata,

@@ -1,4 +1,4 @@
-// Canonical format <-> CPU layout (both drawn in nm/layout.h). Exact bits, any item of 2 or 4 bytes.
+// Canonical format <-> CPU layout (both drawn in nm/layout.h). Exact bits, any item of 1, 2 or 4 bytes.
 #pragma once
 
 #include <cstddef>

@@ -52,6 +52,26 @@ inline void store_first(bf16* p, F v, int n) {
   }
 }
 
+// 32 float8 as bf16, exactly; NaN stays NaN.
+inline void widen_cell(const E4m3* from, bf16* to) {
+  // Numbers below 2^-6 (bits 0 .. 7) by their low and high bytes, all others by arithmetic.
+  static constexpr E4m3Table kTable = e4m3_table();
+  const __m128i small = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kTable.entry));
+  const __m128i apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const I bytes = _mm256_broadcastsi128_si256(_mm_shuffle_epi8(small, apart));
+  for (int i = 0; i < 32; i += 16) {
+    const I bits = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    const I magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(127));
+    const I normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
+    const I places = _mm256_add_epi16(_mm256_or_si256(magnitude, _mm256_slli_epi16(magnitude, 8)), _mm256_set1_epi16(8 << 8));
+    const I is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
+    const I number = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(bytes, places), is_small);
+    const I nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(127)), _mm256_set1_epi16(0x7fff));
+    const I sign = _mm256_slli_epi16(_mm256_srli_epi16(bits, 7), 15);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_or_si256(_mm256_or_si256(number, nan), sign));
+  }
+}
+
 // 8 pairs of bf16 -> their first and second members.
 inline I load_pairs(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline F first_of_pairs(const bf16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_pairs(p), 16)); }

@@ -48,6 +48,19 @@ inline void store_first(bf16* p, F v, int n) {
   }
 }
 
+// 32 float8 as bf16, exactly; NaN stays NaN.
+inline void widen_cell(const E4m3* from, bf16* to) {
+  static constexpr E4m3Table kTable = e4m3_table();
+  const I quarter[4] = {_mm512_loadu_si512(kTable.entry), _mm512_loadu_si512(kTable.entry + 32),
+                        _mm512_loadu_si512(kTable.entry + 64), _mm512_loadu_si512(kTable.entry + 96)};
+  const I bits = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const I low = _mm512_permutex2var_epi16(quarter[0], bits, quarter[1]);  // by the lowest six bits
+  const I high = _mm512_permutex2var_epi16(quarter[2], bits, quarter[3]);
+  const I magnitude = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(bits, _mm512_set1_epi16(64)), low, high);
+  const I sign = _mm512_and_si512(_mm512_slli_epi16(bits, 8), _mm512_set1_epi16(static_cast<short>(0x8000)));
+  _mm512_storeu_si512(to, _mm512_or_si512(magnitude, sign));
+}
+
 // 16 pairs of bf16 -> their first and second members.
 inline F first_of_pairs(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 inline F second_of_pairs(const bf16* p) {

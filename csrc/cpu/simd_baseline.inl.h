@@ -54,6 +54,12 @@ inline void store_first(bf16* p, F v, int n) {
   }
 }
 
+// 32 float8 as bf16, exactly; NaN stays NaN.
+inline void widen_cell(const E4m3* from, bf16* to) {
+  static constexpr E4m3Table kTable = e4m3_table();
+  for (int i = 0; i < 32; ++i) to[i] = kTable.widened(static_cast<uint8_t>(from[i]));
+}
+
 // 4 pairs of bf16 -> their first and second members.
 inline F first_of_pairs(const bf16* p) { return F{widen(p[0]), widen(p[2]), widen(p[4]), widen(p[6])}; }
 inline F second_of_pairs(const bf16* p) { return F{widen(p[1]), widen(p[3]), widen(p[5]), widen(p[7])}; }

@@ -46,6 +46,24 @@ inline void store_first(bf16* p, F v, int n) {
   for (int i = 0; i < n; ++i) p[i] = whole[i];
 }
 
+// 32 float8 as bf16, exactly; NaN stays NaN.
+inline void widen_cell(const E4m3* from, bf16* to) {
+  // Numbers below 2^-6 (bits 0 .. 7) by their low and high bytes, all others by arithmetic.
+  static constexpr E4m3Table kTable = e4m3_table();
+  const uint8x16_t small = vreinterpretq_u8_u16(vld1q_u16(kTable.entry));
+  for (int i = 0; i < 32; i += 8) {
+    const uint16x8_t bits = vmovl_u8(vld1_u8(reinterpret_cast<const uint8_t*>(from + i)));
+    const uint16x8_t magnitude = vandq_u16(bits, vdupq_n_u16(127));
+    const uint16x8_t normal = vaddq_u16(vshlq_n_u16(magnitude, 4), vdupq_n_u16(120 << 7));
+    const uint16x8_t twice = vshlq_n_u16(magnitude, 1);
+    const uint16x8_t places = vorrq_u16(twice, vshlq_n_u16(vorrq_u16(twice, vdupq_n_u16(1)), 8));
+    const uint16x8_t looked_up = vreinterpretq_u16_u8(vqtbl1q_u8(small, vreinterpretq_u8_u16(places)));
+    const uint16x8_t number = vbslq_u16(vcltq_u16(magnitude, vdupq_n_u16(8)), looked_up, normal);
+    const uint16x8_t nan = vandq_u16(vceqq_u16(magnitude, vdupq_n_u16(127)), vdupq_n_u16(0x7fff));
+    vst1q_u16(to + i, vorrq_u16(vorrq_u16(number, nan), vshlq_n_u16(vshrq_n_u16(bits, 7), 15)));
+  }
+}
+
 // 4 pairs of bf16 -> their first and second members.
 inline uint32x4_t load_pairs(const bf16* p) { return vreinterpretq_u32_u16(vld1q_u16(p)); }
 inline F first_of_pairs(const bf16* p) { return vreinterpretq_f32_u32(vshlq_n_u32(load_pairs(p), 16)); }

@@ -12,7 +12,7 @@
 // (weights in lanes, or tokens in lanes) reads one contiguous stream. `tiles = ceil(out / 16)`, `groups = in / 4`.
 //
 //   fp32 values   [tiles, groups, 2, 16]     | r0.v0 r1.v0 .. r15.v0 | r0.v1 r1.v1 .. r15.v1 |
-//   bf16 values   [tiles, groups, 16, 2]     | r0.v0 r0.v1 | r1.v0 r1.v1 | .. | r15.v0 r15.v1 |
+//   bf16 values   [tiles, groups, 16, 2]     | r0.v0 r0.v1 | r1.v0 r1.v1 | .. | r15.v0 r15.v1 |, float8 likewise
 //   metadata      [tiles, groups, 8] uint8   two little-endian 32-bit words:
 //
 //                   bit   31..28 27..24  ..  7..4   3..0

@@ -68,14 +68,17 @@ def linear(
     residual: int = 0,
     residual_stride: int = 0,
     order: int = 0,
+    scales: int = 0,
 ) -> None:
-    """y = activation(x @ W.T + bias) + residual. Dtypes: 0 fp32, 1 bf16, 2 bf16 weights and fp32 tokens. bias 0: none.
+    """y = activation(x @ W.T + bias) + residual. bias 0: none.
 
+    Dtypes: 0 fp32, 1 bf16; bf16 weights and fp32 tokens 2; float8_e4m3fn weights and tokens of fp32 3, of bf16 4.
     Strides in elements.
 
     kernel: 0 automatic, 1 few, 2 many.
     shared: 1, 2 or 4 neighbouring rows have one mask, as in pack_linear; order as there.
     activation: 0 none, 1 relu, 2 gelu by erf, 3 gelu by tanh, 4 silu. residual 0: none; of y's dtype, not y itself.
+    scales 0: none; float32 [out_features], what sums are multiplied with before the bias is added.
     """
 
 def grad_input(

@@ -44,6 +44,10 @@ constexpr Mode kModes[] = {
     {"fp32 x2 in order", cpu::DType::kFp32, kFp32, kFp32, 2, true},
     {"bf16 x4 in order", cpu::DType::kBf16, kBf16, kBf16, 4, true},
     {"bf16 fp32 x4 in order", cpu::DType::kBf16Fp32, kBf16, kFp32, 4, true},
+    {"e4m3 fp32", cpu::DType::kE4m3Fp32, kE4m3, kFp32},
+    {"e4m3 bf16", cpu::DType::kE4m3Bf16, kE4m3, kBf16},
+    {"e4m3 fp32 x4 in order", cpu::DType::kE4m3Fp32, kE4m3, kFp32, 4, true},
+    {"e4m3 bf16 x2 in order", cpu::DType::kE4m3Bf16, kE4m3, kBf16, 2, true},
 };
 
 struct Kernel {
@@ -73,6 +77,9 @@ struct Weight {
   Memory packed_values, packed_metadata;
   std::vector<uint8_t> rows_in_order;  // as in nm/layout.h; empty for none
   Memory order;                        // the same between guard pages
+  Rows scales{kFp32, 0, 0};            // [1, out], powers of two, where values are e4m3
+
+  double scale(int64_t row) const { return scales.rows() == 0 ? 1 : scales.get(0, row); }
 
   const uint8_t* order_data() const {
     return rows_in_order.empty() ? nullptr : reinterpret_cast<const uint8_t*>(order.data());
@@ -133,6 +140,10 @@ Weight make_weight(const Mode& mode, int64_t out_features, int64_t in_features, 
   Rows values(mode.weight, out_features, in_features / 2);
   Weight weight{out_features, in_features, std::move(values), {}, {}, mode.shared, {}, {}, {}, {}};
   weight.values.fill([&] { return draw(random, numbers); });
+  if (&mode.weight == &kE4m3) {
+    weight.scales = Rows(kFp32, 1, out_features);
+    weight.scales.fill([&] { return std::ldexp(1, random.below(5) - 2); });
+  }
   Mask mask = random_mask(random, out_features, in_features, mode.shared);
   if (mode.ordered) {
     weight.rows_in_order = random_order(random, out_features);
@@ -170,13 +181,16 @@ Reference reference(const Weight& weight, const Rows& x, const Rows* bias, int64
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t k = 0; k < weight.in_features; ++k) token[static_cast<size_t>(k)] = x.get(t, k);
     for (int64_t row = 0; row < weight.out_features; ++row) {
-      double sum = bias != nullptr ? bias->get(0, row) : 0, magnitude = std::fabs(sum);
+      const double added = bias != nullptr ? bias->get(0, row) : 0;
+      double sum = 0, magnitude = 0;
       for (int64_t j = 0; j < kept; ++j) {
         const size_t at = static_cast<size_t>(row * kept + j);
         const double product = values[at] * token[static_cast<size_t>(weight.columns[at])];
         sum += product;
         magnitude += std::fabs(product);
       }
+      sum = sum * weight.scale(row) + added;
+      magnitude = magnitude * weight.scale(row) + std::fabs(added);
       result.y[static_cast<size_t>(t * weight.out_features + row)] = sum;
       result.magnitude[static_cast<size_t>(t * weight.out_features + row)] = magnitude;
     }
@@ -241,6 +255,7 @@ std::string call(const char* isa, cpu::Family family, const Mode& mode, const We
   args.residual = epilogue.residual != nullptr ? epilogue.residual->data() : nullptr;
   args.residual_stride = epilogue.residual != nullptr ? epilogue.residual->stride() : 0;
   args.order = weight.order_data();
+  args.scales = weight.scales.rows() == 0 ? nullptr : reinterpret_cast<const float*>(weight.scales.data());
   const cpu::DType bias_code = bias != nullptr && &bias->type() == &kBf16 ? cpu::DType::kBf16 : cpu::DType::kFp32;
   return cpu::linear(args, mode.code, bias != nullptr ? bias->data() : nullptr, bias_code, threads, isa, family);
 }
@@ -409,6 +424,32 @@ void bad_values_stay_in_their_row(const Mode& mode) {
   }
 }
 
+// Each of the 256 numbers of float8, in every place of a cell: token t sees column t alone. NaN damages its row.
+void every_float8_is_itself(const Mode& mode) {
+  if (&mode.weight != &kE4m3) return;
+  constexpr int64_t kRows = 272, kColumns = 64;
+  Weight weight = make_weight(mode, kRows, kColumns, Numbers::kIntegers);
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t j = 0; j < kColumns / 2; ++j) {
+      const uint8_t bits = static_cast<uint8_t>(row < 256 ? row + 16 * (j % 16) : 255);  // rows 256 on: NaN
+      const uint8_t item = row < 256 && bits % 128 == 127 ? 0 : bits;
+      std::memcpy(weight.values.data() + row * kColumns / 2 + j, &item, 1);
+    }
+  }
+  weight.pack();
+  Rows x(mode.tokens, kColumns, kColumns);
+  x.fill([] { return 0; });
+  for (int64_t t = 0; t < kColumns; ++t) x.set(t, t, 1);
+  for (const Kernel& kernel : kernels()) {
+    Rows y(mode.tokens, kColumns, kRows);
+    run(kernel, mode, weight, x, nullptr, y, 1);
+    check_equal("every float8", kernel, mode, weight, y, [&](int64_t t, int64_t row) {
+      const int64_t j = weight.value_at(row, t);
+      return row >= 256 ? NAN : j < 0 ? 0.0 : weight.values.get(row, j) * weight.scale(row);
+    });
+  }
+}
+
 // The bias alone reaches y: ties, carries into the exponent, the largest float, subnormals, both zeros, NaN.
 void rounding_is_to_nearest_even(const Mode& mode) {
   constexpr uint32_t kBits[] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f7fffff, 0x7f7fffff, 0x00000001, 0x00018000,
@@ -548,7 +589,7 @@ void any_nibble_stays_inside(const Mode& mode) {
     for (const Kernel& kernel : kernels()) {
       Rows y(mode.tokens, tokens, 16);
       run(kernel, mode, weight, x, nullptr, y, 1);
-      check_equal("any nibble", kernel, mode, weight, y, [](int64_t, int64_t) { return 128; });
+      check_equal("any nibble", kernel, mode, weight, y, [&](int64_t, int64_t row) { return 128 * weight.scale(row); });
     }
   }
 }
@@ -587,6 +628,8 @@ void nothing_outside_is_touched(const Mode& mode) {
         std::memset(placed.order.data(), 0xff, placed.order.size());
         std::memcpy(placed.order.data() + skipped, weight.rows_in_order.data(), weight.rows_in_order.size());
       }
+      Rows scales(kFp32, weight.scales.rows(), out_features, 0, skipped, place);
+      for (int64_t row = 0; scales.rows() != 0 && row < out_features; ++row) scales.set(0, row, weight.scale(row));
       const Reference exact = reference(weight, x, &bias, size.tokens);
       for (const Kernel& kernel : kernels()) {
         const Rows untouched(mode.tokens, size.tokens, out_features, gap, skipped, place, -99);
@@ -603,6 +646,7 @@ void nothing_outside_is_touched(const Mode& mode) {
                                 y.stride(),
                                 mode.shared};
         args.order = mode.ordered ? placed.order_data() + skipped : nullptr;
+        args.scales = scales.rows() == 0 ? nullptr : reinterpret_cast<const float*>(scales.data());
         const std::string ran = cpu::linear(args, mode.code, bias.data(), cpu::DType::kFp32, 2, kernel.isa.c_str(),
                                             kernel.family);
         check(ran == kernel.name(), "asked for %s, ran %s", kernel.name().c_str(), ran.c_str());
@@ -716,8 +760,9 @@ void packing_is_the_layout(const Mode& mode) {
     // A signalling NaN and a negative zero must keep their bits.
     const uint32_t special[] = {0x7f800001u, 0x80000000u};
     const uint16_t special16[] = {0x7f81u, 0x8000u};
-    std::memcpy(weight.values.data(), size == 4 ? static_cast<const void*>(special) : special16,
-                static_cast<size_t>(2 * size));
+    const uint8_t special8[] = {0xffu, 0x80u};
+    const void* const specials = size == 4 ? static_cast<const void*>(special) : size == 2 ? static_cast<const void*>(special16) : special8;
+    std::memcpy(weight.values.data(), specials, static_cast<size_t>(2 * size));
     weight.pack();
     const int64_t groups = shape.in_features / 4, metadata_row = nm::metadata_row_bytes(shape.in_features);
     bool right = true;
@@ -818,6 +863,7 @@ constexpr Test<Mode> kTests[] = {
     {"reals stay in bound", reals_stay_in_bound},
     {"dropped positions take no part", dropped_positions_take_no_part},
     {"bad values stay in their row", bad_values_stay_in_their_row},
+    {"every float8 is itself", every_float8_is_itself},
     {"rounding is to nearest even", rounding_is_to_nearest_even},
     {"epilogues agree exactly", epilogues_agree_exactly},
     {"functions stay in bound", functions_stay_in_bound},

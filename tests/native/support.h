@@ -99,6 +99,31 @@ inline void write_bf16(void* to, double value) {
   std::memcpy(to, &upper, sizeof upper);
 }
 
+// float8 e4m3: subnormals below 2^-6, no infinities, NaN where all bits but the sign are set.
+inline double read_e4m3(const void* from) {
+  uint8_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if (exponent == 15 && fraction == 7) return NAN;
+  const double size = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+  return bits & 128 ? -size : size;
+}
+// To nearest, ties to even; NaN where it does not fit.
+inline void write_e4m3(void* to, double value) {
+  uint8_t best = 127;
+  double least = 32;  // half of the step at 448: what lies further is not rounded to it
+  for (int bits = 0; bits < 127; ++bits) {
+    const uint8_t item = static_cast<uint8_t>(bits);
+    const double away = std::fabs(std::fabs(value) - read_e4m3(&item));
+    if (away < least || (away == least && bits % 2 == 0 && std::isfinite(value))) {
+      least = away;
+      best = item;
+    }
+  }
+  if (std::signbit(value)) best |= 128;
+  std::memcpy(to, &best, sizeof best);
+}
+
 // An element type in memory.
 struct Type {
   const char* name;
@@ -109,6 +134,7 @@ struct Type {
 };
 inline constexpr Type kFp32 = {"fp32", 4, 0x1p-24, read_fp32, write_fp32};
 inline constexpr Type kBf16 = {"bf16", 2, 0x1p-8, read_bf16, write_bf16};
+inline constexpr Type kE4m3 = {"e4m3", 1, 0x1p-4, read_e4m3, write_e4m3};
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ _TYPES = {  # of the values and of x
     (torch.float32, torch.float32): 0,
     (torch.bfloat16, torch.bfloat16): 1,
     (torch.bfloat16, torch.float32): 2,
+    (torch.float8_e4m3fn, torch.float32): 3,
+    (torch.float8_e4m3fn, torch.bfloat16): 4,
 }
 _FAMILIES: dict[str | None, int] = {None: 0, "few": 1, "many": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -147,7 +149,7 @@ def packed_shapes(
     ((7, 16, 2, 16), (336,))
     """
     tiles, groups = -(-out_features // TILE_ROWS), in_features // 4
-    tile = (TILE_ROWS, 2) if dtype == torch.bfloat16 else (2, TILE_ROWS)
+    tile = (2, TILE_ROWS) if dtype == torch.float32 else (TILE_ROWS, 2)
     of_masks = (tiles, groups, TILE_ROWS // 2 // shared)
     return (tiles, groups, *tile), (math.prod(of_masks) + tiles * TILE_ROWS,) if ordered else of_masks
 
@@ -178,7 +180,7 @@ def pack(
     """The canonical values and metadata of a 2:4 matrix in the CPU layout.
 
     Args:
-        values: [out_features, in_features / 2] float32 or bfloat16.
+        values: [out_features, in_features / 2] float32, bfloat16 or float8_e4m3fn.
         metadata: [out_features, ceil(in_features / 8)] uint8, as in SparseMatrix.
         shared: 1, 2 or 4: the mask of so many neighbouring rows is stored once.
         order: with `shared` what `row_order(metadata)` gave. None: the rows as they are.
@@ -374,21 +376,24 @@ def linear(
     kernel: Family | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """y = activation(x @ W.T + bias) + residual for a 2:4 matrix W in the CPU layout, on torch.get_num_threads() threads.
+    """y = activation(x @ W.T * scales + bias) + residual for a 2:4 matrix W in the CPU layout, on torch.get_num_threads()
+    threads.
 
     Sums and functions are float32 and y is rounded once. inf and NaN in x at dropped positions do not reach y. The bits
     of y do not depend on the number of threads.
 
     Args:
-        x: [tokens, in_features], dtype of `values`, or float32 with bfloat16 values; any strides, though only a
-            contiguous last axis avoids a copy.
+        x: [tokens, in_features], dtype of `values`, or float32 with bfloat16 values, or either with float8; any strides,
+            though only a contiguous last axis avoids a copy.
         values, metadata: what `pack` returned.
         bias: [out_features] float32 or bfloat16, or None.
         isa: instruction set, one of `isas()`; None for `isa()`.
         kernel: "few" or "many"; None for the faster one at this number of tokens.
         activation: "none", "relu", "gelu" (by erf), "gelu_tanh" or "silu".
         residual: [tokens, out_features] of x's dtype, or None; only a contiguous last axis avoids a copy.
+        scales: float32 [out_features], or None.
     Returns:
         [tokens, out_features], contiguous, dtype of x.
     Raises:
@@ -422,6 +427,9 @@ def linear(
         _require_epilogue(x, activation, residual, out_features)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    if scales is not None:
+        _require_scales(scales, out_features)
+        scales = scales.contiguous()
     tokens = x.shape[0]
     x_stride, inner = x.stride()
     if inner != 1 or (tokens > 1 and x_stride < in_features):
@@ -452,10 +460,19 @@ def linear(
             0 if residual is None else residual.data_ptr(),
             0 if residual is None else residual.stride(0),
             metadata.data_ptr() + masks if order else 0,
+            0 if scales is None else scales.data_ptr(),
         )
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
     return y
+
+
+def _require_scales(scales: Tensor, out_features: int) -> None:
+    if tuple(scales.shape) != (out_features,) or scales.dtype != torch.float32 or not scales.is_cpu:
+        raise ShapeError(
+            f"scales are {scales.dtype} {list(scales.shape)} on {scales.device}: they must be float32 [{out_features}] on"
+            " the CPU, one for each output."
+        )
 
 
 def _require_epilogue(x: Tensor, activation: str, residual: Tensor | None, out_features: int) -> None:
@@ -542,9 +559,10 @@ def _require_weight(values: Tensor, metadata: Tensor, out_features: int, in_feat
         raise ShapeError(
             f"the weight is [{out_features}, {in_features}]: it needs an output, and in_features a multiple of 4."
         )
-    if values.dtype not in _DTYPES or metadata.dtype != torch.uint8:
+    if all(values.dtype != dtype for dtype, _ in _TYPES) or metadata.dtype != torch.uint8:
         raise UnsupportedError(
-            f"values are {values.dtype}, metadata {metadata.dtype}: the CPU kernels take float32 or bfloat16, and uint8."
+            f"values are {values.dtype}, metadata {metadata.dtype}: the CPU kernels take float32, bfloat16 or float8_e4m3fn,"
+            " and uint8."
         )
     if values.device.type != "cpu" or metadata.device.type != "cpu":
         raise UnsupportedError(f"values are on {values.device}, metadata on {metadata.device}: move both to the CPU.")

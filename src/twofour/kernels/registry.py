@@ -100,7 +100,8 @@ def _cpu_pack(matrix: SparseMatrix) -> Operands:
     return values, metadata
 
 
-def _cpu_why_slower(operands: Operands, spec: LinearSpec) -> str | None:
+def cpu_why_slower(operands: Operands, spec: LinearSpec) -> str | None:
+    """What keeps a weight in the CPU layout from the speed of rows that share a mask."""
     together = math.gcd(spec.pattern.rows, 4)
     shared = cpu.packed_sharing(operands[1], spec.out_features, spec.in_features)
     if shared >= together:
@@ -172,7 +173,7 @@ def _reference_unpack(operands: Operands, spec: LinearSpec) -> SparseMatrix:
 
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(
-        "cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy, False, _cpu_why_slower
+        "cpu", _cpu_why_not, _cpu_pack, _cpu_unpack, lambda: f"cpu {cpu.isa()}", _cpu_copy, False, cpu_why_slower
     ),
     "cuda": Kernel("cuda", _cuda_why_not, _cuda_pack, _cuda_unpack, cuda.label, on_gpu=True),
     "vendor": Kernel("vendor", _vendor_why_not, vendor.pack, _vendor_unpack, vendor.label, on_gpu=True),

@@ -146,7 +146,7 @@ def form(sparse: SparseLinear, dense: nn.Linear | None = None) -> str:
     inputs = f" of {dtype_name(dtype)}" if dtype != sparse.spec.dtype else ""
     shared = (
         cpu.packed_sharing(sparse.metadata, sparse.out_features, sparse.in_features)
-        if sparse.spec.dtype.itemsize > 1 and sparse.backend == "cpu"
+        if sparse.spec.dtype != torch.int8 and sparse.backend == "cpu"
         else 1
     )
     return f"{sparse.backend}{inputs}{f' x{shared}' if shared > 1 else ''}"

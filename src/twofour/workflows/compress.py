@@ -83,8 +83,7 @@ def compress(
         weights: "bfloat16" rounds the kept values of a float32 model and leaves its inputs and outputs float32: half the
             bytes again, and with few tokens the speed of memory. "int8" stores them with a scale per output row, and
             quantizes inputs token by token inside the layer (QuantizedSparseLinear). "float8" (e4m3) stores as many bytes and
-            takes inputs as they are, on GPUs; CPUs have no native kernel for it. The report has each layer's weight_error.
-            None keeps every value as it is.
+            takes inputs as they are. The report has each layer's weight_error. None keeps every value as it is.
         include, exclude: shell wildcards over module names.
         dry_run: measure and report; change nothing.
         progress: a progress bar; None shows one on a terminal only.
