@@ -34,6 +34,7 @@ examples: $(VENV)/installed
 
 RESULTS ?= benchmarks/results/$(shell hostname)
 LINEAR = $(BIN)/python benchmarks/kernels/bench_linear.py --json $(RESULTS)/linear.json
+FLOAT8 = $(BIN)/python benchmarks/kernels/bench_linear.py --json $(RESULTS)/float8.json --dtype "float8 weights"
 MANY := --tokens 256 --tokens 512 --tokens 1024 --tokens 2048 --tokens 4096
 FEW := --tokens 1 --tokens 4 --tokens 16
 MIDDLE := --tokens 64 --tokens 128
@@ -49,8 +50,8 @@ bench: $(VENV)/installed
 	$(LINEAR) --layer Llama $(FEW) --tokens 128 --tokens 512
 	$(LINEAR) --layer square --pattern 2:4x2 --tokens 512
 	$(LINEAR) --layer square --dtype "bf16 weights" --tokens 1 --tokens 16 --tokens 512
-	$(LINEAR) --layer square --dtype "float8 weights" $(FEW) --tokens 256 --tokens 1024
-	$(LINEAR) --layer "big square" --dtype "float8 weights" $(FEW)
+	$(FLOAT8) --layer "big square" $(FEW)
+	$(FLOAT8) --layer square $(FEW) --tokens 64 --tokens 256 --tokens 1024
 	$(BIN)/python benchmarks/kernels/bench_int8.py --layer square --json $(RESULTS)/int8.json
 	$(BIN)/python benchmarks/kernels/bench_backward.py --json $(RESULTS)/backward.json
 	$(BIN)/python benchmarks/masks/bench_masks.py --json $(RESULTS)/masks.json

@@ -32,7 +32,7 @@ constexpr Isa kIsas[] = {
 #if defined(TWOFOUR_X86)
     {"avx2", has_avx2, &linear_avx2, {12, 12, 12, 12, 12}, "avx2/few", "avx2/many"},
     {"avx512", has_avx512, &linear_avx512, {32, 32, 32, 32, 32}, "avx512/few", "avx512/many"},
-    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48, 32, 32, 48}, "avx512bf16/few", "avx512bf16/many"},
+    {"avx512bf16", has_avx512bf16, &linear_avx512bf16, {32, 48, 32, 32, 24}, "avx512bf16/few", "avx512bf16/many"},
 #endif
 #if defined(TWOFOUR_AARCH64)
     {"neon", always, &linear_neon, {5, 5, 5, 5, 5}, "neon/few", "neon/many"},
