@@ -93,6 +93,13 @@ def test_numbers_in_the_text_are_those_of_the_json() -> None:
     assert f"oneDNN with prepacked weights is {ranges[0]}, {ranges[1]} where four rows share a mask" in readme
 
 
+def test_numbers_of_float8_are_those_of_the_json() -> None:
+    rows = json.loads((README.parent / "benchmarks/results/epyc-zen5-2core/float8.json").read_text())["rows"]
+    found = {(row["in_features"], row["tokens"]): row["x_onednn"] for row in rows}
+    shown = f"8192×8192 at one token {found[8192, 1]:.1f}×, 4096×4096 at 256 tokens {found[4096, 256]:.1f}× oneDNN in bfloat16"
+    assert shown in README.read_text(encoding="utf-8")
+
+
 def test_the_plot_is_that_of_the_json(tmp_path: Path) -> None:
     pytest.importorskip("altair", reason="needs altair (twofour[report])")
     source = README.parent / "benchmarks/results/epyc-zen5-2core/linear.json"
