@@ -23,9 +23,13 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_timings_of_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    if DEVICE.type == "cuda" and "TWOFOUR_CACHE" in os.environ:
-        return  # compiled kernels are kept there too
-    monkeypatch.setenv("TWOFOUR_CACHE", str(tmp_path_factory.getbasetemp() / "no-timings" / os.urandom(8).hex()))
+    own = tmp_path_factory.getbasetemp() / "no-timings" / os.urandom(8).hex()
+    if DEVICE.type == "cuda" and "TWOFOUR_CACHE" in os.environ:  # what is compiled may be shared, it takes seconds
+        compiled = Path(os.environ["TWOFOUR_CACHE"]).resolve() / "cubins"
+        compiled.mkdir(parents=True, exist_ok=True)
+        own.mkdir(parents=True)
+        (own / "cubins").symlink_to(compiled)
+    monkeypatch.setenv("TWOFOUR_CACHE", str(own))
 
 
 @pytest.fixture(scope="module", autouse=DEVICE.type != "cpu")
@@ -155,6 +159,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
             pytest.skip(str(error))
         raise
     except Exception as error:
+        if isinstance(error, AssertionError):
+            raise
         if DEVICE.type == "pretended" and any(part in str(error) for part in _UNKNOWN_OF_PRETENDED):
             pytest.skip(f"torch knows no such device: {str(error).splitlines()[0]}")
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +32,10 @@ _MAKERS = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace"
 _DRAWN = ("rand", "randint", "randn", "randperm")
 _TESTS = str(Path(__file__).resolve().parent)
 _CASES = tuple(str(Path("twofour", "testing", name)) for name in ("cases.py", "strategies.py"))
-_LIBRARY = str(Path("src", "twofour"))
+_FOUND = importlib.util.find_spec("twofour")
+assert _FOUND is not None
+assert _FOUND.origin is not None
+_LIBRARY = str(Path(_FOUND.origin).resolve().parent) + os.sep
 
 
 @contextmanager
@@ -85,10 +88,15 @@ def _of_test() -> bool:
     """Is a test nearer among the callers than the library?"""
     frame = sys._getframe(2)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(_TESTS) or name.endswith(_CASES):
-            return True
-        if _LIBRARY in name:
-            return False
+        of_test = is_of_test(frame.f_code.co_filename)
+        if of_test is not None:
+            return of_test
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def is_of_test(file: str) -> bool | None:
+    """True for a file of the tests, False for one of the library, wherever it is installed; None for others."""
+    if file.startswith(_TESTS) or file.endswith(_CASES):
+        return True
+    return False if file.startswith(_LIBRARY) else None

@@ -126,6 +126,19 @@ def test_steps_that_time_did_not_suffice_for_are_told(this: run.Run) -> None:
     assert states(this) == {"slow": "stopped", "never": "not begun"}
 
 
+@pytest.mark.parametrize(
+    ("log", "state", "status"),
+    [("tests/a.py::b PASSED [ 1%]", "cut off", 0), ("[gw0] [ 3%] FAILED tests/a.py::b", "stopped", 1)],
+)
+def test_the_step_that_takes_the_rest_may_be_cut_off_while_nothing_failed(
+    this: run.Run, log: str, state: str, status: int
+) -> None:
+    code = f"import time; print({log!r}, flush=True); time.sleep(60)"
+    last = run.Step("suites", [sys.executable, "-c", code], 0.1, writes=False, takes_rest=True)
+    assert this.go([step("first", row("first")), last], seconds=4) == status
+    assert states(this) == {"first": "passed", "suites": state}
+
+
 def test_what_was_saved_survives_the_end_of_all(tmp_path: Path) -> None:
     """SIGKILL in the middle of the second step: no time to clean up."""
     code = (

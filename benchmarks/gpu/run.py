@@ -41,6 +41,7 @@ SUITES = [
 """Tests of the CPU that run on any device; what cannot is marked of_cpu."""
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED"
 FAILED = ("failed", "stopped", "not begun")
+CUT_OFF = "cut off"  # by the end of all, with nothing wrong until then
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu,clocks_event_reasons.active"
 OF_DRIVER = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total,persistence_mode"
 
@@ -179,6 +180,8 @@ class Run:
         seconds = time.monotonic() - start
         text = _text(log)
         state = {None: "stopped", 0: "passed", SKIPPED: "skipped"}.get(status, "failed")
+        if state == "stopped" and step.takes_rest and not re.search(r"\b(FAILED|ERROR)\b", text):
+            state = CUT_OFF
         print("\n".join(text.rstrip().splitlines()[-LOG_LINES:]), flush=True)
         if step.writes:
             found = record.read_part(part)

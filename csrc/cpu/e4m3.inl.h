@@ -1,6 +1,6 @@
-// Weights of float8 e4m3 on the kernels of bf16, which holds their numbers exactly: the pairs of a group are widened as they come,
-// one cell (16 rows' pairs of a group, 32 bytes) at a time for few tokens, a tile's chunk at a time for many. Included inside an
-// unnamed namespace, after the cores it is made of.
+// Weights of float8 e4m3 on the kernels of bf16, which holds their numbers exactly: the pairs of a group are widened as they
+// come, one cell (16 rows' pairs of a group, 32 bytes) at a time for few tokens, a tile's chunk at a time for many. The cores
+// fetch weights ahead in steps of bf16, so each line of these twice. Included inside an unnamed namespace, after the cores.
 //
 //   e4m3 values   [tiles, groups, 16, 2]     as those of bf16: nm/layout.h
 

@@ -2,8 +2,8 @@
 // (nm/layout.h).
 //
 // fp32: x, W, y are fp32. bf16: x, W, y are bf16; sums are fp32, y is rounded once, to nearest even, and NaN stays
-// NaN. bf16_fp32: W is bf16, x and y are fp32. e4m3_fp32, e4m3_bf16: W is float8 e4m3, x and y as named. The bias may be of either type. Dropped positions take no part: inf or
-// NaN in x there does not reach y.
+// NaN. bf16_fp32: W is bf16, x and y are fp32. e4m3_fp32, e4m3_bf16: W is float8 e4m3, x and y as named. The bias may be of
+// fp32 or bf16. Dropped positions take no part: inf or NaN in x there does not reach y.
 //
 // Pointers need only the alignment of their elements. Nothing outside the tensors is read or written.
 // The bits of y do not depend on the number of threads.
@@ -64,15 +64,10 @@ struct LinearKernel {
 };
 
 struct LinearKernels {
-  LinearKernel fp32;
-  LinearKernel bf16;
-  LinearKernel bf16_fp32;
-  LinearKernel e4m3_fp32;
-  LinearKernel e4m3_bf16;
+  LinearKernel kernels[kDTypes];
 
-  const LinearKernel& of(DType dtype) const { return (&fp32)[static_cast<int>(dtype)]; }
+  const LinearKernel& of(DType dtype) const { return kernels[static_cast<int>(dtype)]; }
 };
-static_assert(sizeof(LinearKernels) == kDTypes * sizeof(LinearKernel), "one kernel after the other");
 
 // One object file each; the avx ones exist only on x86-64, the neon ones only on AArch64.
 extern const LinearKernels linear_baseline;
@@ -91,8 +86,8 @@ int isa_count();
 const char* isa_name(int index);
 
 // Runs the op on up to `threads` threads. `bias` (null for none, else [out_features] of bias_dtype) takes the place of
-// args.bias; args.scales are in the rows' own order; `isa` null means default_isa(). Returns "isa/family", a literal. Throws std::invalid_argument as
-// default_isa() does.
+// args.bias; args.scales are in the rows' own order; `isa` null means default_isa(). Returns "isa/family", a literal.
+// Throws std::invalid_argument as default_isa() does.
 const char* linear(LinearArgs args, DType dtype, const void* bias, DType bias_dtype, int threads, const char* isa,
                    Family family);
 

@@ -63,7 +63,8 @@ inline void widen_cell(const E4m3* from, bf16* to) {
     const I bits = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
     const I magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(127));
     const I normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
-    const I places = _mm256_add_epi16(_mm256_or_si256(magnitude, _mm256_slli_epi16(magnitude, 8)), _mm256_set1_epi16(8 << 8));
+    const I twice = _mm256_or_si256(magnitude, _mm256_slli_epi16(magnitude, 8));
+    const I places = _mm256_add_epi16(twice, _mm256_set1_epi16(8 << 8));
     const I is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
     const I number = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(bytes, places), is_small);
     const I nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(127)), _mm256_set1_epi16(0x7fff));

@@ -761,7 +761,9 @@ void packing_is_the_layout(const Mode& mode) {
     const uint32_t special[] = {0x7f800001u, 0x80000000u};
     const uint16_t special16[] = {0x7f81u, 0x8000u};
     const uint8_t special8[] = {0xffu, 0x80u};
-    const void* const specials = size == 4 ? static_cast<const void*>(special) : size == 2 ? static_cast<const void*>(special16) : special8;
+    const void* const specials = size == 4   ? static_cast<const void*>(special)
+                                 : size == 2 ? static_cast<const void*>(special16)
+                                             : special8;
     std::memcpy(weight.values.data(), specials, static_cast<size_t>(2 * size));
     weight.pack();
     const int64_t groups = shape.in_features / 4, metadata_row = nm::metadata_row_bytes(shape.in_features);

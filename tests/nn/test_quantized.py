@@ -19,7 +19,7 @@ from twofour.format import SparseMatrix
 from twofour.kernels import cpu, reference
 from twofour.nn import WEIGHTS, QuantizedSparseLinear, quantize_rows
 from twofour.nn.swap import to_dense_modules
-from twofour.testing import assert_same_bits, assert_within_bound
+from twofour.testing import assert_same_bits, assert_within_bound, random_mask
 
 needs_native = pytest.mark.skipif(cpu.available() is not None, reason="no native kernels in this build")
 
@@ -175,6 +175,40 @@ def test_compiled_and_exported(weights: str) -> None:
     x = torch.randn(3, 24)
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), model(x))
+
+
+def test_a_layer_takes_the_state_of_the_other_kind() -> None:
+    int8, float8 = (QuantizedSparseLinear.from_linear(pruned_linear(seed=i), weights=w) for i, w in enumerate(WEIGHTS))
+    x, state = torch.randn(3, 24), copy.deepcopy(int8.state_dict())
+    wanted, other = int8(x), float8(x)
+    int8.load_state_dict(float8.state_dict())
+    float8.load_state_dict(state)
+    assert (int8.kind.name, float8.kind.name) == ("float8", "int8")
+    assert torch.equal(int8(x), other)
+    assert torch.equal(float8(x), wanted)
+
+
+def test_what_was_rounded_is_not_rounded_again() -> None:
+    model = small_model()
+    twofour.compress(model, force=True, weights="int8")
+    before = copy.deepcopy(model.state_dict())
+    report = twofour.compress(model, force=True, weights="float8")
+    assert all("stays int8" in row["reason"] for row in report.rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_that_share_masks_in_any_order(weights: str) -> None:
+    torch.manual_seed(0)
+    mask = random_mask((16, 24), "2:4").repeat_interleave(4, 0)[torch.randperm(64)]
+    matrix = SparseMatrix.from_dense(torch.randn(64, 24), "2:4x4", mask=mask)
+    layer = QuantizedSparseLinear.from_matrix(matrix, torch.randn(64), weights=weights)
+    x = torch.randn(40, 24)
+    torch.testing.assert_close(layer(x), specified(layer, x), rtol=1e-5, atol=1e-5)
+    twin = layer.twin(layer.bias)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), twin):
+        assert_same_bits(other.matrix.values, layer.matrix.values)
+        assert torch.equal(other(x), layer(x))
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -190,14 +190,12 @@ void require_ours(const at::Tensor& tensor, const c10::OperatorHandle& op) {
 }
 
 void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const std::string& name = op.schema().name();
-  const bool mixes = name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index", 0) == 0;  // indices may be the CPU's
   const size_t count = op.schema().arguments().size(), first = stack->size() - count;
   for (size_t place = first; place < stack->size(); ++place) {
     c10::IValue& argument = (*stack)[place];
-    if (argument.isTensor() && !mixes) {
+    if (argument.isTensor()) {
       require_ours(argument.toTensor(), op);
-    } else if (argument.isTensorList() && !mixes) {
+    } else if (argument.isTensorList()) {  // not the indices of x[..], which may be the CPU's
       for (const at::Tensor& tensor : argument.toTensorVector()) require_ours(tensor, op);
     } else if (argument.isGenerator()) {
       auto* ours = dynamic_cast<Generator*>(argument.toGenerator().unsafeGetGeneratorImpl());

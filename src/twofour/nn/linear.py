@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import TwofourError, UnsupportedError
 from ..format import SparseMatrix
-from ..kernels import KERNELS, Choice, LinearSpec, choose, ops
+from ..kernels import KERNELS, Choice, Kernel, LinearSpec, choose, ops
 from ..pattern import Pattern
 
 
@@ -174,7 +174,11 @@ class SparseLinear(nn.Module):
     @property
     def matrix(self) -> SparseMatrix:
         """The weight in canonical form, made anew from the kernel's layout (bit for bit)."""
-        return KERNELS[self.backend].unpack((self.values.detach(), self.metadata), self.spec)
+        return self._kernels[self.backend].unpack((self.values.detach(), self.metadata), self.spec)
+
+    @property
+    def _kernels(self) -> dict[str, Kernel]:
+        return KERNELS
 
     @property
     def spec(self) -> LinearSpec:
@@ -184,13 +188,13 @@ class SparseLinear(nn.Module):
     @property
     def choice(self) -> Choice:
         """The kernel that runs, and why no faster one does."""
-        best = choose(self.spec)
+        best = choose(self.spec, kernels=self._kernels)
         if best.kernel.backend == self.backend:
             slower = best.kernel.why_slower((self.values.detach(), self.metadata), self.spec)
             if slower is None:
                 return best
             return Choice(best.kernel, (*best.rejected, (f"{self.backend} as {self.pattern}", slower)))
-        return Choice(KERNELS[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
+        return Choice(self._kernels[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
 
     @property
     def weight(self) -> SparseWeight:
@@ -239,8 +243,9 @@ class SparseLinear(nn.Module):
         spec = LinearSpec.of(matrix)
         wanted = self._wanted_backend
         kernel = choose(spec, None if wanted is None or KERNELS[wanted].why_not(spec) else wanted).kernel
+        operands = kernel.pack(matrix)
         self.backend = kernel.backend
-        self._hold(*kernel.pack(matrix))
+        self._hold(*operands)
 
     def _hold(self, values: Tensor, metadata: Tensor) -> None:
         """Registers both; where the values are a Parameter already, it stays the same object with new contents."""
@@ -305,7 +310,7 @@ class SparseLinear(nn.Module):
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         if id(self.values) not in memo and not isinstance(self.values, nn.Parameter):  # a layout not for others to copy
-            memo[id(self.values)], memo[id(self.metadata)] = KERNELS[self.backend].copy(
+            memo[id(self.values)], memo[id(self.metadata)] = self._kernels[self.backend].copy(
                 (self.values, self.metadata), self.spec
             )
         other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})

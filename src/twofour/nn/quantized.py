@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, TwofourError, UnsupportedError
 from ..format import SparseMatrix
-from ..kernels import SCALED, Choice, Kind, LinearSpec, choose
+from ..kernels import SCALED, Kernel, Kind, LinearSpec, choose
 from ..pattern import Pattern
 from .linear import SparseLinear, SparseWeight
 
@@ -171,19 +171,8 @@ class QuantizedSparseLinear(SparseLinear):
         return linear.train(self.training)
 
     @property
-    def matrix(self) -> SparseMatrix:
-        """The weight in canonical form, without its scales (bit for bit)."""
-        return self.kind.kernels[self.backend].unpack((self.values, self.metadata), self.spec)
-
-    @property
-    def choice(self) -> Choice:
-        """The kernel that runs, and why no faster one does."""
-        kernels = self.kind.kernels
-        best = choose(self.spec, kernels=kernels)
-        if best.kernel.backend == self.backend:
-            slower = best.kernel.why_slower((self.values, self.metadata), self.spec)
-            return best if slower is None else Choice(best.kernel, (*best.rejected, (self.backend, slower)))
-        return Choice(kernels[self.backend], ((best.kernel.backend, f"backend={self.backend!r} was asked for"),))
+    def _kernels(self) -> dict[str, Kernel]:
+        return self.kind.kernels
 
     @property
     def weight(self) -> SparseWeight:
@@ -217,8 +206,9 @@ class QuantizedSparseLinear(SparseLinear):
         kernels = SCALED[matrix.dtype].kernels
         fits = wanted in kernels and kernels[wanted].why_not(spec) is None
         kernel = choose(spec, wanted if fits else None, kernels).kernel
+        operands = kernel.pack(matrix)
         self.backend = kernel.backend
-        self._hold(*kernel.pack(matrix))
+        self._hold(*operands)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSparseLinear:
         """Devices move the weight; dtypes only the bias and what `dtype` says."""

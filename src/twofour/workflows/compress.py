@@ -83,7 +83,8 @@ def compress(
         weights: "bfloat16" rounds the kept values of a float32 model and leaves its inputs and outputs float32: half the
             bytes again, and with few tokens the speed of memory. "int8" stores them with a scale per output row, and
             quantizes inputs token by token inside the layer (QuantizedSparseLinear). "float8" (e4m3) stores as many bytes and
-            takes inputs as they are. The report has each layer's weight_error. None keeps every value as it is.
+            takes inputs as they are. The report has each layer's weight_error. None keeps every value as it is, and so do
+            layers that were rounded before: rounded anew, they would lose more.
         include, exclude: shell wildcards over module names.
         dry_run: measure and report; change nothing.
         progress: a progress bar; None shows one on a terminal only.
@@ -317,6 +318,11 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
     }
     if rounding is not None:
         candidate.row["weight_error"] = rounding
+    if weights in WEIGHTS and isinstance(module, QuantizedSparseLinear) and module.kind.name != weights:
+        stays = (
+            f"stays {module.kind.name}: to round it again would lose more, so compress the model that was not rounded"
+        )
+        candidate.row["reason"] = "; ".join(filter(None, (choice.reason, stays)))
     if comparison is None:
         return
     dense = module if isinstance(module, nn.Linear) else None

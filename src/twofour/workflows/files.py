@@ -250,8 +250,8 @@ def _require_fillable(model: nn.Module, name: str, slot: _Slot, source: str, con
         scales = _scales(source, contents)
         if matrix.dtype.itemsize == 1 and (matrix.dtype not in SCALED or scales is None):
             raise ModelError(
-                f"'{name}' is stored as {dtype_name(matrix.dtype)} without scales, which no layer runs: read it with"
-                " twofour.load_matrices(path). The model is unchanged."
+                f"'{name}' is stored as {dtype_name(matrix.dtype)}{'' if scales is not None else ' without scales'}, which no"
+                " layer runs: read it with twofour.load_matrices(path). The model is unchanged."
             )
         if scales is None:
             choose(LinearSpec.of(matrix))  # refuses what no kernel runs
