@@ -115,6 +115,8 @@ inline unsigned largest(__m512i v) {
 #define _mm256_mask_storeu_epi16(p, mask, v) (twofour_emulated::store_masked<int16_t>(p, mask, v))
 #define _mm512_permutevar_ps(v, control) (twofour_emulated::permute_by_low_bits(v, control))
 #define _mm512_permute_ps(v, control) (twofour_emulated::permute_by_constant(v, control))
+#define _mm512_cvtepu8_epi16(v) \
+  (twofour_emulated::map<uint16_t, uint8_t, __m512i>(__m256i(v), [](uint8_t x) { return static_cast<uint16_t>(x); }))
 #define _mm512_cvtepu16_epi32(v) \
   (twofour_emulated::map<uint32_t, uint16_t, __m512i>(v, [](uint16_t x) { return static_cast<uint32_t>(x); }))
 #define _mm512_cvtepi32_epi16(v) \
