@@ -85,8 +85,9 @@ gpu-emulated: $(VENV)/installed
 	TWOFOUR_GPU_TESTS=emulated $(PYTEST) tests/gpu
 
 # The tests of the CPU that `make gpu` runs on a GPU, on a device that is none: is everything made where it belongs?
+PRETENDED = $$($(BIN)/python -c "from benchmarks.gpu import run; print(*run.SUITES)")
 pretended: $(VENV)/installed
-	TWOFOUR_TEST_DEVICE=pretended $(PYTEST) $$($(BIN)/python -c "from benchmarks.gpu import run; print(*run.SUITES)")
+	TWOFOUR_TEST_DEVICE=pretended $(PYTEST) $(PRETENDED)
 
 # The kernels without Python: on this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and on an
 # emulated AArch64.
