@@ -14,9 +14,8 @@ from ..format import SparseMatrix
 from ..pattern import Pattern
 from . import cpu, reference
 from .cuda import backend as cuda
-from .cuda import layout
 from .registry import Kernel, LinearSpec, cpu_why_slower
-from .scaled import Backend, Kind, Operands
+from .scaled import Backend, Kind, Operands, canonical, cuda_kernel, reference_kernel, to_dense_reference
 
 
 def _linear_reference(
@@ -58,14 +57,6 @@ def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: 
     return reference.to_dense(*canonical, Pattern.parse(pattern), in_features)
 
 
-def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
-    return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
-
-
-def _canonical(operands: Operands, spec: LinearSpec) -> SparseMatrix:
-    return SparseMatrix(*operands, spec.pattern, (spec.out_features, spec.in_features))
-
-
 def _cuda_why_not(spec: LinearSpec) -> str | None:
     shape = (spec.out_features, spec.in_features)
     return cuda.why_not(spec.pattern, spec.dtype, *shape, spec.device, (torch.float8_e4m3fn,))
@@ -91,26 +82,13 @@ KERNELS: dict[str, Kernel] = {
         "cpu",
         _cpu_why_not,
         _cpu_pack,
-        lambda operands, spec: _canonical(cpu.unpack(*operands, spec.out_features, spec.in_features), spec),
+        lambda operands, spec: canonical(cpu.unpack(*operands, spec.out_features, spec.in_features), spec),
         lambda: f"cpu {cpu.isa()} float8",
         lambda operands, _: cpu.copy(*operands),
         why_slower=cpu_why_slower,
     ),
-    "cuda": Kernel(
-        "cuda",
-        _cuda_why_not,
-        lambda matrix: cuda.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
-        lambda operands, spec: _canonical(layout.unpack(*operands, spec.out_features, spec.in_features), spec),
-        lambda: f"{cuda.label()} float8",
-        on_gpu=True,
-    ),
-    "reference": Kernel(
-        "reference",
-        lambda spec: None,
-        lambda matrix: (matrix.values, matrix.metadata),
-        _canonical,
-        lambda: "reference float8",
-    ),
+    "cuda": cuda_kernel("float8", _cuda_why_not),
+    "reference": reference_kernel("float8"),
 }
 """The kernels of float8 weights that have scales, fastest first."""
 
@@ -120,7 +98,7 @@ KIND = Kind(
     KERNELS,
     {
         "cpu": Backend("CPU", _linear_cpu, _to_dense_cpu),
-        "reference": Backend("CompositeExplicitAutograd", _linear_reference, _to_dense_reference),
+        "reference": Backend("CompositeExplicitAutograd", _linear_reference, to_dense_reference),
         "cuda": Backend("CUDA", cuda.linear_float8, cuda.to_dense),
     },
 )

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
-from ..format import SparseMatrix
 from ..pattern import Pattern
 from . import cpu, reference, vendor
 from .cuda import backend as cuda
-from .cuda import layout
 from .registry import Kernel, LinearSpec
-from .scaled import Backend, Kind, Operands, require_input
+from .scaled import Backend, Kind, Operands, canonical, cuda_kernel, reference_kernel, require_input, to_dense_reference
 
 MOST_INPUTS = 1 << 18
 """in_features up to which every sum of products fits an int32."""
@@ -253,19 +251,11 @@ def _linear_cpu(
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
-    return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
-
-
 def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
     return reference.to_dense(*unpack(values, metadata, out_features, in_features), Pattern.parse(pattern), in_features)
 
 
 # ---- the rows of the table ------------------------------------------------------------------------------------------
-
-
-def _canonical(operands: Operands, spec: LinearSpec) -> SparseMatrix:
-    return SparseMatrix(*operands, spec.pattern, (spec.out_features, spec.in_features))
 
 
 def _spec_why_not(spec: LinearSpec) -> str | None:
@@ -287,26 +277,15 @@ def _vendor_why_not(spec: LinearSpec) -> str | None:
     return vendor.why_not(spec, torch.int8) if missing is None else missing
 
 
-def _cuda_label() -> str:
-    return f"{cuda.label()} int8"
-
-
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(
         "cpu",
         _spec_why_not,
         lambda matrix: pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
-        lambda operands, spec: _canonical(unpack(*operands, spec.out_features, spec.in_features), spec),
+        lambda operands, spec: canonical(unpack(*operands, spec.out_features, spec.in_features), spec),
         lambda: f"cpu {isa()} int8",
     ),
-    "cuda": Kernel(
-        "cuda",
-        _cuda_why_not,
-        lambda matrix: cuda.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
-        lambda operands, spec: _canonical(layout.unpack(*operands, spec.out_features, spec.in_features), spec),
-        _cuda_label,
-        on_gpu=True,
-    ),
+    "cuda": cuda_kernel("int8", _cuda_why_not),
     "vendor": Kernel(
         "vendor",
         _vendor_why_not,
@@ -315,13 +294,7 @@ KERNELS: dict[str, Kernel] = {
         lambda: f"{vendor.label()} int8",
         on_gpu=True,
     ),
-    "reference": Kernel(
-        "reference",
-        lambda spec: None,
-        lambda matrix: (matrix.values, matrix.metadata),
-        _canonical,
-        lambda: "reference int8",
-    ),
+    "reference": reference_kernel("int8"),
 }
 """The kernels of int8 weights that have scales, fastest first."""
 
@@ -330,7 +303,7 @@ KIND = Kind(
     reference.quantize_tokens,  # a row of the weight is quantized as a token is
     KERNELS,
     {
-        "reference": Backend("CompositeExplicitAutograd", _linear_reference, _to_dense_reference),
+        "reference": Backend("CompositeExplicitAutograd", _linear_reference, to_dense_reference),
         "cpu": Backend("CPU", _linear_cpu, _to_dense_cpu),
         "cuda": Backend("CUDA", cuda.linear_int8, cuda.to_dense),
         "vendor": Backend("CUDA", vendor.linear_int8, vendor.to_dense),

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
-from .registry import Kernel
+from ..format import SparseMatrix
+from ..pattern import Pattern
+from . import reference
+from .cuda import backend as cuda
+from .cuda import layout
+from .registry import Kernel, LinearSpec
 
 Operands = tuple[Tensor, Tensor]
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -30,6 +35,39 @@ class Backend:
     key: str
     linear: Callable[..., Tensor]
     to_dense: Callable[..., Tensor]
+
+
+def canonical(operands: Operands, spec: LinearSpec) -> SparseMatrix:
+    """The matrix whose canonical values and metadata these are."""
+    return SparseMatrix(*operands, spec.pattern, (spec.out_features, spec.in_features))
+
+
+def to_dense_reference(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:
+    """`Backend.to_dense` of canonical operands."""
+    return reference.to_dense(values, metadata, Pattern.parse(pattern), in_features)
+
+
+def cuda_kernel(name: str, why_not: Callable[[LinearSpec], str | None]) -> Kernel:
+    """The row of our kernels for GPUs, the same for each kind but for what it runs."""
+    return Kernel(
+        "cuda",
+        why_not,
+        lambda matrix: cuda.pack(matrix.values, matrix.metadata, matrix.out_features, matrix.in_features),
+        lambda operands, spec: canonical(layout.unpack(*operands, spec.out_features, spec.in_features), spec),
+        lambda: f"{cuda.label()} {name}",
+        on_gpu=True,
+    )
+
+
+def reference_kernel(name: str) -> Kernel:
+    """The row of plain torch, the last one of each kind."""
+    return Kernel(
+        "reference",
+        lambda spec: None,
+        lambda matrix: (matrix.values, matrix.metadata),
+        canonical,
+        lambda: f"reference {name}",
+    )
 
 
 class Kind:
