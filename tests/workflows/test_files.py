@@ -329,3 +329,15 @@ def test_layers_on_dense_onednn_come_back_on_it_where_it_runs(
     twofour.load(fresh, tmp_path / "model.safetensors")
     assert not KERNELS[fresh[0].backend].dense
     torch.testing.assert_close(fresh(x), packed(x))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_dtype_that_no_layer_runs_is_named(tmp_path: Path, scaled: bool) -> None:
+    matrix = SparseMatrix.from_dense(torch.randn(8, 16).to(torch.float8_e5m2), prune=True)
+    path = tmp_path / "model.safetensors"
+    notes = {"0.weight": {"scales": "0.weight.scales"}} if scaled else {}
+    tensors = {"0.bias": torch.zeros(8), **({"0.weight.scales": torch.ones(8)} if scaled else {})}
+    file.write(path, {"0.weight": matrix}, tensors, notes=notes)
+    words = "'0.weight' is stored as float8_e5m2" + (", which no" if scaled else " without scales, which no layer runs")
+    with pytest.raises(ModelError, match=words):
+        twofour.load(nn.Sequential(nn.Linear(16, 8)), path)
