@@ -88,17 +88,19 @@ def test_activations_and_residuals(
     torch.testing.assert_close(y.double(), wanted, rtol=2**-6, atol=2**-5)
 
 
-def test_every_layout_gives_the_matrix_back(backend: str, applies: Callable[..., None], device: torch.device) -> None:
-    for dtype in DTYPES[1:]:
-        applies(dtype)
-        _, matrix, _ = case(dtype, 1, (256, 512), device)
-        kernel, spec = KERNELS[backend], LinearSpec.of(matrix)
-        operands = kernel.pack(matrix)
-        for held in (operands, kernel.copy(operands, spec)):
-            back = kernel.unpack(held, spec)
-            assert_same_bits(back.to_dense(), matrix.to_dense())
-        dense = ops.to_dense(backend, operands, "2:4", 256, 512)
-        assert_same_bits(dense, matrix.to_dense())
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_layout_gives_the_matrix_back(
+    dtype: torch.dtype, backend: str, applies: Callable[..., None], device: torch.device
+) -> None:
+    applies(dtype)
+    _, matrix, _ = case(dtype, 1, (256, 512), device)
+    kernel, spec = KERNELS[backend], LinearSpec.of(matrix)
+    operands = kernel.pack(matrix)
+    for held in (operands, kernel.copy(operands, spec)):
+        back = kernel.unpack(held, spec)
+        assert_same_bits(back.to_dense(), matrix.to_dense())
+    dense = ops.to_dense(backend, operands, "2:4", 256, 512)
+    assert_same_bits(dense, matrix.to_dense())
 
 
 def test_gradients(backend: str, applies: Callable[..., None], device: torch.device) -> None:

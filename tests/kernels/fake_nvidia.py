@@ -29,7 +29,7 @@ _CARRIERS = {1: torch.uint8, 2: torch.int16}
 class FakeNvidia:
     """Set what it is, read what it was asked in `calls`: (operation, tensors and arguments by name)."""
 
-    cusparselt: int | None = 800
+    cusparselt: int | None = 801
     cutlass: str | None = None
     capability: tuple[int, int] = (9, 0)
     capturing: bool = False
@@ -46,6 +46,8 @@ class FakeNvidia:
     during_search: Callable[[], None] = lambda: None
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     searching: int = 0
+    dead: bool = False
+    """After a fault nothing runs any more."""
 
     def operations(self) -> Operations:
         return Operations(
@@ -67,6 +69,7 @@ class FakeNvidia:
 
     def compress(self, dense: Tensor) -> Tensor:
         self.calls.append(("compress", {"dense": dense.clone()}))
+        self._live()
         multiple = 32 if dense.itemsize == 1 else 16
         rows, columns = dense.shape
         assert rows % multiple == 0 == columns % multiple, "shape"
@@ -102,6 +105,7 @@ class FakeNvidia:
         unknown = set(named) - self.arguments
         if unknown:
             raise TypeError(f"unexpected arguments {unknown}")
+        self._fault(dense)
         return self._sparse_mm(compressed, dense, bias, **named)
 
     def _sparse_mm(
@@ -147,6 +151,7 @@ class FakeNvidia:
         assert alpha is None
         assert transpose_result
         _assert_activations(dense)
+        self._fault(dense)
         self.searching += 1
         assert self.searching == 1, "two searches at once"
         self.during_search()
@@ -155,7 +160,17 @@ class FakeNvidia:
 
     def search_id(self, *arguments: Any) -> int:
         self.calls.append(("search_id", {}))
+        self._fault(arguments[1])
         return int(self.found[0])
+
+    def _live(self) -> None:
+        if self.dead:
+            raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    def _fault(self, dense: Tensor) -> None:
+        """What float16 does on compute capability 9.x with 0.8.0."""
+        self.dead |= (self.cusparselt, self.capability[0], dense.dtype) == (800, 9, torch.float16)
+        self._live()
 
     def cutlass_mm(
         self, values: Tensor, words: Tensor, dense: Tensor, *, out_dtype: torch.dtype | None = None

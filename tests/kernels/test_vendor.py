@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from twofour import ShapeError, SparseMatrix, UnsupportedError
-from twofour.kernels import LinearSpec, epilogue, int8, reference, vendor
+from twofour.kernels import KERNELS, LinearSpec, epilogue, int8, reference, vendor
+from twofour.kernels.cuda import backend
 from twofour.kernels.vendor import packing, search, torch_operations
 from twofour.nn.quantized import quantize_rows
 from twofour.pattern import Pattern
@@ -42,7 +43,7 @@ def nvidia(monkeypatch: pytest.MonkeyPatch) -> FakeNvidia:
 
 
 def use(nvidia: FakeNvidia, library: str) -> None:
-    nvidia.cusparselt, nvidia.capability = (None, (8, 0)) if library == "CUTLASS" else (800, (9, 0))
+    nvidia.cusparselt, nvidia.capability = (None, (8, 0)) if library == "CUTLASS" else (801, (9, 0))
 
 
 def spec(
@@ -180,6 +181,55 @@ def test_what_it_runs(nvidia: FakeNvidia) -> None:
     )
 
 
+FAULTS = (
+    "cuSPARSELt: 0.8.0 faults in float16 on 9.0 (an illegal instruction, and the process has lost its GPU): use"
+    " backend='cuda', bfloat16 or a torch built with a newer one, and CUTLASS: torch has it for compute capability 8.x,"
+    " not 9.0"
+)
+
+
+def test_float16_never_reaches_the_version_that_faults(nvidia: FakeNvidia, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "missing", lambda: None)
+    nvidia.cusparselt = 800
+    assert vendor.why_not(spec(torch.float16)) == FAULTS
+    assert KERNELS["vendor"].why_not(spec(torch.float16)) == FAULTS
+    assert KERNELS["vendor"].why_not(spec(torch.bfloat16)) is None
+    assert f"cuSPARSELt: {vendor.cusparselt_why_not(torch.float16, GPU)}, and" in FAULTS
+    matrix = whole_matrix((32, 64), torch.float16)
+    with pytest.raises(
+        UnsupportedError, match=r"float16 cannot be packed for NVIDIA's kernels: cuSPARSELt: 0.8.0 faults"
+    ):
+        vendor.pack(matrix)
+    assert nvidia.calls == []
+    nvidia.cusparselt = 801
+    operands = vendor.pack(matrix)
+    nvidia.cusparselt = 800  # the model faults as the version does
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        vendor.linear(integer_tensor((8, 64), torch.float16), *operands, None, "2:4", 32, 64)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        run(integer_tensor((8, 64), torch.bfloat16), whole_matrix((32, 64), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", HALVES + BYTES, ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("version", [701, 800, 801, 900])
+def test_no_other_combination_is_refused_for_the_fault(
+    nvidia: FakeNvidia, version: int, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    nvidia.cusparselt, nvidia.capability = version, capability
+    reason = vendor.cusparselt_why_not(dtype, GPU)
+    assert ("faults" in (reason or "")) == ((version, capability, dtype) == (800, (9, 0), torch.float16))
+
+
+def test_float16_runs_where_it_does_not_fault(nvidia: FakeNvidia) -> None:
+    nvidia.cusparselt, nvidia.capability = 800, (8, 0)
+    assert vendor.why_not(spec(torch.float16)) is None
+    matrix, x = whole_matrix((32, 64), torch.float16), integer_tensor((8, 64), torch.float16)
+    assert torch.equal(run(x, matrix), expected_of(x, matrix))
+    nvidia.cusparselt, nvidia.capability = 801, (9, 0)
+    assert torch.equal(run(x, matrix), expected_of(x, matrix))
+
+
 def test_rocm_is_not_tried(nvidia: FakeNvidia, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert vendor.why_not(spec()) == "torch is built for ROCm, whose hipSPARSELt was not tried"
@@ -298,7 +348,7 @@ def test_rows_of_markers_differ_and_are_no_shifts_of_each_other(dtype: torch.dty
 def test_values_in_another_order_are_noticed_and_kept_twice(nvidia: FakeNvidia, dtype: torch.dtype, order: Any) -> None:
     nvidia.order = order
     matrix = hostile_matrix((33, 68), dtype)
-    with pytest.warns(UserWarning, match="cuSPARSELt 0.8.0 does not hold the kept values row by row"):
+    with pytest.warns(UserWarning, match="cuSPARSELt 0.8.1 does not hold the kept values row by row"):
         operands = vendor.pack(matrix)
     assert operands[1].ndim == 1
     assert_same_matrix(vendor.unpack(*operands, matrix.pattern, 33, 68), matrix)

@@ -14,6 +14,7 @@ from .packing import unpack as unpack
 from .products import linear as linear
 from .products import linear_int8 as linear_int8
 from .products import products as products
+from .support import cusparselt_why_not as cusparselt_why_not
 from .support import label as label
 from .support import version as version
 from .support import why_not as why_not

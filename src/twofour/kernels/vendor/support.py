@@ -25,6 +25,11 @@ _FIRST_OF_CAPABILITY = {(10, 0): 700, (12, 0): 700, (10, 1): 800, (11, 0): 800, 
 
 _FIRST_FLOAT8_8_9 = 800
 
+_FAULTY = {(800, torch.float16, 9)}
+"""Version, dtype and major compute capability whose products end in an illegal instruction, after which every call of the
+process fails: seen on an H200 with torch 2.11 for CUDA 13. The other combinations were not seen to fail. 0.8.0 brought new
+float16 kernels for 9.0; 0.8.1 (in torch since pytorch#177456) has mended Hopper's, by its release notes in speed."""
+
 _CUTLASS_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -53,8 +58,7 @@ def why_not(spec: LinearSpec, inputs: torch.dtype | None = None) -> str | None:
 
 def library(dtype: torch.dtype, device: torch.device) -> str:
     """ "cuSPARSELt" or "CUTLASS", whichever is to hold a weight that one of them can."""
-    capability = torch_operations.installed().capability(device)
-    return "cuSPARSELt" if _cusparselt_why_not(dtype, capability) is None else "CUTLASS"
+    return "cuSPARSELt" if cusparselt_why_not(dtype, device) is None else "CUTLASS"
 
 
 def label() -> str:
@@ -81,17 +85,19 @@ def device_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"compute capability {_dotted(capability)} has no sparse tensor cores: they came with 8.0"
     if dtype == torch.float8_e4m3fn and capability < (8, 9):
         return f"compute capability {_dotted(capability)} has no tensor cores for {_name(dtype)}: they came with 8.9"
-    first = _cusparselt_why_not(dtype, capability)
+    first = cusparselt_why_not(dtype, device)
     if first is None:
         return None
     second = _cutlass_why_not(dtype, capability)
     return None if second is None else f"cuSPARSELt: {first}, and CUTLASS: {second}"
 
 
-def _cusparselt_why_not(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+def cusparselt_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None where cuSPARSELt multiplies a weight of one of DTYPES on a GPU with sparse tensor cores; otherwise why not."""
     found = torch_operations.installed().cusparselt
     if found is None:
         return "this build of torch has none"
+    capability = torch_operations.installed().capability(device)
     needed = _FIRST_CUSPARSELT
     if capability >= (10, 0):
         needed = _FIRST_OF_CAPABILITY.get(capability, 800)
@@ -100,6 +106,11 @@ def _cusparselt_why_not(dtype: torch.dtype, capability: tuple[int, int]) -> str 
     if found < needed:
         return (
             f"{_version(found)} is too old for {_name(dtype)} on {_dotted(capability)}, {_version(needed)} is the first"
+        )
+    if (found, dtype, capability[0]) in _FAULTY:
+        return (
+            f"{_version(found)} faults in {_name(dtype)} on {_dotted(capability)} (an illegal instruction, and the process"
+            " has lost its GPU): use backend='cuda', bfloat16 or a torch built with a newer one"
         )
     return None
 
