@@ -13,8 +13,11 @@ import torch
 from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing
 
 from tests.gpu.conftest import emulate
+from tests.kernels.fake_nvidia import FakeNvidia
 from twofour import UnsupportedError
+from twofour.kernels import vendor
 from twofour.kernels.cuda import compiler, table
+from twofour.kernels.vendor import torch_operations
 
 Run = Callable[[Callable[..., None]], list[dict[str, Any]]]
 
@@ -106,17 +109,96 @@ def test_a_kernel_that_raises_is_no_missing_rival_and_stops_its_row_alone(
 
     def broken(name: str, *rest: Any) -> None:
         if name == "prune_both_bf16":
-            raise RuntimeError("an illegal memory access was encountered")
+            raise RuntimeError("too many resources requested for launch\nand more")
         launch(name, *rest)
 
     monkeypatch.setattr(table, "launch", broken)
     with pytest.raises(
-        SystemExit, match=r"1 of 13 rows failed\nprune both .* bf16: RuntimeError: an illegal memory access"
+        SystemExit, match=r"1 of 13 rows failed\nprune both .* bf16: RuntimeError: too many resources .* launch$"
     ):
         run(bench_packing.main)
     found = json.loads((tmp_path / "rows.json").read_text())
     assert len(found["rows"]) == 12
     assert len(found["facts"]["failed in packing"]) == 1
+
+
+FAULT = "CUDA error: an illegal instruction was encountered\nCompile with `TORCH_USE_CUDA_DSA`"
+
+
+def test_a_fault_that_takes_the_gpu_ends_the_benchmark_at_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def tile(*arguments: Any, **named: Any) -> None:
+        ran.append(1)
+        if len(ran) == 2:
+            raise RuntimeError(FAULT)
+        raise RuntimeError("not for CPUs")
+
+    ran: list[int] = []
+    monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
+    with pytest.raises(SystemExit) as ended:
+        run(bench_packing.main)
+    head, failed, unmeasured = str(ended.value).splitlines()
+    assert head == "1 of 13 rows failed"
+    fault = "RuntimeError: torch tile, CUTLASS: CUDA error: an illegal instruction was encountered"
+    assert failed == f"prune both (64, 128) bf16: {fault}"
+    assert unmeasured == "12 rows remain unmeasured: nothing runs on the GPU after that"
+    assert len(ran) == 2
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found == {"rows": [], "facts": {"failed in packing": [failed, unmeasured]}}
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        (FAULT, True),
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("prune_bf16 failed: unspecified launch failure (CUDA error 719).", True),
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA error: misaligned address", True),
+        ("CUDA error: invalid configuration argument", False),
+        ("CUDA out of memory. Tried to allocate 20 MiB.", False),
+        ("", False),
+    ],
+)
+def test_faults_that_take_the_gpu_are_told_from_others(message: str, lost: bool) -> None:
+    assert cases.lost_gpu(RuntimeError(message)) is lost
+
+
+def test_the_last_row_leaves_nothing_unmeasured(tmp_path: Path) -> None:
+    def fault() -> record.Row:
+        raise RuntimeError(FAULT)
+
+    with pytest.raises(SystemExit) as ended:
+        cases.measure_all("made up", tmp_path / "rows.json", [("one", fault)])
+    assert str(ended.value).splitlines()[1:] == [
+        "one: RuntimeError: CUDA error: an illegal instruction was encountered"
+    ]
+
+
+def test_a_product_that_faults_is_missing_with_the_reason_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia = FakeNvidia(cusparselt=800)
+    monkeypatch.setattr(torch_operations, "installed", nvidia.operations)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", nvidia.sparse_mm)
+    weight = cases.pruned(torch.randn(32, 64))
+    found, missing = {}, dict[str, str]()
+    for dtype in (torch.float16, torch.bfloat16):
+        x, compressed = torch.randn(3, 64).to(dtype), nvidia.compress(weight.to(dtype))
+        for search in (False, True):
+            name = f"{dtype}, {search}"
+
+            def made(x: torch.Tensor = x, compressed: torch.Tensor = compressed, search: bool = search) -> Any:
+                found = cases.cslt_searched(x, compressed) if search else {}
+                return [cases.cslt_linear(x, compressed, 32, found)]
+
+            found |= cases.tried(name, made, missing)
+    reason = vendor.cusparselt_why_not(torch.float16, torch.device("cuda"))
+    assert reason is not None
+    assert reason.startswith("0.8.0 faults in float16 on 9.0")
+    assert missing["torch.float16, False"] == missing["torch.float16, True"] == reason
+    assert list(found) == ["torch.bfloat16, False"]  # a search is of the library itself, which is not here
+    assert "faults" not in missing["torch.bfloat16, True"]
+    assert not nvidia.dead
 
 
 def test_the_cases_for_sanitizers_run_every_kernel(emulated: None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twofour import SparseMatrix
 from twofour.errors import UnsupportedError
-from twofour.kernels import reference
+from twofour.kernels import reference, vendor
 from twofour.kernels.cuda import layout, packing, products, resources
 from twofour.masks import nm_mask
 from twofour.testing import tolerances
@@ -155,7 +155,8 @@ def tried(
 ) -> dict[str, Sequence[timing.Call]]:
     """The calls of a rival after one trial of each; nothing, and the reason in `missing`, where it cannot run.
 
-    Ours may refuse what they have no kernel for; whatever else goes wrong with them is raised.
+    Ours may refuse what they have no kernel for; whatever else goes wrong with them is raised, and so is a fault of anyone's
+    that takes the GPU from the process.
     """
     try:
         calls = make()
@@ -164,9 +165,11 @@ def tried(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except (Missing, RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as error:
+        if lost_gpu(error):
+            raise RuntimeError(f"{name}: {error}") from error
         if name.startswith("twofour") and not isinstance(error, UnsupportedError):
             raise
-        missing[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        missing[name] = _first_line(error)
         return {}
     return {name: calls}
 
@@ -192,6 +195,7 @@ def cslt_linear(x: Tensor, compressed: Tensor, features: int, found: Mapping[str
     Args:
         found: what a search says, or nothing.
     """
+    _require_cslt(x)
     tokens, padded, out = len(x), _padded(x), _cslt_out(x)
 
     def run() -> Tensor:
@@ -204,9 +208,17 @@ def cslt_linear(x: Tensor, compressed: Tensor, features: int, found: Mapping[str
 
 def cslt_searched(x: Tensor, compressed: Tensor) -> dict[str, int]:
     """What cuSPARSELt finds best for this shape: it measures its algorithms and split-K, which takes a second."""
+    _require_cslt(x)
     mm_search: Callable[..., Sequence[int]] = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
     found = mm_search(compressed, _padded(x).t(), None, None, _cslt_out(x), True)
     return {"alg_id": int(found[0]), "split_k": int(found[1]), "split_k_mode": int(found[2])}
+
+
+def _require_cslt(x: Tensor) -> None:
+    """A fault of cuSPARSELt would end the benchmark: what the library's table refuses is not called here either."""
+    reason = vendor.cusparselt_why_not(x.dtype, x.device)
+    if reason is not None:
+        raise Missing(reason)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -320,19 +332,24 @@ def measured(
 
 
 def measure_all(bench: str, path: Path | None, todo: Sequence[tuple[str, Callable[[], record.Row]]]) -> None:
-    """Rows one by one, each kept and printed before the next; those that raise are told, and the others go on.
+    """Rows one by one, each kept and printed before the next; those that raise are told, and the others go on, unless the
+    process has lost its GPU.
 
     Raises:
         SystemExit: some raised, or a result of ours is wrong.
     """
-    part, failed = record.Part(path), list[str]()
-    for name, measure in todo:
+    part, failed, unmeasured = record.Part(path), list[str](), list[str]()
+    for done, (name, measure) in enumerate(todo, 1):
         try:
             row = measure()
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            failed.append(f"{name}: {traceback.format_exc().strip().splitlines()[-1][:200]}")
-            part.tell(**{f"failed in {bench}": failed})
+            failed.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
+            if lost_gpu(error) and done < len(todo):
+                unmeasured = [f"{len(todo) - done} rows remain unmeasured: nothing runs on the GPU after that"]
+            part.tell(**{f"failed in {bench}": failed + unmeasured})
+            if lost_gpu(error):
+                break
             continue
         part.add(row)
         print(line_of(row), flush=True)
@@ -342,7 +359,25 @@ def measure_all(bench: str, path: Path | None, todo: Sequence[tuple[str, Callabl
             if each.startswith("twofour") and not right
         ]
     if failed:
-        raise SystemExit("\n".join([f"{len(failed)} of {len(todo)} rows failed", *failed]))
+        raise SystemExit("\n".join([f"{len(failed)} of {len(todo)} rows failed", *failed, *unmeasured]))
+
+
+_LOST = (
+    "illegal instruction",
+    "illegal memory access",
+    "misaligned address",
+    "unspecified launch failure",
+    "device-side assert",
+)
+
+
+def lost_gpu(error: Exception) -> bool:
+    """Is it a fault after which every call of the process fails? A refusal is none, though it may speak of one."""
+    return not isinstance(error, (Missing, UnsupportedError)) and any(each in str(error) for each in _LOST)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def clocks(device: torch.device) -> dict[str, float]:
