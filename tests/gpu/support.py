@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import torch
@@ -37,6 +38,14 @@ def assert_packed(found: packing.PackedMatrix, dense: Tensor, mask: Tensor) -> N
     assert found.shape == wanted.shape
     assert_same_bits(found.values, wanted.values)
     assert_same_bits(found.metadata, wanted.metadata)
+
+
+def bytes_held(gpu: torch.device) -> int:
+    """Of tensors that are alive; garbage is let go of first, which earlier tests leave too."""
+    gc.collect()
+    torch.cuda.synchronize(gpu)
+    torch.cuda.empty_cache()  # and memory whose last use on another stream is over
+    return torch.cuda.memory_allocated(gpu)
 
 
 def pruned(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0, *, whole: bool = False) -> Tensor:

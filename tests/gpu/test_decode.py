@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tests.gpu.support import decoded, pruned, specified
+from tests.gpu.support import bytes_held, decoded, pruned, specified
 from torch import Tensor
 
 from twofour import DeviceError, ShapeError, UnsupportedError
@@ -217,15 +216,12 @@ def test_out_of_memory_leaves_nothing_behind(gpu: torch.device) -> None:
     dense = pruned((2048, 1024), torch.bfloat16, whole=True)
     packed, x = packed_of(dense, gpu), tokens_of(32768, 1024, torch.bfloat16, 0, whole=True).to(gpu)
     first = decoded(x[:64], packed)
-    torch.cuda.synchronize(gpu)
-    torch.cuda.empty_cache()
-    before, total = torch.cuda.memory_allocated(gpu), torch.cuda.get_device_properties(gpu).total_memory
+    before, total = bytes_held(gpu), torch.cuda.get_device_properties(gpu).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(gpu) + (32 << 20)) / total, gpu)
     try:
         with pytest.raises((torch.cuda.OutOfMemoryError, DeviceError)):
             decoded(x, packed)  # 134 MB of outputs
-        gc.collect()  # the traceback held what was there already
-        assert torch.cuda.memory_allocated(gpu) == before
+        assert bytes_held(gpu) == before  # the traceback held what was there already
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, gpu)
     assert_same_bits(decoded(x[:64], packed), first)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from tests.cuda.test_pack import weights
-from tests.gpu.support import assert_packed, mask_of, pruned
+from tests.gpu.support import assert_packed, bytes_held, mask_of, pruned
 
 from twofour import DeviceError, PatternError, ShapeError, UnsupportedError
 from twofour.kernels import reference
@@ -250,15 +248,12 @@ def test_two_streams_at_once_do_not_disturb_each_other(gpu: torch.device) -> Non
 def test_out_of_memory_leaves_nothing_behind(gpu: torch.device) -> None:
     weight = weights((4096, 4096), torch.bfloat16, "normal").to(gpu)
     packing.prune_both(weight)
-    torch.cuda.synchronize(gpu)
-    torch.cuda.empty_cache()
-    before, total = torch.cuda.memory_allocated(gpu), torch.cuda.get_device_properties(gpu).total_memory
+    before, total = bytes_held(gpu), torch.cuda.get_device_properties(gpu).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(gpu) + (24 << 20)) / total, gpu)
     try:
         with pytest.raises((torch.cuda.OutOfMemoryError, DeviceError)):
             packing.prune_both(weight)  # 2 x 19 MB: the first may fit
-        gc.collect()  # the traceback held what was there already
-        assert torch.cuda.memory_allocated(gpu) == before
+        assert bytes_held(gpu) == before  # the traceback held what was there already
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, gpu)
     assert_both(weight)
