@@ -26,9 +26,10 @@ _FIRST_OF_CAPABILITY = {(10, 0): 700, (12, 0): 700, (10, 1): 800, (11, 0): 800, 
 _FIRST_FLOAT8_8_9 = 800
 
 _FAULTY = {(800, torch.float16, 9)}
-"""Version, dtype and major compute capability whose products end in an illegal instruction, after which every call of the
-process fails: seen on an H200 with torch 2.11 for CUDA 13. The other combinations were not seen to fail. 0.8.0 brought new
-float16 kernels for 9.0; 0.8.1 (in torch since pytorch#177456) has mended Hopper's, by its release notes in speed."""
+"""Version, dtype and major compute capability that end in an illegal instruction, after which every call of the process
+fails: seen on an H200 with torch 2.11 for CUDA 13, the search or the product, which were not told apart. Other combinations
+were not seen to fail. By the release notes 0.8.0 brought new float16 kernels for 9.0, and 0.8.1 (pytorch#177456) mended the
+speed of Hopper's; they do not speak of this."""
 
 _CUTLASS_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 
