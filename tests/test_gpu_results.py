@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.gpu import bars, readme, record
+from benchmarks.gpu import bars, bench_packing, readme, record
 
 README = record.ROOT / "README.md"
 Row = dict[str, Any]
@@ -168,6 +168,11 @@ def test_bars_are_met_missed_not_measured_or_wrong(tmp_path: Path) -> None:
     both = made_up("prune both", "prune_both_bf16", us=70.0)
     both["x"]["torch tile, CUTLASS"] = 1.2  # the faster of two rivals counts
     assert [line for line in bars.lines({"rows": [both]}) if "both ways" in line][1].startswith("MISSED")
+    assert {each.rivals for each in bars.BARS if each.what == "prune both"} == {tuple(bench_packing.TILES)}
+    both["x"] |= {"torch tile, CUTLASS": 1.9, "torch tile, magnitudes, CUTLASS": 1.3}  # and of four
+    assert [line for line in bars.lines({"rows": [both]}) if "both ways" in line][1].startswith("MISSED")
+    both["x"]["torch tile, magnitudes, CUTLASS"] = 1.5
+    assert [line for line in bars.lines({"rows": [both]}) if "both ways" in line][1].startswith("met")
 
 
 def test_a_damaged_file_among_results_is_passed_over(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ BARS = (
         "bf16",
         (None,),
         75,
-        ("torch tile", "torch tile, CUTLASS"),
+        ("torch tile", "torch tile, CUTLASS", "torch tile, magnitudes", "torch tile, magnitudes, CUTLASS"),
         1.4,
     ),
     Bar("pack 2:4 one way", "compress", (8192, 8192), "bf16", (None,), 55, ("cuSPARSELt",), 1.2),

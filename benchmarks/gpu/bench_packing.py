@@ -27,7 +27,13 @@ from twofour.masks import nm_mask
 
 SHAPES = ((8192, 8192), (4096, 4096), (4096, 14336))
 ONE_WAY = {"prune": ("bf16", "fp8"), "compress": ("bf16", "int8", "fp8"), "take": ("bf16",), "expand": ("bf16",)}
-TILE_ALGORITHMS = {"torch tile": ("", False), "torch tile, CUTLASS": ("", True)}
+TILES = {
+    "torch tile": ("", False),
+    "torch tile, CUTLASS": ("", True),
+    "torch tile, magnitudes": ("largest_abs_values_greedy", False),
+    "torch tile, magnitudes, CUTLASS": ("largest_abs_values_greedy", True),
+}
+"""Algorithm, and whether the layout is CUTLASS's, else cuSPARSELt's. The default ranks by signed value (find_ranking.py)."""
 
 
 def bytes_of(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
@@ -37,11 +43,11 @@ def bytes_of(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
 
 
 def both(shape: tuple[int, int], dtype: str, device: torch.device, rounds: int) -> record.Row:
-    """W and W.T by a transposable mask."""
+    """W and W.T by a transposable mask: ours the best one, torch's greedy, by signed value or by magnitude."""
     weights, copies = _inputs(shape, dtype, device)
     missing: dict[str, str] = {}
     kernels = cases.tried("twofour", lambda: [partial(cases.prune_both, each) for each in weights], missing)
-    for name, (algorithm, cutlass) in TILE_ALGORITHMS.items():
+    for name, (algorithm, cutlass) in TILES.items():
         tile = torch._sparse_semi_structured_tile
         calls = partial(
             _each, weights, lambda w, a=algorithm, c=cutlass, t=tile: partial(t, w, algorithm=a, use_cutlass=c)

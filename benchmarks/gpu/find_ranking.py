@@ -2,7 +2,9 @@
 
     python benchmarks/gpu/find_ranking.py --json build/gpu/ranking.json
 
-Of N(0, 1) a ranking by magnitude keeps as many negative weights as positive ones; one by value keeps few.
+Of N(0, 1) a ranking by magnitude keeps as many negative weights as positive ones; one by value keeps few. Found with torch
+2.11 on an H200, in cuSPARSELt's layout and in CUTLASS's: the default and "largest_values_greedy" rank by signed value (25.7 %
+negative, 54.0 % of the sum of |w|), "largest_abs_values_greedy" by magnitude (50.1 %, 69.2 %); the best mask keeps 70.3 %.
 """
 
 from __future__ import annotations

@@ -43,7 +43,10 @@ CLAIMS = (
         (8192, 8192),
         "bf16",
         (None,),
-        (("torch tile", "`torch._sparse_semi_structured_tile`"),),
+        (
+            ("torch tile", "`torch._sparse_semi_structured_tile`"),
+            ("torch tile, magnitudes", 'its "largest_abs_values_greedy"'),
+        ),
     ),
     Claim("pruned and packed", "prune", (8192, 8192), "bf16"),
     Claim("pruned and packed", "prune", (8192, 8192), "fp8"),
