@@ -203,9 +203,7 @@ def test_a_product_that_faults_is_missing_with_the_reason_of_the_table(monkeypat
 
 def test_the_cases_for_sanitizers_run_every_kernel(emulated: None) -> None:
     ran = smallest.run_all(torch.device("cpu"))
-    assert ran >= {
-        name for name, text in table.KERNEL_TEXTS.items() if text.file in ("pack.cu", "decode.cu", "tokens.cu")
-    }
+    assert ran >= {name for name, text in table.KERNEL_TEXTS.items() if text.file != "gemm.cu"}
 
 
 @pytest.mark.parametrize("fault", smallest.PLANTED)

@@ -21,6 +21,7 @@ using uint64_t = unsigned long long;
 #define TWOFOUR_APART __device__ __noinline__  // seldom called: it must not cost the others registers
 #define TWOFOUR_ROLLED _Pragma("unroll 1")
 #define TWOFOUR_SHARED __shared__
+#define TWOFOUR_TABLE __device__ constexpr  // read by places that the compiler does not know
 #define TWOFOUR_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #define TWOFOUR_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #else

@@ -144,7 +144,7 @@ template <int kThreads, int kCount, class Sum>
 TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* counters) {
   TWOFOUR_SHARED uint32_t came_before;
   if (gridDim.y == 1) return true;
-  const int thread = thread_again();
+  const int thread = static_cast<int>(thread_again());
   const int64_t block = int64_t{blockIdx.x} * kCount, of_slice = int64_t{gridDim.x} * kCount;
   uint4* const own = static_cast<uint4*>(partial) + block * kThreads + thread;
   unroll<kCount>([&](auto n) {

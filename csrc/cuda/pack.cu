@@ -1,306 +1,23 @@
-// Dense matrices to and from the CUDA layout (cuda/layout.h). All of them are bound by memory.
+// Dense matrices to and from the CUDA layout (cuda/layout.h), one way. All of them are bound by memory.
 //
-//   prune_both_*   |W| -> the best transposable mask -> W and W.T packed, and the mask if asked for: one reading of W
-//   mask_both_*    |W| -> the best transposable mask alone, of 4-byte items too
-//   keep_both_*    W under a given mask -> W and W.T packed, and W masked in place if asked for: a training step
 //   prune_*        |W| -> two of each four -> packed
 //   quantize_*     |W| -> two of each four -> e4m3 with a scale for each row -> packed
 //   compress_*     W that keeps two of each four already -> packed; tells where it does not
 //   take_*         W where packed metadata keep it -> values: what is kept of a gradient, or of weights after a step
 //   expand_*       packed -> W
 //
-// Sizes are multiples of 4 along groups; whatever the layout pads is written too. Rows are `stride` items apart. 16 bytes
-// are read at a time where addresses allow it, and items one by one where not.
-#include "cuda/best_mask.h"
+// Columns are a multiple of 4; whatever the layout pads is written too. Rows are `stride` items apart. 8 or 16 bytes are read
+// at a time where addresses allow it, and items one by one where not.
+#include "cuda/formats.h"
 #include "cuda/layout.h"
-#include "cuda/ptx.h"
+#include "cuda/two_of_four.h"
 
 namespace twofour::cuda {
 
-// Nibbles by the four bits of a group, its first place the highest.
-constexpr uint64_t make_nibbles_of_bits() {
-  uint64_t table = 0;
-  for (int first = 0; first < 4; ++first) {
-    for (int second = first + 1; second < 4; ++second) {
-      table |= static_cast<uint64_t>(first | second << 2) << (4 * (8 >> first | 8 >> second));
-    }
-  }
-  return table;
-}
-
-TWOFOUR_DEVICE uint32_t nibble_of_bits(uint32_t bits) {
-  constexpr uint64_t table = make_nibbles_of_bits();
-  return static_cast<uint32_t>(table >> (4 * bits)) & 15u;
-}
-
-TWOFOUR_DEVICE bool keeps_two(uint32_t bits) { return (0x1668u >> bits & 1u) != 0; }
-
-// Of the sixteen bits of a 4x4 block.
-TWOFOUR_DEVICE uint32_t column_of(uint32_t bits, int column) {
-  return ((bits >> (3 - column) & 0x1111u) * 0x1248u >> 12) & 15u;
-}
-
-// The two items that a nibble keeps of four of 2 bytes, in two words.
-TWOFOUR_DEVICE uint32_t kept_of_two_bytes(uint2 four, uint32_t nibble) {
-  const uint32_t low = (nibble & 3u) * 0x22 + 0x10, high = (nibble >> 2) * 0x22 + 0x10;
-  return byte_permute(four.x, four.y, low | high << 8);
-}
-
-// Four items of 1 byte in a word -> the two kept, in the lower half.
-TWOFOUR_DEVICE uint32_t kept_of_one_byte(uint32_t four, uint32_t nibble) {
-  return byte_permute(four, 0, (nibble & 3u) | (nibble >> 2) << 4 | 0x4400u);
-}
-
-// ---- W and W.T at once -----------------------------------------------------------------------------------------------
-
-constexpr int kSquare = 64;          // a block packs a square of W
-constexpr int kSquareStride = 80;    // items from row to row in shared memory: 8 rows of a fragment lie in 8 banks' worth
-constexpr int kSquareBlocks = kSquare / 4;
-constexpr int kBothThreads = kSquareBlocks * kSquareBlocks;
-
-struct Square {
-  alignas(16) uint16_t items[kSquare * kSquareStride];  // four are read and written at once
-  uint16_t row_nibbles[kSquareBlocks][kSquareBlocks];     // of the 4x4 block: row r from bit 4 * r
-  uint16_t column_nibbles[kSquareBlocks][kSquareBlocks];  // column c from bit 4 * c
-};
-
-TWOFOUR_DEVICE void magnitudes_of(uint2 four, uint32_t* to) {
-  to[0] = four.x & 0x7fffu;
-  to[1] = four.x >> 16 & 0x7fffu;
-  to[2] = four.y & 0x7fffu;
-  to[3] = four.y >> 16 & 0x7fffu;
-}
-TWOFOUR_DEVICE void magnitudes_of(uint4 four, uint32_t* to) {
-  to[0] = four.x & 0x7fffffffu;
-  to[1] = four.y & 0x7fffffffu;
-  to[2] = four.z & 0x7fffffffu;
-  to[3] = four.w & 0x7fffffffu;
-}
-
-// The bits of a 4x4 block as bytes, at its first place in a mask.
-TWOFOUR_DEVICE void write_mask(uint32_t bits, uint8_t* to, int64_t columns) {
-  unroll<4>([&](auto k) {  // the first column first
-    const uint32_t four = bits >> (12 - 4 * k) & 15u;
-    const uint32_t bytes = (four >> 3 & 1u) | (four >> 2 & 1u) << 8 | (four >> 1 & 1u) << 16 | (four & 1u) << 24;
-    store_four(to + k * columns, bytes);
-  });
-}
-
-// Sixteen bits of a 4x4 block, the first place of the first row the highest.
-template <class Format>
-struct BestMask {
-  static constexpr bool kInPlace = false;
-  uint8_t* mask;  // [rows, columns] where it is written, or null
-
-  TWOFOUR_DEVICE uint32_t choose(const uint2 (&fours)[4], int64_t row, int64_t column, int64_t columns) const {
-    uint32_t magnitudes[16];
-    unroll<4>([&](auto r) { magnitudes_of(fours[r], magnitudes + 4 * r); });
-    const uint32_t bits = best_mask<Format>(magnitudes);
-    if (mask != nullptr) write_mask(bits, mask + row * columns + column, columns);
-    return bits;
-  }
-};
-
-struct GivenMask {
-  static constexpr bool kInPlace = true;  // may be: the weight is not constant
-  const uint8_t* mask;  // [rows, columns] of 0 and 1
-  uint16_t* masked;     // the weight itself, where dropped places are to become zeros, or null
-  int64_t stride;
-  uint32_t* status;     // 1 is set where four places of a row or column do not keep two; or null
-
-  TWOFOUR_DEVICE uint32_t choose(const uint2 (&fours)[4], int64_t row, int64_t column, int64_t columns) const {
-    uint32_t bits = 0, wrong = 0;
-    unroll<4>([&](auto k) {
-      const uint32_t bytes = load_four(mask + (row + k) * columns + column);
-      const uint32_t four = bytes * 0x08040201u >> 24 & 15u;
-      bits |= four << (12 - 4 * k);
-      wrong |= !keeps_two(four);
-      if (masked == nullptr) return;
-      const uint32_t low = (bytes & 1u) * 0xffffu | (bytes >> 8 & 1u) * 0xffff0000u;
-      const uint32_t high = (bytes >> 16 & 1u) * 0xffffu | (bytes >> 24 & 1u) * 0xffff0000u;
-      store_four(masked + (row + k) * stride + column, uint2{fours[k].x & low, fours[k].y & high});
-    });
-    unroll<4>([&](auto k) { wrong |= !keeps_two(column_of(bits, k)); });
-    if (wrong != 0 && status != nullptr) or_into(status, 1u);
-    return bits;
-  }
-};
-
-template <class Mask>
-TWOFOUR_DEVICE void pack_both(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
-                              uint32_t* metadata, uint4* turned_values, uint32_t* turned_metadata, const Mask& mask) {
-  TWOFOUR_SHARED Square square;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t row0 = int64_t{blockIdx.y} * kSquare, column0 = int64_t{blockIdx.x} * kSquare;
-  {  // a thread chooses the mask of a 4x4 block
-    const int i = thread / kSquareBlocks, j = thread % kSquareBlocks;
-    const int64_t row = row0 + 4 * i, column = column0 + 4 * j;
-    const bool inside = row < rows && column < columns;
-    uint2 fours[4];
-    unroll<4>([&](auto r) {
-      const uint16_t* const from = weight + (row + r) * stride + column;
-      fours[r] = !inside ? uint2{0, 0} : Mask::kInPlace ? load_four_of_own(from) : load_four(from);
-      *reinterpret_cast<uint2*>(square.items + (4 * i + r) * kSquareStride + 4 * j) = fours[r];
-    });
-    uint32_t of_rows = kPaddingNibble * 0x1111, of_columns = of_rows;
-    if (inside) {
-      const uint32_t bits = mask.choose(fours, row, column, columns);
-      of_rows = of_columns = 0;
-      unroll<4>([&](auto k) {
-        of_rows |= nibble_of_bits(bits >> (12 - 4 * k) & 15u) << (4 * k);
-        of_columns |= nibble_of_bits(column_of(bits, k)) << (4 * k);
-      });
-    }
-    square.row_nibbles[i][j] = static_cast<uint16_t>(of_rows);
-    square.column_nibbles[i][j] = static_cast<uint16_t>(of_columns);
-  }
-  sync_block();
-  {  // a lane of a fragment of W, and of one of W.T
-    const int lane = thread % kWarp, step = thread / kWarp % 2, tile = thread / (2 * kWarp);
-    uint32_t own[4], turned[4];
-    unroll<4>([&](auto r) {
-      const int line = kTile * tile + row_of(lane, r), group = group_of(2, lane, step, r);
-      const uint2 four = *reinterpret_cast<const uint2*>(square.items + line * kSquareStride + 4 * group);
-      own[r] = kept_of_two_bytes(four, square.row_nibbles[line / 4][group] >> (4 * (line % 4)) & 15u);
-      const uint32_t nibble = square.column_nibbles[group][line / 4] >> (4 * (line % 4)) & 15u;
-      const uint16_t* column = square.items + 4 * group * kSquareStride + line;
-      turned[r] = column[(nibble & 3u) * kSquareStride] | uint32_t{column[(nibble >> 2) * kSquareStride]} << 16;
-    });
-    const int64_t own_tile = row0 / kTile + tile, turned_tile = column0 / kTile + tile;
-    if (own_tile < tiles_of(rows)) {
-      const int64_t chunk = own_tile * chunks_of(columns) + blockIdx.x;
-      values[(chunk * 2 + step) * kWarp + lane] = uint4{own[0], own[1], own[2], own[3]};
-    }
-    if (turned_tile < tiles_of(columns)) {
-      const int64_t chunk = turned_tile * chunks_of(rows) + blockIdx.y;
-      turned_values[(chunk * 2 + step) * kWarp + lane] = uint4{turned[0], turned[1], turned[2], turned[3]};
-    }
-  }
-  {  // a word of the metadata of W, or of W.T
-    const int lane = thread % kWarp, tile = thread / kWarp % 4;
-    const bool of_turned = thread >= 4 * kWarp;
-    uint32_t word = 0;
-    unroll<8>([&](auto i) {
-      const int line = kTile * tile + nibble_row(2, lane, i), group = nibble_group(2, lane, i);
-      const uint32_t four = of_turned ? square.column_nibbles[group][line / 4] : square.row_nibbles[line / 4][group];
-      word |= (four >> (4 * (line % 4)) & 15u) << (4 * i);
-    });
-    const int64_t first = (of_turned ? column0 : row0) / kTile + tile;
-    if (first < tiles_of(of_turned ? columns : rows)) {
-      const int64_t chunk = of_turned ? first * chunks_of(rows) + blockIdx.y : first * chunks_of(columns) + blockIdx.x;
-      (of_turned ? turned_metadata : metadata)[chunk * kWarp + lane] = word;
-    }
-  }
-}
-
-#define TWOFOUR_PRUNE_BOTH(name, Format)                                                                               \
-  TWOFOUR_KERNEL(kBothThreads, 3)                                                                                          \
-  name(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,        \
-       uint4* turned_values, uint32_t* turned_metadata, uint8_t* mask) {                                                \
-    pack_both(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata, BestMask<Format>{mask}); \
-  }
-// Four blocks at once would leave a thread 64 registers, a few short on sm_120.
-TWOFOUR_PRUNE_BOTH(prune_both_bf16, Bfloat16)
-TWOFOUR_PRUNE_BOTH(prune_both_fp16, Float16)
-
-TWOFOUR_KERNEL(kBothThreads, 4)
-keep_both_half(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,
-               uint4* turned_values, uint32_t* turned_metadata, const uint8_t* mask, uint16_t* masked, uint32_t* status) {
-  pack_both(weight, stride, rows, columns, values, metadata, turned_values, turned_metadata,
-            GivenMask{mask, masked, stride, status});
-}
-
-// ---- the mask alone: a thread chooses for a 4x4 block ----------------------------------------------------------------
-
-template <class Format, class Item>
-TWOFOUR_DEVICE void mask_both(const Item* weight, int64_t stride, int64_t rows, int64_t columns, uint8_t* mask) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t row = int64_t{blockIdx.y} * kSquare + 4 * (thread / kSquareBlocks);
-  const int64_t column = int64_t{blockIdx.x} * kSquare + 4 * (thread % kSquareBlocks);
-  if (row >= rows || column >= columns) return;
-  uint32_t magnitudes[16];
-  unroll<4>([&](auto r) { magnitudes_of(load_four(weight + (row + r) * stride + column), magnitudes + 4 * r); });
-  write_mask(best_mask<Format>(magnitudes), mask + row * columns + column, columns);
-}
-
-#define TWOFOUR_MASK_BOTH(name, Format, Item)                                                                         \
-  TWOFOUR_KERNEL(kBothThreads, 3)                                                                                     \
-  name(const Item* weight, int64_t stride, int64_t rows, int64_t columns, uint8_t* mask) {                            \
-    mask_both<Format>(weight, stride, rows, columns, mask);                                                           \
-  }
-TWOFOUR_MASK_BOTH(mask_both_bf16, Bfloat16, uint16_t)
-TWOFOUR_MASK_BOTH(mask_both_fp16, Float16, uint16_t)
-TWOFOUR_MASK_BOTH(mask_both_fp32, Float32, float)
-
-// ---- one way: a warp packs the chunks of a tile ----------------------------------------------------------------------
+// ---- a warp packs a chunk of a tile ----------------------------------------------------------------------------------
 
 constexpr int kWarpsOfBlock = 8;
 constexpr int kOneWayThreads = kWarp * kWarpsOfBlock;
-
-// The nibble of the two places with the largest keys, the lower place where keys are equal.
-TWOFOUR_DEVICE uint32_t two_largest(uint32_t k0, uint32_t k1, uint32_t k2, uint32_t k3) {
-  // A place is kept where fewer than two are before it.
-  const uint32_t b01 = k0 >= k1, b02 = k0 >= k2, b03 = k0 >= k3, b12 = k1 >= k2, b13 = k1 >= k3, b23 = k2 >= k3;
-  const uint32_t kept0 = b01 + b02 + b03 >= 2, kept1 = (1 - b01) + b12 + b13 >= 2, kept2 = (1 - b02) + (1 - b12) + b23 >= 2;
-  const uint32_t kept3 = 1 - ((kept0 + kept1 + kept2) >> 1);
-  return nibble_of_bits(kept0 << 3 | kept1 << 2 | kept2 << 1 | kept3);
-}
-
-// Ranks |x|: NaN, as its bits lie above those of infinity, below every number.
-template <class Format>
-struct ByMagnitude {
-  static constexpr int kItemsize = 2;
-  TWOFOUR_DEVICE static uint32_t key(uint32_t item) {
-    const uint32_t magnitude = item & 0x7fffu;
-    return magnitude > Scores<Format>::kInfinity ? 0 : magnitude + 1;
-  }
-};
-
-// The same of 1-byte floats: e4m3 has no infinity, and NaN is 0x7f.
-template <uint32_t kLargest>
-struct ByFp8Magnitude {
-  static constexpr int kItemsize = 1;
-  TWOFOUR_DEVICE static uint32_t key(uint32_t item) {
-    const uint32_t magnitude = item & 0x7fu;
-    return magnitude > kLargest ? 0 : magnitude + 1;
-  }
-};
-
-struct ByInt8Magnitude {
-  static constexpr int kItemsize = 1;
-  TWOFOUR_DEVICE static uint32_t key(uint32_t item) { return item < 128 ? item : 256 - item; }
-};
-
-// Ranks what is no zero, of either sign, above zero.
-template <int kBytes, uint32_t kMagnitude>
-struct ByNonzero {
-  static constexpr int kItemsize = kBytes;
-  TWOFOUR_DEVICE static uint32_t key(uint32_t item) { return (item & kMagnitude) != 0; }
-};
-
-// Nibble of four items; `over` is set where more than two have a key of 1 or more.
-template <class Key>
-TWOFOUR_DEVICE uint32_t choose(uint2 four, uint32_t& over) {
-  constexpr int bits = 8 * Key::kItemsize;
-  constexpr uint32_t all = (1u << bits) - 1;
-  const uint32_t k0 = Key::key(four.x & all), k1 = Key::key(four.x >> bits & all);
-  const uint32_t high = Key::kItemsize == 2 ? four.y : four.x >> 16;
-  const uint32_t k2 = Key::key(high & all), k3 = Key::key(high >> bits & all);
-  over |= (k0 != 0) + (k1 != 0) + (k2 != 0) + (k3 != 0) > 2;
-  return two_largest(k0, k1, k2, k3);
-}
-
-// Four items, of 1 byte all in x; zeros outside.
-template <int kItemsize>
-TWOFOUR_DEVICE uint2 load_group(const void* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t row,
-                                int64_t column) {
-  if (row >= rows || column >= columns) return uint2{0, 0};
-  if constexpr (kItemsize == 2) {
-    return load_four(static_cast<const uint16_t*>(matrix) + row * stride + column);
-  } else {
-    return uint2{load_four(static_cast<const uint8_t*>(matrix) + row * stride + column), 0};
-  }
-}
 
 // Which group a lane's part i of a fragment is: 4 of 2 bytes (a register each), 8 of 1 byte (half a register each).
 template <int kItemsize>
@@ -326,101 +43,192 @@ struct Parts {
   }
 };
 
-// All parts of a step of a lane. Of 1-byte items two groups lie side by side, and come at once where they can.
+// The chunks of the tiles of a matrix, one for each warp of the grid: blocks side by side, tiles below each other.
+struct Chunks {
+  uint32_t rows, columns, chunk, lane;
+
+  TWOFOUR_DEVICE Chunks(int64_t of_rows, int64_t of_columns)
+      : rows(static_cast<uint32_t>(of_rows)),
+        columns(static_cast<uint32_t>(of_columns)),
+        chunk(blockIdx.x * kWarpsOfBlock + threadIdx.x / kWarp),
+        lane(threadIdx.x % kWarp) {}
+
+  // body(tile, number of the chunk), by whole warps.
+  template <class Body>
+  TWOFOUR_DEVICE void each(Body&& body) const {
+    const uint32_t chunks = (columns + kColumns - 1) / kColumns;
+    if (chunk >= chunks) return;
+    TWOFOUR_ROLLED
+    for (uint32_t tile = blockIdx.y; tile * kTile < rows; tile += gridDim.y) body(tile, uint64_t{tile * chunks + chunk});
+  }
+};
+
+// Four items, of 1 byte all in x; zeros outside.
 template <int kItemsize>
-TWOFOUR_DEVICE void load_parts(const void* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t row0,
-                               int64_t column0, int lane, int step, uint2 (&fours)[Parts<kItemsize>::kCount]) {
-  using Part = Parts<kItemsize>;
+TWOFOUR_DEVICE uint2 load_group(const void* matrix, int64_t stride, int64_t rows, int64_t columns, int64_t row,
+                                int64_t column) {
+  if (row >= rows || column >= columns) return uint2{0, 0};
   if constexpr (kItemsize == 2) {
-    unroll<Part::kCount>([&](auto i) {
-      fours[i] = load_group<2>(matrix, stride, rows, columns, row0 + Part::row(lane, i),
-                               column0 + 4 * Part::group(lane, step, i));
-    });
+    return load_four(static_cast<const uint16_t*>(matrix) + row * stride + column);
   } else {
-    unroll<Part::kCount / 2>([&](auto pair) {
-      constexpr int i = 2 * decltype(pair){};
-      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
-      const auto* const from = static_cast<const uint8_t*>(matrix) + row * stride + column;
-      if (row < rows && column + 4 < columns && reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) {
-        const uint2 both = load_stream(reinterpret_cast<const uint2*>(from));
-        fours[i] = uint2{both.x, 0};
-        fours[i + 1] = uint2{both.y, 0};
-      } else {
-        fours[i] = load_group<1>(matrix, stride, rows, columns, row, column);
-        fours[i + 1] = load_group<1>(matrix, stride, rows, columns, row, column + 4);
-      }
-    });
+    return uint2{load_four(static_cast<const uint8_t*>(matrix) + row * stride + column), 0};
   }
 }
 
-// Nibbles of the parts of all four lanes of a row group -> the words of metadata of each. `of_part(step, i)` is the
-// nibble of a lane's part; every lane of the warp takes part.
-template <int kItemsize, class OfPart>
-TWOFOUR_DEVICE uint32_t word_of_parts(int lane, OfPart&& of_part) {
-  const uint32_t q = static_cast<uint32_t>(lane % 4);
-  uint32_t words[4] = {0, 0, 0, 0};  // of lane 4 * g + w: what this lane knows
-  if constexpr (kItemsize == 2) {
-    unroll<2>([&](auto step) {
-      unroll<4>([&](auto r) { words[2 * step + r / 2] |= of_part(step, r) << (4 * q + 16 * (r % 2)); });
+// What a lane holds of a chunk, by step and register: a group of 2-byte items, or two side by side of 1-byte items.
+template <int kItemsize>
+TWOFOUR_DEVICE void load_chunk(const void* matrix, int64_t stride, const Chunks& of, uint32_t tile,
+                               uint2 (&words)[4 * steps_of(kItemsize)]) {
+  const uint32_t row0 = tile * kTile, column0 = of.chunk * kColumns;
+  const int64_t pitch = stride * kItemsize;
+  const char* const corner = static_cast<const char*>(matrix) + (row0 * pitch + column0 * kItemsize);
+  const bool aligned = (reinterpret_cast<uint64_t>(corner) | static_cast<uint64_t>(pitch)) % sizeof(uint2) == 0;
+  if (row0 + kTile <= of.rows && column0 + kColumns <= of.columns && aligned) {
+    const char* const from = corner + ((of.lane / 4) * pitch + of.lane % 4 * sizeof(uint2));
+    const char* const below = from + 8 * pitch;
+    unroll<4 * steps_of(kItemsize)>([&](auto i) {
+      words[i] = load_stream(reinterpret_cast<const uint2*>((i % 2 == 0 ? from : below) + i / 2 * 32));
     });
-  } else {
-    unroll<8>([&](auto i) { words[i / 2 % 2 + 2 * (i / 4)] |= of_part(Constant<0>{}, i) << (4 * (2 * q + i % 2)); });
+    return;
   }
-  // Lanes exchange halves of what they know, so that each ends with the whole of one word.
-  const bool upper = q >= 2, odd = q % 2 != 0;
-  uint32_t two[2];
-  unroll<2>([&](auto k) {
-    const uint32_t other = shuffle_xor(upper ? words[k] : words[k + 2], 2);
-    two[k] = (upper ? words[k + 2] : words[k]) | other;
+  const int lane = static_cast<int>(of.lane);
+  unroll<4 * steps_of(kItemsize)>([&](auto i) {
+    const int64_t row = row0 + row_of(lane, i % 4), column = column0 + 4 * group_of(kItemsize, lane, i / 4, i % 4);
+    words[i] = load_group<kItemsize>(matrix, stride, of.rows, of.columns, row, column);
+    if (kItemsize == 1) words[i].y = load_group<1>(matrix, stride, of.rows, of.columns, row, column + 4).x;
   });
-  const uint32_t other = shuffle_xor(odd ? two[0] : two[1], 1);
-  return (odd ? two[1] : two[0]) | other;
 }
 
-template <class Key, bool kMayKeepTwo>
+// What is kept of a chunk: a lane's registers of values by step, its word of metadata; the largest magnitudes and the
+// largest of all that are third in their group, as two_of_four.h has them.
+template <int kItemsize>
+struct PackedChunk {
+  uint32_t values[steps_of(kItemsize)][4] = {};
+  uint32_t metadata = 0, largest = 0, third = 0;
+};
+
+// Of 2-byte items. `choose` is given a group and says what is kept of it.
+template <class Choose>
+TWOFOUR_DEVICE PackedChunk<2> pack_chunk(const uint2 (&groups)[8], uint32_t lane, Choose&& choose) {
+  PackedChunk<2> packed;
+  uint32_t nibbles[2] = {0, 0};  // of rows g and g + 8
+  unroll<8>([&](auto i) {  // the last of a row first: the next ones move it up
+    constexpr int at = 7 - decltype(i){};
+    const Kept kept = choose(groups[at]);
+    packed.values[at / 4][at % 4] = byte_permute(groups[at].x, groups[at].y, kept.selector);
+    packed.largest = max_halves(packed.largest, kept.largest);
+    packed.third |= kept.third;
+    nibbles[at % 2] = shift_in(nibbles[at % 2], nibble_on_top(kept.selector), 4);
+  });
+  packed.metadata = turn_nibbles<1>(byte_permute(nibbles[0], nibbles[1], 0x5410), lane % 4);
+  return packed;
+}
+
+// Of 1-byte items: two groups at a time.
+template <class Choose>
+TWOFOUR_DEVICE PackedChunk<1> pack_chunk(const uint2 (&groups)[4], uint32_t lane, Choose&& choose) {
+  PackedChunk<1> packed;
+  uint32_t selectors[4];
+  unroll<4>([&](auto i) {
+    const KeptOfTwo kept = choose(groups[i]);
+    packed.values[0][i] = byte_permute(groups[i].x, groups[i].y, kept.selector);
+    packed.largest = max_halves(packed.largest, kept.largest);
+    packed.third = max_halves(packed.third, kept.third);
+    selectors[i] = kept.selector;
+  });
+  const uint32_t upper = nibbles_of(byte_permute(selectors[0], selectors[1], 0x5410));
+  const uint32_t lower = nibbles_of(byte_permute(selectors[2], selectors[3], 0x5410));
+  packed.metadata = turn_bytes(byte_permute(upper, lower, 0x6420), lane % 4);
+  return packed;
+}
+
+// How 2-byte items are ranked: by magnitude, those above kLargest, which are NaN, last.
+template <uint32_t kNumbers>
+struct TwoBytes {
+  static constexpr int kItemsize = 2;
+  static constexpr uint32_t kLargest = kNumbers;
+  static constexpr bool kMayBeNan = kLargest < 0x7fff;
+
+  TWOFOUR_DEVICE static Kept choose(uint2 four) { return two_of_two_bytes(four); }
+  TWOFOUR_DEVICE static Kept choose_beside_nan(uint2 four) {
+    return {selector_of(two_largest_beside_nan<2, kLargest>(four)), 0, 0};
+  }
+  TWOFOUR_DEVICE static bool has_nan(uint32_t largest) {
+    return (largest & 0xffffu) > kLargest || largest >> 16 > kLargest;
+  }
+  TWOFOUR_DEVICE static bool has_third(uint32_t third) { return third != 0; }
+};
+
+// Of 1 byte: bits of the magnitude, or all of an integer that is one of `kSigned` ones.
+template <uint32_t kMagnitude, uint32_t kNumbers, bool kSigned = false>
+struct OneByte {
+  static constexpr int kItemsize = 1;
+  static constexpr uint32_t kLargest = kNumbers;
+  static constexpr bool kMayBeNan = kLargest < kMagnitude;
+
+  TWOFOUR_DEVICE static KeptOfTwo choose(uint2 fours) {
+    constexpr uint32_t kMask = kMagnitude * 0x01010101u;
+    return kSigned ? two_of_one_byte(sizes_of(fours.x), sizes_of(fours.y)) : two_of_one_byte(fours.x & kMask, fours.y & kMask);
+  }
+  TWOFOUR_DEVICE static KeptOfTwo choose_beside_nan(uint2 fours) {
+    const uint32_t first = two_largest_beside_nan<1, kLargest>(uint2{fours.x, 0});
+    const uint32_t second = two_largest_beside_nan<1, kLargest>(uint2{fours.y, 0});
+    const uint32_t places = (first & 3u) | (first & 12u) << 2 | (second & 3u) << 8 | (second & 12u) << 10;
+    return {places | 0x4400u, 0, 0};
+  }
+  TWOFOUR_DEVICE static bool has_nan(uint32_t largest) {
+    return (largest >> 8 & 0xffu) > kLargest || largest >> 24 > kLargest;
+  }
+  TWOFOUR_DEVICE static bool has_third(uint32_t third) { return (third & 0xff00ff00u) != 0; }
+};
+
+template <class Groups, bool kMayKeepTwo>
 TWOFOUR_DEVICE void pack_one_way(const void* matrix, int64_t stride, int64_t rows, int64_t columns, uint4* values,
                                  uint32_t* metadata, uint32_t* status) {
-  constexpr int kItemsize = Key::kItemsize, kSteps = steps_of(kItemsize);
-  using Part = Parts<kItemsize>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t warp = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / kWarp, chunks = chunks_of(columns);
-  if (warp >= tiles_of(rows) * chunks) return;  // whole warps only
-  const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
-  uint32_t nibbles[kSteps][Part::kCount], over = 0;
-  unroll<kSteps>([&](auto step) {
-    uint32_t registers[4] = {0, 0, 0, 0};
-    uint2 fours[Part::kCount];
-    load_parts<kItemsize>(matrix, stride, rows, columns, row0, column0, lane, step, fours);
-    unroll<Part::kCount>([&](auto i) {
-      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
-      uint32_t beyond = 0;
-      nibbles[step][i] = row < rows && column < columns ? choose<Key>(fours[i], beyond) : kPaddingNibble;
-      over |= beyond;
-      Part::put(registers, i, Part::kept(fours[i], nibbles[step][i]));
+  constexpr int kItemsize = Groups::kItemsize, kSteps = steps_of(kItemsize);
+  const Chunks of(rows, columns);
+  of.each([&](uint32_t tile, uint64_t place) {
+    uint2 groups[4 * kSteps];
+    load_chunk<kItemsize>(matrix, stride, of, tile, groups);
+    // Zeros behind the ends keep their first two, as the layout pads them.
+    PackedChunk<kItemsize> packed = pack_chunk(groups, of.lane, [](auto four) { return Groups::choose(four); });
+    if constexpr (Groups::kMayBeNan) {
+      if (any_lane(Groups::has_nan(packed.largest))) {
+        packed = pack_chunk(groups, of.lane, [](auto four) { return Groups::choose_beside_nan(four); });
+      }
+    }
+    unroll<kSteps>([&](auto step) {
+      const auto& four = packed.values[step];
+      values[(place * kSteps + step) * kWarp + of.lane] = uint4{four[0], four[1], four[2], four[3]};
     });
-    values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
+    metadata[place * kWarp + of.lane] = packed.metadata;
+    if (kMayKeepTwo && Groups::has_third(packed.third) && status != nullptr) or_into(status, 1u);
   });
-  metadata[warp * kWarp + lane] = word_of_parts<kItemsize>(lane, [&](auto step, auto i) { return nibbles[step][i]; });
-  if (kMayKeepTwo && over != 0 && status != nullptr) or_into(status, 1u);
 }
 
-#define TWOFOUR_ONE_WAY(name, Key, may_keep_two)                                                                        \
-  TWOFOUR_KERNEL(kOneWayThreads, 4)                                                                                        \
+#define TWOFOUR_ONE_WAY(name, Groups, may_keep_two)                                                                      \
+  TWOFOUR_KERNEL(kOneWayThreads, 4)                                                                                     \
   name(const void* matrix, int64_t stride, int64_t rows, int64_t columns, uint4* values, uint32_t* metadata,            \
        uint32_t* status) {                                                                                              \
-    pack_one_way<Key, may_keep_two>(matrix, stride, rows, columns, values, metadata, status);                           \
+    pack_one_way<Groups, may_keep_two>(matrix, stride, rows, columns, values, metadata, status);                         \
   }
-using NonzeroHalf = ByNonzero<2, 0x7fffu>;
-using NonzeroFp8 = ByNonzero<1, 0x7fu>;
-using NonzeroInt8 = ByNonzero<1, 0xffu>;
-TWOFOUR_ONE_WAY(prune_bf16, ByMagnitude<Bfloat16>, false)
-TWOFOUR_ONE_WAY(prune_fp16, ByMagnitude<Float16>, false)
-TWOFOUR_ONE_WAY(prune_e4m3, ByFp8Magnitude<0x7eu>, false)
-TWOFOUR_ONE_WAY(prune_e5m2, ByFp8Magnitude<0x7cu>, false)
-TWOFOUR_ONE_WAY(prune_int8, ByInt8Magnitude, false)
-TWOFOUR_ONE_WAY(compress_half, NonzeroHalf, true)
-TWOFOUR_ONE_WAY(compress_fp8, NonzeroFp8, true)
-TWOFOUR_ONE_WAY(compress_int8, NonzeroInt8, true)
+using Bf16Groups = TwoBytes<Bfloat16::kInfinity>;
+using Fp16Groups = TwoBytes<Float16::kInfinity>;
+using E4m3Groups = OneByte<0x7f, 0x7e>;  // without an infinity
+using E5m2Groups = OneByte<0x7f, 0x7c>;
+using Int8Groups = OneByte<0xff, 0xff, true>;
+// Of what keeps two already any order of what is no zero will do.
+using SomeOfTwoBytes = TwoBytes<0x7fff>;
+using SomeFp8 = OneByte<0x7f, 0x7f>;
+using SomeInt8 = OneByte<0xff, 0xff>;
+TWOFOUR_ONE_WAY(prune_bf16, Bf16Groups, false)
+TWOFOUR_ONE_WAY(prune_fp16, Fp16Groups, false)
+TWOFOUR_ONE_WAY(prune_e4m3, E4m3Groups, false)
+TWOFOUR_ONE_WAY(prune_e5m2, E5m2Groups, false)
+TWOFOUR_ONE_WAY(prune_int8, Int8Groups, false)
+TWOFOUR_ONE_WAY(compress_half, SomeOfTwoBytes, true)
+TWOFOUR_ONE_WAY(compress_fp8, SomeFp8, true)
+TWOFOUR_ONE_WAY(compress_int8, SomeInt8, true)
 
 // ---- 2-byte items in, e4m3 with a scale for each row out: a block packs a tile, and reads it twice -------------------
 
@@ -429,18 +237,25 @@ constexpr int kQuantizeThreads = kWarp * kQuantizeWarps;
 constexpr float kLargestE4m3 = 448.0f;
 constexpr float kSmallestRow = 1.5046327690525280e-36f;  // 2^-119: the factor of smaller rows would be no number
 
-// Two groups of a row that lie side by side.
-TWOFOUR_DEVICE void load_two_groups(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, int64_t row,
-                                    int64_t column, uint2 (&fours)[2]) {
-  const uint16_t* const from = weight + row * stride + column;
-  if (row < rows && column + 4 < columns && reinterpret_cast<uint64_t>(from) % sizeof(uint4) == 0) {
-    const uint4 both = load_kept(reinterpret_cast<const uint4*>(from));
-    fours[0] = uint2{both.x, both.y};
-    fours[1] = uint2{both.z, both.w};
+// What a lane packs of a chunk of 2-byte items, in the places of 1-byte items: two groups side by side, by register.
+TWOFOUR_DEVICE void load_wide_chunk(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint32_t tile,
+                                    uint32_t chunk, uint32_t lane, uint4 (&words)[4]) {
+  const uint32_t row0 = tile * kTile, column0 = chunk * kColumns;
+  const uint16_t* const corner = weight + (row0 * stride + column0);
+  const bool aligned = (reinterpret_cast<uint64_t>(corner) | static_cast<uint64_t>(stride) * sizeof *corner) % sizeof(uint4) == 0;
+  if (row0 + kTile <= rows && column0 + kColumns <= columns && aligned) {
+    const uint16_t* const from = corner + ((lane / 4) * stride + lane % 4 * 8);
+    unroll<4>([&](auto r) {
+      words[r] = load_kept(reinterpret_cast<const uint4*>(from + (r % 2 == 0 ? 0 : 8 * stride) + r / 2 * 32));
+    });
     return;
   }
-  fours[0] = load_group<2>(weight, stride, rows, columns, row, column);
-  fours[1] = load_group<2>(weight, stride, rows, columns, row, column + 4);
+  unroll<4>([&](auto r) {
+    const int64_t row = row0 + row_of(static_cast<int>(lane), r), column = column0 + 4 * group_of(1, static_cast<int>(lane), 0, r);
+    const uint2 first = load_group<2>(weight, stride, rows, columns, row, column);
+    const uint2 second = load_group<2>(weight, stride, rows, columns, row, column + 4);
+    words[r] = {first.x, first.y, second.x, second.y};
+  });
 }
 
 template <class Format>
@@ -449,12 +264,12 @@ TWOFOUR_DEVICE float half_of(uint32_t bits) {
   return float_of_fp16(static_cast<uint16_t>(bits));
 }
 
-// The larger of `most` and the magnitudes of four items, NaN left out.
+// The larger of `most` and the magnitudes of two items, NaN left out.
 template <class Format>
-TWOFOUR_DEVICE uint32_t largest_of(uint32_t most, uint2 four) {
-  const uint32_t items[4] = {four.x & 0x7fffu, four.x >> 16 & 0x7fffu, four.y & 0x7fffu, four.y >> 16 & 0x7fffu};
-  unroll<4>([&](auto i) {
-    if (items[i] > most && items[i] <= Scores<Format>::kInfinity) most = items[i];
+TWOFOUR_DEVICE uint32_t largest_of(uint32_t most, uint32_t two) {
+  const uint32_t items[2] = {two & 0x7fffu, two >> 16 & 0x7fffu};
+  unroll<2>([&](auto i) {
+    if (items[i] > most && items[i] <= Format::kInfinity) most = items[i];
   });
   return most;
 }
@@ -462,20 +277,35 @@ TWOFOUR_DEVICE uint32_t largest_of(uint32_t most, uint2 four) {
 template <class Format>
 TWOFOUR_DEVICE void quantize(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
                              uint32_t* metadata, float* scales) {
-  using Part = Parts<1>;
+  using Groups = TwoBytes<Format::kInfinity>;
   TWOFOUR_SHARED uint32_t largest[kTile];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, g = lane / 4;
-  const int64_t tile = blockIdx.x, row0 = tile * kTile, chunks = chunks_of(columns);
+  const uint32_t thread = threadIdx.x, lane = thread % kWarp, g = lane / 4, tile = blockIdx.x;
+  const uint32_t chunks = static_cast<uint32_t>(chunks_of(columns));
   if (thread < kTile) largest[thread] = 0;
   sync_block();
-  uint32_t most[2] = {0, 0};  // of rows g and g + 8
-  for (int64_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
-    unroll<4>([&](auto pair) {
-      uint2 fours[2];
-      load_two_groups(weight, stride, rows, columns, row0 + Part::row(lane, 2 * pair),
-                      chunk * kColumns + 4 * Part::group(lane, 0, 2 * pair), fours);
-      unroll<2>([&](auto k) { most[pair % 2] = largest_of<Format>(most[pair % 2], fours[k]); });
+  uint32_t halves[2] = {0, 0}, most[2];  // of rows g and g + 8
+  uint4 words[4];
+  TWOFOUR_ROLLED
+  for (uint32_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
+    load_wide_chunk(weight, stride, rows, columns, tile, chunk, lane, words);
+    unroll<4>([&](auto r) {
+      const uint32_t two = max_halves(words[r].x & 0x7fff7fffu, words[r].y & 0x7fff7fffu);
+      const uint32_t others = max_halves(words[r].z & 0x7fff7fffu, words[r].w & 0x7fff7fffu);
+      halves[r % 2] = max_halves(halves[r % 2], max_halves(two, others));
     });
+  }
+  unroll<2>([&](auto k) { most[k] = (halves[k] & 0xffffu) > halves[k] >> 16 ? halves[k] & 0xffffu : halves[k] >> 16; });
+  if (Groups::has_nan(halves[0]) || Groups::has_nan(halves[1])) {  // seldom: again, without them
+    most[0] = most[1] = 0;
+    TWOFOUR_ROLLED
+    for (uint32_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
+      load_wide_chunk(weight, stride, rows, columns, tile, chunk, lane, words);
+      unroll<4>([&](auto r) {
+        uint32_t& own = most[r % 2];
+        own = largest_of<Format>(largest_of<Format>(own, words[r].x), words[r].y);
+        own = largest_of<Format>(largest_of<Format>(own, words[r].z), words[r].w);
+      });
+    }
   }
   unroll<2>([&](auto k) { max_into(largest + g + 8 * k, most[k]); });
   sync_block();
@@ -484,29 +314,36 @@ TWOFOUR_DEVICE void quantize(const uint16_t* weight, int64_t stride, int64_t row
     const float size = half_of<Format>(largest[g + 8 * k]);
     factors[k] = size >= kSmallestRow ? kLargestE4m3 / size : 0.0f;
   });
-  if (thread < kTile && row0 + thread < rows) {
+  if (thread < kTile && tile * kTile + thread < rows) {
     const float size = half_of<Format>(largest[thread]);
-    scales[row0 + thread] = size >= kSmallestRow ? size / kLargestE4m3 : 0.0f;
+    scales[tile * kTile + thread] = size >= kSmallestRow ? size / kLargestE4m3 : 0.0f;
   }
-  for (int64_t chunk = thread / kWarp; chunk < chunks; chunk += kQuantizeWarps) {
-    uint32_t registers[4] = {0, 0, 0, 0}, nibbles[Part::kCount];
-    unroll<4>([&](auto pair) {
-      uint2 fours[2];
-      const int64_t row = row0 + Part::row(lane, 2 * pair), column = chunk * kColumns + 4 * Part::group(lane, 0, 2 * pair);
-      load_two_groups(weight, stride, rows, columns, row, column, fours);
-      unroll<2>([&](auto k) {
-        constexpr int i = 2 * decltype(pair){} + decltype(k){};
-        uint32_t unused = 0;
-        nibbles[i] = row < rows && column + 4 * k < columns ? choose<ByMagnitude<Format>>(fours[k], unused) : kPaddingNibble;
-        const uint32_t two = kept_of_two_bytes(fours[k], nibbles[i]);
-        const float factor = factors[pair % 2];
-        const float low = half_of<Format>(two & 0xffffu) * factor, high = half_of<Format>(two >> 16) * factor;
-        Part::put(registers, i, two_e4m3_of(low, high));
+  // From the end: what was read last is still in the last cache.
+  TWOFOUR_ROLLED
+  for (uint32_t left = (chunks + kQuantizeWarps - 1 - thread / kWarp) / kQuantizeWarps; left > 0; --left) {
+    const uint32_t chunk = thread / kWarp + (left - 1) * kQuantizeWarps;
+    load_wide_chunk(weight, stride, rows, columns, tile, chunk, lane, words);
+    uint32_t registers[4], nibbles = 0;
+    unroll<4>([&](auto i) {  // the last groups first: the next ones move their nibbles up
+      constexpr int r = 3 - decltype(i){};
+      const uint2 fours[2] = {{words[r].x, words[r].y}, {words[r].z, words[r].w}};
+      uint32_t kept[2];
+      unroll<2>([&](auto j) {
+        constexpr int k = 1 - decltype(j){};
+        Kept two = Groups::choose(fours[k]);
+        if (Groups::has_nan(two.largest)) two = Groups::choose_beside_nan(fours[k]);
+        kept[k] = byte_permute(fours[k].x, fours[k].y, two.selector);
+        nibbles = shift_in(nibbles, nibble_on_top(two.selector), 4);
       });
+      unroll<2>([&](auto k) {
+        const float low = half_of<Format>(kept[k] & 0xffffu) * factors[r % 2], high = half_of<Format>(kept[k] >> 16) * factors[r % 2];
+        kept[k] = two_e4m3_of(low, high);
+      });
+      registers[r] = kept[0] | kept[1] << 16;
     });
-    values[(tile * chunks + chunk) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
-    metadata[(tile * chunks + chunk) * kWarp + lane] =
-        word_of_parts<1>(lane, [&](auto, auto i) { return nibbles[i]; });
+    const uint64_t place = tile * chunks + chunk;
+    values[place * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
+    metadata[place * kWarp + lane] = turn_bytes(nibbles, lane % 4);
   }
 }
 
@@ -534,18 +371,20 @@ TWOFOUR_DEVICE void take(const void* matrix, int64_t stride, int64_t rows, int64
                          uint4* values) {
   constexpr int kSteps = steps_of(kItemsize);
   using Part = Parts<kItemsize>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t warp = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / kWarp, chunks = chunks_of(columns);
-  if (warp >= tiles_of(rows) * chunks) return;
-  const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
-  unroll<kSteps>([&](auto step) {
-    uint32_t registers[4] = {0, 0, 0, 0};
-    uint2 fours[Part::kCount];
-    load_parts<kItemsize>(matrix, stride, rows, columns, row0, column0, lane, step, fours);
-    unroll<Part::kCount>([&](auto i) {
-      Part::put(registers, i, Part::kept(fours[i], nibble_of_part<kItemsize>(metadata + warp * kWarp, lane, step, i)));
+  const Chunks of(rows, columns);
+  of.each([&](uint32_t tile, uint64_t place) {
+    const int lane = static_cast<int>(of.lane);
+    uint2 groups[4 * kSteps];
+    load_chunk<kItemsize>(matrix, stride, of, tile, groups);
+    unroll<kSteps>([&](auto step) {
+      uint32_t registers[4] = {0, 0, 0, 0};
+      unroll<Part::kCount>([&](auto i) {
+        const uint2 two = groups[kItemsize == 2 ? 4 * step + i : i / 2];
+        const uint2 four = kItemsize == 2 ? two : uint2{i % 2 == 0 ? two.x : two.y, 0};
+        Part::put(registers, i, Part::kept(four, nibble_of_part<kItemsize>(metadata + place * kWarp, lane, step, i)));
+      });
+      values[(place * kSteps + step) * kWarp + of.lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
     });
-    values[(warp * kSteps + step) * kWarp + lane] = uint4{registers[0], registers[1], registers[2], registers[3]};
   });
 }
 
@@ -564,26 +403,27 @@ TWOFOUR_DEVICE void expand(const uint4* values, const uint32_t* metadata, int64_
                            int64_t stride) {
   constexpr int kSteps = steps_of(kItemsize), kBits = 8 * kItemsize;
   using Part = Parts<kItemsize>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t warp = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / kWarp, chunks = chunks_of(columns);
-  if (warp >= tiles_of(rows) * chunks) return;
-  const int64_t row0 = warp / chunks * kTile, column0 = warp % chunks * kColumns;
-  unroll<kSteps>([&](auto step) {
-    const uint4 loaded = values[(warp * kSteps + step) * kWarp + lane];
-    const uint32_t registers[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-    unroll<Part::kCount>([&](auto i) {
-      const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
-      if (row >= rows || column >= columns) return;
-      const uint32_t nibble = nibble_of_part<kItemsize>(metadata + warp * kWarp, lane, step, i);
-      const uint32_t two = Part::get(registers, i), first = nibble & 3u, second = nibble >> 2;
-      const uint64_t low = two & ((1u << kBits) - 1), high = two >> kBits;
-      const uint64_t four = low << (kBits * first) | high << (kBits * second);
-      if constexpr (kItemsize == 2) {
-        store_four(static_cast<uint16_t*>(matrix) + row * stride + column,
-                   uint2{static_cast<uint32_t>(four), static_cast<uint32_t>(four >> 32)});
-      } else {
-        store_four(static_cast<uint8_t*>(matrix) + row * stride + column, static_cast<uint32_t>(four));
-      }
+  const Chunks of(rows, columns);
+  of.each([&](uint32_t tile, uint64_t place) {
+    const int lane = static_cast<int>(of.lane);
+    const int64_t row0 = int64_t{tile} * kTile, column0 = int64_t{of.chunk} * kColumns;
+    unroll<kSteps>([&](auto step) {
+      const uint4 loaded = values[(place * kSteps + step) * kWarp + of.lane];
+      const uint32_t registers[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+      unroll<Part::kCount>([&](auto i) {
+        const int64_t row = row0 + Part::row(lane, i), column = column0 + 4 * Part::group(lane, step, i);
+        if (row >= rows || column >= columns) return;
+        const uint32_t nibble = nibble_of_part<kItemsize>(metadata + place * kWarp, lane, step, i);
+        const uint32_t two = Part::get(registers, i), first = nibble & 3u, second = nibble >> 2;
+        const uint64_t low = two & ((1u << kBits) - 1), high = two >> kBits;
+        const uint64_t four = low << (kBits * first) | high << (kBits * second);
+        if constexpr (kItemsize == 2) {
+          store_four(static_cast<uint16_t*>(matrix) + row * stride + column,
+                     uint2{static_cast<uint32_t>(four), static_cast<uint32_t>(four >> 32)});
+        } else {
+          store_four(static_cast<uint8_t*>(matrix) + row * stride + column, static_cast<uint32_t>(four));
+        }
+      });
     });
   });
 }

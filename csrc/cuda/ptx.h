@@ -20,11 +20,34 @@ TWOFOUR_DEVICE uint64_t shift_left(uint64_t value, uint32_t by) {
 }
 
 // Bytes s of the eight of a, below, and b, for the four nibbles s of `selector`.
-TWOFOUR_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+TWOFOUR_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;  // __byte_perm would first clear what makes signs of bytes
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
+// Each byte all ones or all zeros, as the highest bits of bytes s of `word` for the four nibbles s of kBytes.
+template <uint32_t kBytes>
+TWOFOUR_DEVICE uint32_t signs_of(uint32_t word) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(word), "n"(kBytes | 0x8888u));
+  return result;
+}
+
+// The upper word of `upper` and `lower`, side by side, shifted to the left.
+TWOFOUR_DEVICE uint32_t shift_in(uint32_t upper, uint32_t lower, uint32_t by) { return __funnelshift_l(lower, upper, by); }
+
+// Of the two halves of a word each: one instruction from Hopper on.
+TWOFOUR_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+TWOFOUR_DEVICE uint32_t min_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
+TWOFOUR_DEVICE uint32_t min_signed_halves(uint32_t a, uint32_t b) { return __vmins2(a, b); }
 
 TWOFOUR_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
-TWOFOUR_DEVICE int32_t add_max(int32_t a, int32_t b, int32_t c) { return __viaddmax_s32(a, b, c); }  // max(a + b, c)
+// Is it so for any lane of the warp?
+TWOFOUR_DEVICE bool any_lane(bool own) { return __any_sync(0xffffffffu, own) != 0; }
+
+TWOFOUR_DEVICE uint32_t add_max(uint32_t a, uint32_t b, uint32_t c) { return __viaddmax_u32(a, b, c); }  // max(a + b, c)
 
 TWOFOUR_DEVICE double power_of_two(int exponent) { return __longlong_as_double(int64_t{exponent + 1023} << 52); }
 
@@ -36,13 +59,14 @@ TWOFOUR_DEVICE Word opaque(Word value) {
 }
 
 // threadIdx.x, read anew rather than kept.
-TWOFOUR_DEVICE int thread_again() {
-  int thread;
+TWOFOUR_DEVICE uint32_t thread_again() {
+  uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
 TWOFOUR_DEVICE void sync_block() { __syncthreads(); }
+TWOFOUR_DEVICE void sync_warp() { __syncwarp(); }
 
 TWOFOUR_DEVICE void or_into(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 TWOFOUR_DEVICE void max_into(uint32_t* word, uint32_t value) { atomicMax(word, value); }
@@ -123,6 +147,7 @@ TWOFOUR_MULTIPLY(multiply_e4m3, "m16n8k64.row.col.f32.e4m3.e4m3.f32", float, "f"
 
 TWOFOUR_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 TWOFOUR_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+TWOFOUR_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // rounded once
 TWOFOUR_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }  // never part of another operation
 TWOFOUR_DEVICE int32_t nearest_integer(float value) { return __float2int_rn(value); }  // ties to even
 

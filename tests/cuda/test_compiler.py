@@ -125,25 +125,34 @@ def test_packing_moves_whole_words_and_compares_in_one_instruction(
     architecture: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     code = disassembled("pack.cu", architecture, tmp_path_factory.getbasetemp())
+    code |= disassembled("pack_both.cu", architecture, tmp_path_factory.getbasetemp())
     for name in ("prune_both_bf16", "prune_both_fp16"):
         assert count(code[name], r"STG\.E\.128") == 2
-        assert count(code[name], r"LDG\.E\S*\.64") == 4
-        if architecture == "sm_90a":  # sum and maximum at once, for the 17 halves that are not the first of their kind
-            assert count(code[name], r"VIADDMNMX ") == 34
-    for name, loads in (
-        ("prune_bf16", 8),
-        ("compress_half", 8),
-        ("take_half", 8),
-        ("compress_int8", 4),
-        ("prune_e4m3", 4),
+        assert count(code[name], r"LDG\.E\S*\.64") == 8  # rows that lie at multiples of 8 bytes, and others
+        if architecture == "sm_90a":  # sums and maxima at once; two halves of a word at once
+            assert count(code[name], r"(VIADDMNMX|VIMNMX3?)\.U32 ") <= 40
+            assert count(code[name], r"VIMNMX3?\.[US]16x2 ") == 8
+    for (
+        name,
+        loads,
+        stores,
+        halves,
+    ) in (  # loads of whole chunks, and of groups of 2-byte items where a chunk is not whole
+        ("prune_bf16", 16, 2, 24),
+        ("compress_half", 16, 2, 24),
+        ("take_half", 16, 2, 0),
+        ("compress_int8", 4, 1, 48),
+        ("prune_e4m3", 4, 1, 40),
     ):
         assert count(code[name], r"LDG\.E\S*\.64") == loads, name
-        assert count(code[name], r"STG\.E\.128") == loads // 4, name
+        assert count(code[name], r"STG\.E\.128") == stores, name
         assert count(code[name], "BAR") == 0, name
+        if architecture == "sm_90a":
+            assert count(code[name], r"VIMNMX3?\.U16x2 ") == halves, name
     assert count(code["keep_both_half"], r"STG\.E\.128") == 2
-    assert count(code["keep_both_half"], r"LDG\.E\S*\.64") == count(code["keep_both_half"], r"STG\.E\.64") == 4
+    assert count(code["keep_both_half"], r"LDG\.E\S*\.64") == 2 * count(code["keep_both_half"], r"STG\.E\.64") == 8
     for name in ("quantize_bf16", "quantize_fp16"):
-        assert count(code[name], r"LDG\.E\S*\.128") == 8
+        assert count(code[name], r"LDG\.E\S*\.128") == 12  # to find the largest, again where there are NaN, and to pack
         assert count(code[name], "F2FP.*E4M3") == (8 if architecture != "sm_80" else 0)
     assert count(code["expand_half"], r"STG\.E\.64") == 8
 
@@ -223,18 +232,18 @@ def test_what_measurements_are_judged_by_changes_with_the_code_alone(
     for folder in ("cuda", "nm"):
         shutil.copytree(compiler.sources() / folder, tmp_path / folder)
     monkeypatch.setattr(compiler, "sources", lambda: tmp_path)
-    first = compiler.source_digest("pack.cu")
-    assert compiler.source_digest("pack.cu", ("A=1",)) != first
+    first = compiler.source_digest("pack_both.cu")
+    assert compiler.source_digest("pack_both.cu", ("A=1",)) != first
     assert compiler.source_digest("decode.cu") != first
     monkeypatch.setattr(compiler, "version", lambda: "99.9")
     mask = tmp_path / "cuda" / "best_mask.h"
     text = mask.read_text()
     mask.write_text("// a remark\n\n" + text.replace("  ", "    "))
     (tmp_path / "cuda" / "another.h").write_text("int another;\n")
-    assert compiler.source_digest("pack.cu") == first
+    assert compiler.source_digest("pack_both.cu") == first
     decode = compiler.source_digest("decode.cu")
-    mask.write_text(text + "int more;\n")  # pack.cu alone includes it
-    assert compiler.source_digest("pack.cu") != first
+    mask.write_text(text + "int more;\n")  # pack_both.cu alone includes it
+    assert compiler.source_digest("pack_both.cu") != first
     assert compiler.source_digest("decode.cu") == decode
     (tmp_path / "cuda" / "device.h").write_text("int other;\n")  # included by what is included
     assert compiler.source_digest("decode.cu") != decode

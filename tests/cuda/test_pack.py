@@ -79,6 +79,42 @@ def test_prune_both_is_the_best_transposable_mask_packed_both_ways(
         same(found, layout.pack(matrix.values, matrix.metadata, *dense.shape))
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_block_packs_several_squares(blocks: int) -> None:
+    rows, columns = 68, 260
+    weight = weights((rows, columns), torch.bfloat16, "far apart")
+    own, turned = outputs(rows, columns, weight.dtype), outputs(columns, rows, weight.dtype)
+    launch("prune_both_bf16", (blocks, 2), 256, Guarded(weight), columns, rows, columns, *own, *turned, 0)
+    mask = nm_mask(weight.abs().double(), "2:4t")
+    for found, dense, kept in ((own, weight, mask), (turned, weight.T.contiguous(), mask.T.contiguous())):
+        matrix = SparseMatrix.from_dense(dense, "2:4", mask=kept)
+        same(found, layout.pack(matrix.values, matrix.metadata, *dense.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_warp_packs_several_tiles(dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 132).to(dtype)
+    found = outputs(70, 132, dtype)
+    name = "prune_bf16" if dtype == torch.bfloat16 else "prune_e4m3"
+    launch(name, (1, 2), 256, Guarded(weight), 132, 70, 132, *found, 0)
+    matrix = SparseMatrix.from_dense(weight, "2:4", mask=nm_mask(weight.float().abs(), "2:4"))
+    same(found, layout.pack(matrix.values, matrix.metadata, 70, 132))
+
+
+def test_masks_that_are_equally_good_are_told_apart_by_their_first_places() -> None:
+    """All 90 masks, each of them the best of a block, alone or along with others."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 3, (128, 128), generator=generator)  # few sums, many masks of each
+    for scale in (1.0, 2.0**-120, 2.0**100):
+        weight = (blocks * scale).bfloat16()
+        own, turned = outputs(128, 128, weight.dtype), outputs(128, 128, weight.dtype)
+        mask = Guarded(torch.zeros(128, 128, dtype=torch.bool))
+        launch("prune_both_bf16", (2, 2), 256, Guarded(weight), 128, 128, 128, *own, *turned, mask)
+        wanted = nm_mask(weight.abs().double(), "2:4t")
+        assert torch.equal(mask.tensor(), wanted)
+        assert len(torch.unique(wanted.view(32, 4, 32, 4).transpose(1, 2).reshape(-1, 16), dim=0)) == 90
+
+
 @pytest.mark.parametrize("kind", ["normal", "ties", "edges", "any bits"])
 @pytest.mark.parametrize("name", HALVES)
 @pytest.mark.parametrize("shape", [*SHAPES, (7, 68)], ids=str)

@@ -12,6 +12,7 @@
 #include "cuda/decode.cu"
 #include "cuda/gemm.cu"
 #include "cuda/pack.cu"
+#include "cuda/pack_both.cu"
 #include "cuda/tokens.cu"
 
 #define TWOFOUR_EXPORT extern "C" __attribute__((visibility("default")))

@@ -24,6 +24,7 @@
 #define TWOFOUR_APART inline
 #define TWOFOUR_ROLLED
 #define TWOFOUR_SHARED static
+#define TWOFOUR_TABLE inline constexpr
 #define TWOFOUR_DYNAMIC_SHARED(name) char* const name = emulated::shared_memory
 #define TWOFOUR_KERNEL(threads, blocks) extern "C" __attribute__((visibility("default"))) void
 
@@ -220,12 +221,46 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+template <uint32_t kBytes>
+uint32_t signs_of(uint32_t word) {
+  return byte_permute(word, 0, kBytes | 0x8888u);
+}
+
+inline uint32_t shift_in(uint32_t upper, uint32_t lower, uint32_t by) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(upper) << 32 | lower) << by >> 32);
+}
+
+template <class Half, class Choose>
+uint32_t of_halves(uint32_t a, uint32_t b, Choose&& choose) {
+  const auto of = [&](int shift) {
+    const Half chosen = choose(static_cast<Half>(a >> shift), static_cast<Half>(b >> shift));
+    return static_cast<uint32_t>(static_cast<uint16_t>(chosen)) << shift;
+  };
+  return of(0) | of(16);
+}
+inline uint32_t max_halves(uint32_t a, uint32_t b) {
+  return of_halves<uint16_t>(a, b, [](auto x, auto y) { return std::max(x, y); });
+}
+inline uint32_t min_halves(uint32_t a, uint32_t b) {
+  return of_halves<uint16_t>(a, b, [](auto x, auto y) { return std::min(x, y); });
+}
+inline uint32_t min_signed_halves(uint32_t a, uint32_t b) {
+  return of_halves<int16_t>(a, b, [](auto x, auto y) { return std::min(x, y); });
+}
+
 inline uint32_t shuffle_xor(uint32_t value, int lanes) {
   const uint32_t words[1] = {value};
   return emulated::together(words, [&](const auto& slots) { return slots[emulated::lane() ^ lanes][0]; });
 }
 
-inline int32_t add_max(int32_t a, int32_t b, int32_t c) { return std::max(a + b, c); }
+inline bool any_lane(bool own) {
+  const uint32_t words[1] = {own};
+  return emulated::together(words, [](const auto& slots) {
+    return std::any_of(std::begin(slots), std::end(slots), [](const auto& slot) { return slot[0] != 0; });
+  });
+}
+
+inline uint32_t add_max(uint32_t a, uint32_t b, uint32_t c) { return std::max(a + b, c); }
 
 inline double power_of_two(int exponent) {
   const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
@@ -238,9 +273,10 @@ template <class Word>
 Word opaque(Word value) {
   return value;
 }
-inline int thread_again() { return static_cast<int>(threadIdx.x); }
+inline uint32_t thread_again() { return threadIdx.x; }
 
 inline void sync_block() { emulated::wait(emulated::block->barrier); }
+inline void sync_warp() { emulated::wait(emulated::warp().barrier); }
 inline void or_into(uint32_t* word, uint32_t bits) { *word |= bits; }
 inline void max_into(uint32_t* word, uint32_t value) { *word = std::max(*word, value); }
 
@@ -315,6 +351,7 @@ inline uint32_t bits_of_float(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float rounded_product(float a, float b) { return a * b; }
 inline int32_t nearest_integer(float value) { return static_cast<int32_t>(std::nearbyint(value)); }
 inline float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }

@@ -1,4 +1,4 @@
-"""Dense CUDA tensors to and from the CUDA layout, by the kernels of csrc/cuda/pack.cu.
+"""Dense CUDA tensors to and from the CUDA layout, by the kernels of csrc/cuda/pack.cu and pack_both.cu.
 
 Everything runs on torch's current stream; the kernels allocate nothing and can be captured in a CUDA graph. Where they do
 not apply, `layout.pack` does the same in plain torch.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PatternError, ShapeError, UnsupportedError
-from . import layout, table
+from . import layout, resources, table
 
 _HALF_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MASK_NAMES = {**_HALF_NAMES, torch.float32: "fp32"}
@@ -34,6 +34,7 @@ _WARPS_OF_BLOCK = 8
 _ALIGNED = 16  # bytes, that kernels read at a time
 _SQUARE = 64
 _MOST_BLOCKS_DOWN = 65535
+_MOST_SQUARES, _ROUNDS_OF_BLOCKS = 8, 8  # of a block, and blocks for each multiprocessor at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def prune_both(weight: Tensor, mask: Tensor | None = None) -> tuple[PackedMatrix
         return own, turned
     table.launch(
         f"prune_both_{_HALF_NAMES[weight.dtype]}",
-        _squares(weight),
+        _blocks_of_squares(weight),
         weight.device,
         weight.data_ptr(),
         weight.stride(0),
@@ -163,7 +164,7 @@ def keep_both(
     status = _status(weight, check)
     table.launch(
         "keep_both_half",
-        _squares(weight),
+        _blocks_of_squares(weight),
         weight.device,
         weight.data_ptr(),
         weight.stride(0),
@@ -233,7 +234,7 @@ def compress(matrix: Tensor, *, check: bool = True) -> PackedMatrix:
 
     Args:
         matrix: [rows, columns] of one of `layout.DTYPES` on a GPU, columns a multiple of 4.
-        check: wait for the GPU and raise where a group keeps more than two; False packs the first two.
+        check: wait for the GPU and raise where a group keeps more than two; False packs the larger two.
     Raises:
         PatternError: a group keeps more than two.
         ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
@@ -322,12 +323,21 @@ def _status(like: Tensor, check: bool) -> Tensor | None:
     return torch.zeros(1, dtype=torch.int32, device=like.device) if check else None
 
 
-def _blocks(metadata: Tensor) -> tuple[int]:
-    return (-(-metadata.shape[0] * metadata.shape[1] // _WARPS_OF_BLOCK),)
+def _blocks(metadata: Tensor) -> tuple[int, int]:
+    """Eight chunks of a tile each; where there are more tiles than blocks go down, some take several."""
+    tiles, chunks = metadata.shape[:2]
+    return -(-chunks // _WARPS_OF_BLOCK), min(tiles, _MOST_BLOCKS_DOWN)
 
 
 def _squares(weight: Tensor) -> tuple[int, int]:
     return -(-weight.shape[1] // _SQUARE), -(-weight.shape[0] // _SQUARE)
+
+
+def _blocks_of_squares(weight: Tensor) -> tuple[int, int]:
+    """Blocks that take several squares of a row each where there are many: each begins with a table of masks."""
+    across, down = _squares(weight)
+    each = across * down // (_ROUNDS_OF_BLOCKS * resources.processors(weight.device))
+    return -(-across // min(max(each, 1), _MOST_SQUARES)), down
 
 
 def _require_transposable(weight: Tensor, mask: Tensor | None) -> None:

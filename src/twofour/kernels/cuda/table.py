@@ -57,7 +57,9 @@ class KernelText:
         return min(255, 65536 // (self.threads * self.blocks) // 8 * 8)
 
 
-_SELDOM = ("best_mask_in_64", "best_mask_of_any")
+_SELDOM = ("best_mask_in_64", "best_mask_of_any", "two_largest_beside_nan")
+_SQUARE, _MASKS = 19712, 5120
+"""Bytes of shared memory, of a square of a weight and of the table of its masks."""
 _ONE_WAY = (
     "prune_bf16",
     "prune_fp16",
@@ -140,14 +142,17 @@ def _gemm(dtype: str, name: str, tile: tiles.Tile) -> KernelText:
 
 
 _TEXTS = (
-    *(KernelText(name, "pack.cu", 256, 3, 11264, _SELDOM) for name in ("prune_both_bf16", "prune_both_fp16")),
     *(
-        KernelText(name, "pack.cu", 256, 3, 0, _SELDOM)
+        KernelText(name, "pack_both.cu", 256, 3, _SQUARE + _MASKS, _SELDOM)
+        for name in ("prune_both_bf16", "prune_both_fp16")
+    ),
+    *(
+        KernelText(name, "pack_both.cu", 256, 3, 0, _SELDOM)
         for name in ("mask_both_bf16", "mask_both_fp16", "mask_both_fp32")
     ),
-    KernelText("keep_both_half", "pack.cu", 256, 4, 11264),
-    *(KernelText(name, "pack.cu", 256, 4) for name in _ONE_WAY),
-    *(KernelText(name, "pack.cu", 512, 2, 64) for name in ("quantize_bf16", "quantize_fp16")),
+    KernelText("keep_both_half", "pack_both.cu", 256, 4, _SQUARE),
+    *(KernelText(name, "pack.cu", 256, 4, 0, _SELDOM) for name in _ONE_WAY),
+    *(KernelText(name, "pack.cu", 512, 2, 64, _SELDOM) for name in ("quantize_bf16", "quantize_fp16")),
     *(KernelText(f"quantize_tokens_{dtype}", "tokens.cu", 256, 4, 4) for dtype in ("fp32", "bf16", "fp16")),
     *(_decode(dtype, tokens) for dtype in _WEIGHTS for tokens in (8, 16, 32, 64)),
     *(_gemm(dtype, name, tile) for dtype in _SPARSE for name, tile in tiles.TILES.items()),
