@@ -54,7 +54,11 @@ TWOFOUR_DEVICE double power_of_two(int exponent) { return __longlong_as_double(i
 // A number that the compiler knows nothing of: what depends on it is computed here, and takes no registers before.
 template <class Word>
 TWOFOUR_DEVICE Word opaque(Word value) {
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(Word) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
   return value;
 }
 
@@ -67,6 +71,11 @@ TWOFOUR_DEVICE uint32_t thread_again() {
 
 TWOFOUR_DEVICE void sync_block() { __syncthreads(); }
 TWOFOUR_DEVICE void sync_warp() { __syncwarp(); }
+// Of so many threads, whole warps that say the same number, 1 .. 15: 0 is the block's.
+template <int kThreads>
+TWOFOUR_DEVICE void sync_threads(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
 
 TWOFOUR_DEVICE void or_into(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 TWOFOUR_DEVICE void max_into(uint32_t* word, uint32_t value) { atomicMax(word, value); }

@@ -42,7 +42,7 @@ inline Dim3 blockIdx, gridDim, threadIdx, blockDim;
 
 namespace emulated {
 
-constexpr int kWarp = 32, kMostWords = 16;
+constexpr int kWarp = 32, kMostWords = 16, kBarriers = 16;
 constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 227 << 10;
 
 alignas(128) inline char shared_memory[kSharedBytes];  // NaN until it is written
@@ -91,6 +91,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barrier;
+  Barrier others[kBarriers];  // of some of its warps, by number
   jmp_buf scheduler;
   size_t current = 0;
 };
@@ -277,6 +278,13 @@ inline uint32_t thread_again() { return threadIdx.x; }
 
 inline void sync_block() { emulated::wait(emulated::block->barrier); }
 inline void sync_warp() { emulated::wait(emulated::warp().barrier); }
+template <int kThreads>
+void sync_threads(int number) {
+  if (number < 1 || number >= emulated::kBarriers) std::abort();
+  emulated::Barrier& barrier = emulated::block->others[number];
+  barrier.expected = kThreads;
+  emulated::wait(barrier);
+}
 inline void or_into(uint32_t* word, uint32_t bits) { *word |= bits; }
 inline void max_into(uint32_t* word, uint32_t value) { *word = std::max(*word, value); }
 
