@@ -137,20 +137,23 @@ TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count,
 }
 
 // Where several blocks (gridDim.y) share the columns of a tile, each leaves its sums in `partial`, and the last one to come
-// adds them up in the order of the slices, so that results do not depend on who came last. Every thread calls it with its
-// own sums; true where they are whole now. `counters` [gridDim.x] begin and end as zeros; `partial` holds 16 bytes for
-// each four sums of each thread of the grid.
-template <int kThreads, int kCount, class Sum>
+// adds them up in the order of the slices, so that results do not depend on who came last. Every thread calls it, the first
+// kHolders of a block with sums of their own; true where they are whole now. `counters` [gridDim.x] begin and end as zeros;
+// `partial` holds 16 bytes for each four sums of each holder of the grid.
+template <int kHolders, int kCount, class Sum>
 TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* counters) {
+  constexpr int kTogether = kCount < 8 ? 8 / kCount : 1;  // slices that are read at once
   TWOFOUR_SHARED uint32_t came_before;
   if (gridDim.y == 1) return true;
   const int thread = static_cast<int>(thread_again());
   const int64_t block = int64_t{blockIdx.x} * kCount, of_slice = int64_t{gridDim.x} * kCount;
-  uint4* const own = static_cast<uint4*>(partial) + block * kThreads + thread;
-  unroll<kCount>([&](auto n) {
-    store_wide(own + (blockIdx.y * of_slice + n) * kThreads,
-               uint4{bits_of(sums[n][0]), bits_of(sums[n][1]), bits_of(sums[n][2]), bits_of(sums[n][3])});
-  });
+  uint4* const own = static_cast<uint4*>(partial) + block * kHolders + thread;
+  if (thread < kHolders) {
+    unroll<kCount>([&](auto n) {
+      store_wide(own + (blockIdx.y * of_slice + n) * kHolders,
+                 uint4{bits_of(sums[n][0]), bits_of(sums[n][1]), bits_of(sums[n][2]), bits_of(sums[n][3])});
+    });
+  }
   // One thread speaks for all: barriers carry what was written before to it, and from it what it sees (PTX ISA, "Causality
   // order").
   sync_block();
@@ -159,12 +162,21 @@ TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* 
   if (came_before != gridDim.y - 1) return false;
   if (thread == 0) counters[blockIdx.x] = 0;
   unroll<kCount>([&](auto n) { unroll<4>([&](auto i) { sums[n][i] = 0; }); });
+  if (thread >= kHolders) return true;
   TWOFOUR_ROLLED
-  for (uint32_t slice = 0; slice < gridDim.y; ++slice) {
-    unroll<kCount>([&](auto n) {
-      const uint4 four = load_latest(own + (slice * of_slice + n) * kThreads);
-      sums[n][0] += number_of<Sum>(four.x), sums[n][1] += number_of<Sum>(four.y);
-      sums[n][2] += number_of<Sum>(four.z), sums[n][3] += number_of<Sum>(four.w);
+  for (uint32_t slice = 0; slice < gridDim.y; slice += kTogether) {
+    uint4 fours[kTogether][kCount];
+    unroll<kTogether>([&](auto s) {  // behind the last slice zeros
+      unroll<kCount>([&](auto n) {
+        fours[s][n] = kTogether == 1 || slice + s < gridDim.y ? load_latest(own + ((slice + s) * of_slice + n) * kHolders)
+                                                              : uint4{};
+      });
+    });
+    unroll<kTogether>([&](auto s) {
+      unroll<kCount>([&](auto n) {
+        sums[n][0] += number_of<Sum>(fours[s][n].x), sums[n][1] += number_of<Sum>(fours[s][n].y);
+        sums[n][2] += number_of<Sum>(fours[s][n].z), sums[n][3] += number_of<Sum>(fours[s][n].w);
+      });
     });
   }
   return true;
