@@ -1,13 +1,16 @@
 // y = x @ W.T for few tokens, W in the CUDA layout: bound by the reading of W, so W is streamed once, 36 bits a group.
 //
-// W is the left operand of mma.sp, 16 rows at a time; eight tokens are the columns of the right one. A block has eight warps,
-// each with tiles of its own, and shares a slice of the columns: x of a stage of it lies in shared memory, the next
-// stage on its way. A warp holds the fragments of kAhead chunks on their way from memory, past all caches but the last.
+// W is the left operand of mma.sp, 16 rows at a time; eight tokens are the columns of the right one. A block has kDown *
+// kRowTiles tiles of rows and as a rule all columns: what several blocks add up costs microseconds, the reading of a
+// layer 20. So its warps split the columns, kAcross chunks side by side, each chunk one warp's (or that of kDown warps, each
+// with rows of its own). They meet when all is multiplied: then their sums are added up, in the order of the chunks.
 //
-// A chunk of x is read from shared memory for every tile of a warp or for both: 64 tokens of 16 bits are 8 KiB, 64 clocks
-// of shared memory, and a tile of e4m3 weights, 640 bytes, comes in 31 where 132 multiprocessors get 4.8 TB/s.
+// Until then no warp waits for others. Fragments of W go to registers, past all caches but the last, kAhead chunks before
+// they are multiplied: 60 to 110 KB under way for each multiprocessor, of which 64 keep the memory of an H200 busy. They
+// are the first thing that a warp asks for. x of its chunks it copies for itself, into a ring of kSlots chunks in shared
+// memory. A block reads all of x, so of many tokens kDown warps share a copy: blocks of more rows are fewer.
 //
-// Several blocks may share the columns of a tile (gridDim.y, epilogue.h).
+// Layers of few rows need several blocks for the columns of a tile (gridDim.y, epilogue.h).
 #include "cuda/epilogue.h"
 #include "cuda/products.h"
 
@@ -15,11 +18,11 @@ namespace twofour::cuda {
 
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = kDecodeWarps * kWarp;
-constexpr int kAhead = 4;
+constexpr int kStepBytes = 64;  // of a token
 
 struct DecodeArgs {
-  const uint4* values;
-  const uint32_t* metadata;
+  const char* values;
+  const char* metadata;
   const char* x;  // [tokens, columns], rows `x_stride` bytes apart; address and stride multiples of 16
   int64_t x_stride;
   int64_t tokens, rows, columns;
@@ -28,138 +31,224 @@ struct DecodeArgs {
   uint32_t* counters;
 };
 
-template <class Products, int kTokenTiles>
-struct Stage {
-  static constexpr int kChunks = kTokenTiles > 4 ? kAhead : 2 * kAhead;
-  static constexpr int kChunkBytes = kColumns * Products::kItemsize;  // of a token
-  static constexpr int kRowBytes = kChunks * kChunkBytes;
-  static constexpr int kStride = kRowBytes + 16;  // so that eight tokens lie in eight different groups of banks
-  static constexpr int kBytes = kTokenTiles * kTokens * kStride;
+TWOFOUR_BOTH constexpr int larger(int a, int b) { return a > b ? a : b; }
+TWOFOUR_BOTH constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-  // Starts the copies of the stage from chunk `first` on.
-  TWOFOUR_DEVICE static void fetch(const DecodeArgs& args, int64_t first, char* to) {
-    constexpr int kPieces = kRowBytes / 16;
-    for (int piece = static_cast<int>(threadIdx.x); piece < kTokenTiles * kTokens * kPieces; piece += kDecodeThreads) {
-      const int token = piece / kPieces, offset = piece % kPieces * 16;
-      const int64_t from = first * kChunkBytes + offset, left = args.columns * Products::kItemsize - from;
-      const bool inside = token < args.tokens && left > 0;
-      copy_async(to + token * kStride + offset, inside ? args.x + token * args.x_stride + from : args.x,
-                 inside ? static_cast<int>(left < 16 ? left : 16) : 0);
-    }
-  }
+// How a block splits its rows and columns, and its shared memory. kernels/cuda/table.py has the same numbers.
+template <class Products_, int kTokenTiles_, int kRowTiles_, int kDown_, int kAhead_, int kSlots_>
+struct Split {
+  using Products = Products_;
+  static constexpr int kTokenTiles = kTokenTiles_, kRowTiles = kRowTiles_, kDown = kDown_, kAhead = kAhead_, kSlots = kSlots_;
+  static constexpr int kAcross = kDecodeWarps / kDown, kRows = kDown * kRowTiles * kTile;
+  static constexpr int kSteps = steps_of(Products::kItemsize), kFragments = steps_of(Products::kWeightItemsize);
+  static constexpr int kTokensOfBlock = kTokenTiles * kTokens;
+
+  static constexpr int kChunkBytes = kSteps * kStepBytes;
+  static constexpr int kStride = kChunkBytes + 16;  // so that eight tokens lie in eight different groups of banks
+  static constexpr int kSlotBytes = kTokensOfBlock * kStride;
+
+  // Sums of a warp in shared memory, of as many tokens as have room: others after them.
+  static constexpr int kSumTokens = smaller(kTokensOfBlock, 128 / kRowTiles), kPasses = kTokensOfBlock / kSumTokens;
+  static constexpr int kSumStride = SumsOf<kRowTiles * kTile>::kStride, kSums = kSumTokens * kSumStride;
+  static constexpr int kBytes = larger(kSlots * kSlotBytes, kDown * kSums * 4);  // of the warps of a chunk
 };
 
-template <class Products, int kTokenTiles, int kRowTiles>
-TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
-  using Sum = typename Products::Sum;
-  using Stages = Stage<Products, kTokenTiles>;
-  constexpr int kSteps = steps_of(Products::kItemsize), kFragments = steps_of(Products::kWeightItemsize);
-  TWOFOUR_DYNAMIC_SHARED(memory);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int tile = (static_cast<int>(blockIdx.x) * kDecodeWarps + warp) * kRowTiles;
-  const int tiles = static_cast<int>(tiles_of(args.rows)), chunks = static_cast<int>(chunks_of(args.columns));
-  const int slice = static_cast<int>(args.slice), first = static_cast<int>(blockIdx.y) * slice;
-  const int last = chunks - first < slice ? chunks : first + slice;
+// Waits for the warps that share a chunk.
+template <int kDown>
+TWOFOUR_DEVICE void sync_sharers(int across) {
+  if constexpr (kDown == 1) {
+    sync_warp();
+  } else {
+    sync_threads<kDown * kWarp>(1 + across);
+  }
+}
 
-  Stages::fetch(args, first, memory);
-  commit_copies();
-  Operand<kFragments> ahead[kAhead][kRowTiles];
-  const auto load = [&](auto slot, int chunk) {
-    if (chunk >= last) return;
-    unroll<kRowTiles>([&](auto m) {  // behind the last tile it again, which nobody stores: so lanes need not part
-      const int64_t at = int64_t{tile + m < tiles ? tile + m : tiles - 1} * chunks + chunk;
-      unroll<kFragments>([&](auto i) {
-        ahead[slot][m].values[i] = load_stream(args.values + (at * kFragments + i) * kWarp + lane);
+template <class S>
+TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
+  using Products = typename S::Products;
+  using Sum = typename Products::Sum;
+  constexpr int kSteps = S::kSteps, kRowTiles = S::kRowTiles, kAcross = S::kAcross, kAhead = S::kAhead, kDown = S::kDown;
+  constexpr int kBytes = S::kFragments * kFragmentBytes;  // of values, of a tile and a chunk
+  TWOFOUR_DYNAMIC_SHARED(memory);
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
+  const int down = warp % kDown, across = warp / kDown;
+
+  const int tiles = static_cast<int>((static_cast<uint32_t>(args.rows) + kTile - 1) / kTile);
+  const int chunks = static_cast<int>((static_cast<uint32_t>(args.columns) + kColumns - 1) / kColumns);
+  const int slice = static_cast<int>(args.slice), begin = static_cast<int>(blockIdx.y) * slice;
+  const int first = begin + across, last = smaller(begin + slice, chunks);
+  const int tile = (static_cast<int>(blockIdx.x) * kDown + down) * kRowTiles;
+  const char* values = args.values + lane * 16;
+  const char* metadata = args.metadata + lane * 4;
+  uint32_t at[kRowTiles];  // of the first chunk; behind the last tile it again, which nobody stores: so lanes need not part
+  unroll<kRowTiles>([&](auto m) {
+    at[m] = opaque(static_cast<uint32_t>(smaller(tile + m, tiles - 1)) * static_cast<uint32_t>(chunks) +
+                   static_cast<uint32_t>(first));
+  });
+  Operand<S::kFragments> ahead[kAhead][kRowTiles];
+  const auto load = [&](auto slot, auto turn) {  // of the warp's chunks that of this number, from the pointers on
+    unroll<kRowTiles>([&](auto m) {
+      const char* const from = values + uint64_t{at[m]} * kBytes + turn * (kAcross * kBytes);
+      unroll<S::kFragments>([&](auto i) {
+        ahead[slot][m].values[i] = load_stream(reinterpret_cast<const uint4*>(from + i * kFragmentBytes));
       });
-      ahead[slot][m].metadata = load_stream(args.metadata + at * kWarp + lane);
+      const char* const word = metadata + uint64_t{at[m]} * kMetadataBytes + turn * (kAcross * kMetadataBytes);
+      ahead[slot][m].metadata = load_stream(reinterpret_cast<const uint32_t*>(word));
     });
   };
-  unroll<kAhead>([&](auto slot) { load(slot, first + slot); });
+  unroll<kAhead>([&](auto slot) {
+    if (first + slot * kAcross < last) load(slot, slot);
+  });
+
+  // Of x a lane copies 16 bytes of a step, of each eighth token. Tokens that are none stay as they are: theirs are columns
+  // of the product that nobody stores. Behind the last column come zeros, as weights there are zeros too.
+  char* const ring = memory + across * S::kBytes;
+  constexpr int kTogether = kDown * kTokens;  // tokens that those who share a chunk copy at once
+  const int token = down * kTokens + lane / 4, tokens = static_cast<int>(args.tokens) - token;
+  const int row_bytes = opaque(static_cast<int>(args.columns) * Products::kItemsize - lane % 4 * 16);
+  const char* const x = opaque(args.x + token * args.x_stride + lane % 4 * 16);
+  const int to_slot = opaque(token * S::kStride + lane % 4 * 16);
+  const auto fetch = [&](int chunk, int step, char* slot) {
+    if (chunk >= last) return;
+    const int offset = chunk * S::kChunkBytes + step * kStepBytes, bytes = smaller(larger(row_bytes - offset, 0), 16);
+    const char* from = x + (bytes > 0 ? offset : 0);
+    char* const to = slot + to_slot + step * kStepBytes;
+    unroll<(S::kTokenTiles + kDown - 1) / kDown>([&](auto n) {
+      if (n * kTogether < tokens) copy_async(to + n * kTogether * S::kStride, from, bytes);
+      from += kTogether * args.x_stride;
+    });
+  };
+  constexpr int kRing = S::kSlots * kSteps;  // steps
+  static_assert(kRing >= 2, "one is read while another comes");
+  unroll<kRing - 1>([&](auto i) {
+    fetch(first + i / kSteps * kAcross, i % kSteps, ring + i / kSteps * S::kSlotBytes);
+    commit_copies();
+  });
   const auto selectors = Products::selectors(lane);
 
-  Sum sums[kTokenTiles * kRowTiles][4] = {};
-  int use = 0;
-  for (int begin = first; begin < last; begin += Stages::kChunks, use ^= 1) {
-    if (begin + Stages::kChunks < last) Stages::fetch(args, begin + Stages::kChunks, memory + (use ^ 1) * Stages::kBytes);
-    commit_copies();
-    wait_for_copies<1>();
-    sync_block();
-    // Row of x and 16 bytes of it that this lane names to load_matrices: a token, and a quarter of a step.
-    const char* const own =
-        memory + use * Stages::kBytes + lane % 8 * Stages::kStride + Products::piece(lane / 8) * 16;
-    unroll<Stages::kChunks>([&](auto c) {
-      if (begin + c >= last) return;
-      constexpr int slot = decltype(c){} % kAhead;
+  Sum sums[S::kTokenTiles * kRowTiles][4] = {};
+  // Row of x and 16 bytes of it that this lane names to load_matrices: a token, and a quarter of a step.
+  const int own = lane % 8 * S::kStride + Products::piece(lane / 8) * 16;
+  char* const end = ring + S::kSlots * S::kSlotBytes;
+  char *slot = ring, *before = end - S::kSlotBytes;
+  TWOFOUR_ROLLED
+  for (int round = first; round < last; round += kAhead * kAcross) {
+    unroll<kAhead>([&](auto i) {
+      constexpr int turn = decltype(i){};
+      const int chunk = round + turn * kAcross;
+      if (chunk >= last) return;
       Operand<kSteps> a[kRowTiles];
-      unroll<kRowTiles>([&](auto m) { a[m] = Products::operand(ahead[slot][m], selectors); });
-      load(Constant<slot>{}, begin + c + kAhead);
+      unroll<kRowTiles>([&](auto m) { a[m] = Products::operand(ahead[turn][m], selectors); });
       unroll<kSteps>([&](auto step) {
         constexpr int selector = decltype(step){};
-        unroll<kTokenTiles>([&](auto n) {
+        wait_for_copies<kRing - 2>();
+        sync_sharers<kDown>(across);
+        unroll<S::kTokenTiles>([&](auto n) {
           uint32_t b[4];
-          load_matrices(own + n * kTokens * Stages::kStride + c * Stages::kChunkBytes + step * 64, b);
+          load_matrices(slot + own + n * kTokens * S::kStride + step * kStepBytes, b);
           unroll<kRowTiles>([&](auto m) {
             Products::template multiply<selector>(sums[n * kRowTiles + m], a[m].values[step], b, a[m].metadata);
           });
         });
+        if constexpr (selector == kSteps - 1) {
+          if (chunk + kAhead * kAcross < last) load(Constant<turn>{}, Constant<turn + kAhead>{});
+        }
+        // All have read the step before this one: its place takes what comes next.
+        if constexpr (selector == 0) {
+          fetch(chunk + (S::kSlots - 1) * kAcross, kSteps - 1, before);
+        } else {
+          fetch(chunk + S::kSlots * kAcross, selector - 1, slot);
+        }
+        commit_copies();
+      });
+      before = slot;
+      slot = slot + S::kSlotBytes == end ? ring : slot + S::kSlotBytes;
+    });
+    values += kAhead * kAcross * kBytes;
+    metadata += kAhead * kAcross * kMetadataBytes;
+  }
+
+  // Sums of a warp take the place of its x. A thread adds up those of four rows of a token, or of some.
+  constexpr int kFours = S::kRows / 4, kFoursOfWarp = kRowTiles * kTile / 4;
+  constexpr int kFoursOfPass = S::kSumTokens * kFours, kHolders = smaller(kDecodeThreads, kFoursOfPass);
+  constexpr int kHeld = kFoursOfPass / kHolders;  // by a thread, of a pass
+  sync_sharers<kDown>(across);
+  const int thread = thread_again(), four = thread % kFours, g = thread % kWarp / 4, q = thread % 4;
+  const auto sums_of = [&](int a, int d) { return reinterpret_cast<Sum*>(memory + a * S::kBytes) + d * S::kSums; };
+  Sum* const sums_of_warp = sums_of(thread / (kDown * kWarp), thread / kWarp % kDown);
+  Sum whole[S::kPasses * kHeld][4] = {};
+  unroll<S::kPasses>([&](auto pass) {
+    if constexpr (decltype(pass){} > 0) sync_block();
+    unroll<S::kSumTokens / kTokens>([&](auto n) {
+      unroll<kRowTiles>([&](auto m) {
+        unroll<4>([&](auto i) {
+          const int at = n * kTokens + q * 2 + i % 2, row = m * kTile + g + 8 * (i / 2);
+          sums_of_warp[at * S::kSumStride + row] = sums[(pass * (S::kSumTokens / kTokens) + n) * kRowTiles + m][i];
+        });
       });
     });
     sync_block();
-  }
-
-  if (!add_slices<kDecodeThreads>(sums, args.partial, args.counters)) return;
-  constexpr int kWarpRows = kRowTiles * kTile, kRows = kDecodeWarps * kWarpRows;
-  static_assert(kTokenTiles * kTokens * SumsOf<kRows>::kBytes <= 2 * Stages::kBytes, "sums take the place of x");
-  Sum* const shared = reinterpret_cast<Sum*>(memory);
-  unroll<kTokenTiles>([&](auto n) {
-    unroll<kRowTiles>([&](auto m) {
-      unroll<4>([&](auto i) {
-        const int token = n * kTokens + lane % 4 * 2 + i % 2;
-        const int row = warp * kWarpRows + m * kTile + lane / 4 + 8 * (i / 2);
-        shared[token * SumsOf<kRows>::kStride + row] = sums[n * kRowTiles + m][i];
+    if (thread >= kHolders) return;
+    unroll<kHeld>([&](auto held) {
+      const int at = (thread / kFours + held * (kHolders / kFours)) * S::kSumStride + four % kFoursOfWarp * 4;
+      unroll<kAcross>([&](auto a) {
+        const uint4 part = *reinterpret_cast<const uint4*>(sums_of(a, four / kFoursOfWarp) + at);
+        Sum(&to)[4] = whole[pass * kHeld + held];
+        to[0] += number_of<Sum>(part.x), to[1] += number_of<Sum>(part.y);
+        to[2] += number_of<Sum>(part.z), to[3] += number_of<Sum>(part.w);
       });
     });
   });
+  if (!add_slices<kHolders>(whole, args.partial, args.counters)) return;
+  static_assert(S::kTokensOfBlock * SumsOf<S::kRows>::kBytes <= kAcross * S::kBytes, "whole sums take their place");
   sync_block();
-  finish<kRows, kDecodeThreads>(epilogue, shared, kTokenTiles * kTokens, int64_t{blockIdx.x} * kRows, 0);
+  Sum* const shared = reinterpret_cast<Sum*>(memory);
+  unroll<S::kPasses * kHeld>([&](auto held) {  // to where the same thread of finish reads them
+    const int at = thread / kFours + held * (kHolders / kFours);
+    if (thread >= kHolders) return;
+    *reinterpret_cast<uint4*>(shared + at * SumsOf<S::kRows>::kStride + four * 4) =
+        uint4{bits_of(whole[held][0]), bits_of(whole[held][1]), bits_of(whole[held][2]), bits_of(whole[held][3])};
+  });
+  finish<S::kRows, kDecodeThreads>(epilogue, shared, S::kTokensOfBlock, int64_t{blockIdx.x} * S::kRows, 0);
 }
 
-#define TWOFOUR_DECODE(name, Products, token_tiles, row_tiles, blocks)                                                    \
+#define TWOFOUR_DECODE(name, Products, token_tiles, row_tiles, down, ahead, slots, blocks)                                \
   TWOFOUR_KERNEL(kDecodeThreads, blocks)                                                                                  \
-  name(const uint4* values, const uint32_t* metadata, const char* x, int64_t x_stride, int64_t tokens, int64_t rows,      \
+  name(const char* values, const char* metadata, const char* x, int64_t x_stride, int64_t tokens, int64_t rows,           \
        int64_t columns, int64_t slice, void* partial, uint32_t* counters, TWOFOUR_EPILOGUE_PARAMETERS) {                  \
-    decode<Products, token_tiles, row_tiles>(                                                                             \
+    decode<Split<Products, token_tiles, row_tiles, down, ahead, slots>>(                                                  \
         DecodeArgs{values, metadata, x, x_stride, tokens, rows, columns, slice, partial, counters},                       \
         TWOFOUR_EPILOGUE(tokens, rows));                                                                                  \
   }
 #if defined(TWOFOUR_NAME)  // one of them: all take seconds to compile
-TWOFOUR_DECODE(TWOFOUR_NAME, TWOFOUR_PRODUCTS, TWOFOUR_TOKEN_TILES, TWOFOUR_ROW_TILES, TWOFOUR_BLOCKS)
+TWOFOUR_DECODE(TWOFOUR_NAME, TWOFOUR_PRODUCTS, TWOFOUR_TOKEN_TILES, TWOFOUR_ROW_TILES, TWOFOUR_DOWN, TWOFOUR_AHEAD,
+               TWOFOUR_SLOTS, TWOFOUR_BLOCKS)
 #else
-TWOFOUR_DECODE(decode_bf16_8, Bf16Products, 1, 1, 2)
-TWOFOUR_DECODE(decode_bf16_16, Bf16Products, 2, 1, 2)
-TWOFOUR_DECODE(decode_bf16_32, Bf16Products, 4, 1, 2)
-TWOFOUR_DECODE(decode_bf16_64, Bf16Products, 8, 1, 1)
-TWOFOUR_DECODE(decode_fp16_8, Fp16Products, 1, 1, 2)
-TWOFOUR_DECODE(decode_fp16_16, Fp16Products, 2, 1, 2)
-TWOFOUR_DECODE(decode_fp16_32, Fp16Products, 4, 1, 2)
-TWOFOUR_DECODE(decode_fp16_64, Fp16Products, 8, 1, 1)
-TWOFOUR_DECODE(decode_int8_8, Int8Products, 1, 1, 2)
-TWOFOUR_DECODE(decode_int8_16, Int8Products, 2, 1, 2)
-TWOFOUR_DECODE(decode_int8_32, Int8Products, 4, 1, 2)
-TWOFOUR_DECODE(decode_int8_64, Int8Products, 8, 1, 1)
-TWOFOUR_DECODE(decode_e4m3_bf16_8, E4m3Bf16Products, 1, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_bf16_16, E4m3Bf16Products, 2, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_bf16_32, E4m3Bf16Products, 4, 2, 2)
-TWOFOUR_DECODE(decode_e4m3_bf16_64, E4m3Bf16Products, 8, 2, 1)
-TWOFOUR_DECODE(decode_e4m3_fp16_8, E4m3Fp16Products, 1, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_fp16_16, E4m3Fp16Products, 2, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_fp16_32, E4m3Fp16Products, 4, 2, 2)
-TWOFOUR_DECODE(decode_e4m3_fp16_64, E4m3Fp16Products, 8, 2, 1)
+TWOFOUR_DECODE(decode_bf16_8, Bf16Products, 1, 4, 1, 3, 4, 1)
+TWOFOUR_DECODE(decode_bf16_16, Bf16Products, 2, 4, 1, 3, 4, 1)
+TWOFOUR_DECODE(decode_bf16_32, Bf16Products, 4, 4, 1, 3, 2, 1)
+TWOFOUR_DECODE(decode_bf16_64, Bf16Products, 8, 4, 2, 2, 2, 1)
+TWOFOUR_DECODE(decode_fp16_8, Fp16Products, 1, 4, 1, 3, 4, 1)
+TWOFOUR_DECODE(decode_fp16_16, Fp16Products, 2, 4, 1, 3, 4, 1)
+TWOFOUR_DECODE(decode_fp16_32, Fp16Products, 4, 4, 1, 3, 2, 1)
+TWOFOUR_DECODE(decode_fp16_64, Fp16Products, 8, 4, 2, 2, 2, 1)
+TWOFOUR_DECODE(decode_int8_8, Int8Products, 1, 4, 1, 4, 6, 1)
+TWOFOUR_DECODE(decode_int8_16, Int8Products, 2, 4, 1, 4, 6, 1)
+TWOFOUR_DECODE(decode_int8_32, Int8Products, 4, 4, 1, 4, 4, 1)
+TWOFOUR_DECODE(decode_int8_64, Int8Products, 8, 4, 2, 3, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_bf16_8, E4m3Bf16Products, 1, 4, 1, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_bf16_16, E4m3Bf16Products, 2, 4, 1, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_bf16_32, E4m3Bf16Products, 4, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_bf16_64, E4m3Bf16Products, 8, 4, 2, 2, 2, 1)
+TWOFOUR_DECODE(decode_e4m3_fp16_8, E4m3Fp16Products, 1, 4, 1, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_fp16_16, E4m3Fp16Products, 2, 4, 1, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_fp16_32, E4m3Fp16Products, 4, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_fp16_64, E4m3Fp16Products, 8, 4, 2, 2, 2, 1)
 #if defined(TWOFOUR_MULTIPLIES_E4M3)
-TWOFOUR_DECODE(decode_e4m3_8, E4m3Products, 1, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_16, E4m3Products, 2, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_32, E4m3Products, 4, 1, 2)
-TWOFOUR_DECODE(decode_e4m3_64, E4m3Products, 8, 1, 1)
+TWOFOUR_DECODE(decode_e4m3_8, E4m3Products, 1, 4, 1, 4, 6, 1)
+TWOFOUR_DECODE(decode_e4m3_16, E4m3Products, 2, 4, 1, 4, 6, 1)
+TWOFOUR_DECODE(decode_e4m3_32, E4m3Products, 4, 4, 1, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_64, E4m3Products, 8, 4, 2, 3, 4, 1)
 #endif
 #endif
 

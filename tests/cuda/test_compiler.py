@@ -102,9 +102,12 @@ def _skip_zeros_in_hardware(texts: list[table.KernelText], code: dict[str, str],
         assert count(sass, rf"{re.escape(instruction)} ") == times, text.name
         assert count(sass, r"[HIQ]MMA\S* ") == times, text.name
         converted = text.conversions if architecture != "sm_80" else 0
-        assert count(sass, r"F2FP\S*UNPACK") == count(sass, r"F2FP\.F16\.E4M3\.UNPACK_B ") == converted, text.name
+        # And aside once more, for warps that have parted: what compilers know of shuffles is not that these never do.
+        assert converted <= count(sass, r"F2FP\.F16\.E4M3\.UNPACK_B ") <= 2 * converted, text.name
+        assert count(sass, r"F2FP\S*UNPACK") == count(sass, r"F2FP\.F16\.E4M3\.UNPACK_B "), text.name
         if text.conversions:  # of 8 bytes each, a word of metadata and two words of values
-            assert count(sass, r"SHFL\.BFLY ") == text.conversions // 8 * 3, text.name
+            shuffles = text.conversions // 8 * 3
+            assert shuffles <= count(sass, r"SHFL\.BFLY ") <= 2 * shuffles, text.name
             assert count(sass, r"HADD2\.F32 ") >= text.conversions * 2 * ("bf16" in text.name), text.name
         assert count(sass, r"LDSM\S*\.4 ") == text.matrix_loads, text.name
         assert count(sass, "LDGSTS") >= 2, text.name
@@ -113,11 +116,29 @@ def _skip_zeros_in_hardware(texts: list[table.KernelText], code: dict[str, str],
         assert count(sass, r"ATOMG\.E\.ADD\.STRONG\.GPU") == count(sass, r"MEMBAR\.\S*GPU") == 1, text.name
         assert count(sass, r"MEMBAR\.SC") == 0, text.name
         if text.file == "decode.cu":
-            assert count(sass, r"LDG\.E\S*\.128") >= 4, text.name
+            tiles, fragments = text.rows * text.across // 128, text.itemsize
+            assert count(sass, r"LDG\.E\S*\.128") >= 2 * text.ahead * tiles * fragments, text.name
+            assert len(re.findall(r"\bBAR\.SYNC\S* 0x0\b|\bBAR\.SYNC\S* RZ", _loop_of(sass))) == 0, text.name
         else:  # fragments of W for two steps of each of four tiles, and those loaded before the first stage
             assert count(sass, r"LDS\.128") >= 12, text.name
         most = 163 if "256x128" in text.name else 99  # KiB; sm_89 and sm_120 have no more than 99
         assert text.dynamic_bytes + text.shared_bytes <= most << 10, text.name
+
+
+def _loop_of(sass: str) -> str:
+    """From the first product to the last one."""
+    at = [found.start() for found in re.finditer(r"[HIQ]MMA", sass)]
+    return sass[at[0] : at[-1]]
+
+
+def test_the_table_splits_blocks_as_decode_does() -> None:
+    text = (compiler.sources() / "cuda" / "decode.cu").read_text()
+    found = re.findall(r"^TWOFOUR_DECODE\((decode_\w+), (\w+), ([\d, ]+)\)", text, flags=re.M)
+    of_table = [each for each in table.KERNEL_TEXTS.values() if each.file == "decode.cu"]
+    assert {name for name, *_ in found} == {each.name for each in of_table}
+    for name, products, numbers in found:
+        defines = [each.split("=")[1] for each in table.KERNEL_TEXTS[name].defines]
+        assert defines == [name, products, *numbers.split(", ")]
 
 
 @pytest.mark.parametrize("architecture", compiler.ARCHITECTURES)

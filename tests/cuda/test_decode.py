@@ -44,7 +44,7 @@ def test_whole_numbers_are_exact(dtype: torch.dtype, weight: torch.dtype, tokens
     assert torch.equal(run(case), case.wanted().to(case.out))
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (16, 64), (130, 60), (17, 1100), (300, 576)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 4), (16, 64), (130, 60), (17, 1100), (84, 3000), (300, 576)], ids=str)
 @pytest.mark.parametrize("tokens", [5, 34])
 @pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
 def test_any_shape(dtype: torch.dtype, weight: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
@@ -88,15 +88,28 @@ def test_activations_of_any_number(out: torch.dtype, activation: str) -> None:
     "shape", [(8192, 8192), (28672, 8192), (4096, 14336), (64, 64), (1024, 128), (128, 65536)], ids=str
 )
 def test_the_plan_covers_all_chunks_and_fills_the_gpu(shape: tuple[int, int], kind: str, tokens: int) -> None:
-    found = plan(f"decode_{kind}_{tokens}", *shape, 132)
+    name = f"decode_{kind}_{tokens}"
+    found = plan(name, *shape, 132)
     chunks = -(-shape[1] // 64)
     assert found.slice * found.slices >= chunks > found.slice * (found.slices - 1)
-    assert found.blocks == -(-shape[0] // (256 if kind == "e4m3_bf16" and tokens >= 32 else 128))
+    assert found.blocks == -(-shape[0] // table.KERNEL_TEXTS[name].rows)
     if shape[0] * shape[1] >= 1 << 26:
-        places = 132 * (1 if tokens == 64 else 2)
-        rounds = found.blocks * found.slices / places
-        assert rounds > 0.6
-        assert rounds <= 1 or rounds % 1 == 0 or rounds % 1 > 0.5  # no last round of a few blocks, for whom all wait
+        rounds = found.blocks * found.slices / (132 * table.KERNEL_TEXTS[name].blocks)
+        assert rounds > 0.9
+        assert rounds <= 1 or rounds % 1 == 0 or rounds % 1 > 0.3  # no last round of a few blocks, for whom all wait
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8", "e4m3_bf16"])
+def test_columns_are_shared_where_rows_alone_leave_processors_idle(kind: str) -> None:
+    for tokens in (8, 16):
+        for rows, columns in ((8192, 8192), (28672, 8192), (14336, 4096)):
+            assert plan(f"decode_{kind}_{tokens}", rows, columns, 132).slices == 1
+    for tokens in decode.TOKENS:
+        for rows, columns in ((1024, 8192), (2048, 8192), (128, 65536)):
+            found = plan(f"decode_{kind}_{tokens}", rows, columns, 132)
+            assert found.slices > 1
+            assert 0.1 < found.blocks * found.slices / 132 <= 1
+        assert plan(f"decode_{kind}_{tokens}", 64, 64, 132).slices == 1  # a chunk has one reader
 
 
 @pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)

@@ -14,9 +14,11 @@ from . import arguments, layout, resources, table
 MOST_TOKENS = 64
 """Of a launch; more take several."""
 TOKENS = (8, 16, 32, 64)
-_CHUNKS_AHEAD = 4  # of each warp, under way from memory: kAhead of decode.cu
-_BYTES_OF_PROCESSOR = 56_000  # under way for each multiprocessor, that keep the memory busy; assumed, not measured
-_CHUNKS_OF_ENDS = 3  # that a block could read while it begins and finishes
+# What follows is of each multiprocessor; assumed from measurements on an H200, where 32 KB are read in a microsecond.
+_BYTES_OF_PROCESSOR = 44_000  # under way, that take for one alone all that the memory gives it among many
+_TIMES_OF_CACHE = 2  # as many as of the memory come from the last cache
+_BYTES_OF_ENDS = 60_000  # that could be read while a block begins and finishes
+_BYTES_OF_SHARING = 48_000  # likewise, while blocks that share columns tell each other
 _BYTES_OF_SUM = 4
 _MOST_SLICES = 64
 
@@ -35,7 +37,8 @@ def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
     """The slices that should take least time, if the memory is what all wait for.
 
     Blocks that fit on the GPU at once share what the memory gives. A last round of a few gets more for each of them, but
-    not as much as all together do: no more than they have under way. So a round should be full, or nearly.
+    not as much as all together do: no more than they have under way, and than a multiprocessor takes in, of W and x, from
+    the last cache. How blocks begin and end takes each round as long.
 
     Args:
         kernel: its name.
@@ -44,17 +47,22 @@ def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
     text = table.KERNEL_TEXTS[kernel]
     blocks, chunks = -(-rows // text.rows), -(-columns // layout.COLUMNS)
     places = text.blocks * processors
-    chunk_bytes = text.rows * (layout.COLUMNS // 2 * text.itemsize + layout.COLUMNS // 8)
-    alone = min(1.0, _BYTES_OF_PROCESSOR / text.blocks / (_CHUNKS_AHEAD * chunk_bytes))  # of a full round's time
-    sums = text.rows * text.tokens * _BYTES_OF_SUM / chunk_bytes
+    turn = text.across * text.rows * (layout.COLUMNS // 2 * text.itemsize + layout.COLUMNS // 8)  # bytes
+    by_latency, by_cache = (
+        _BYTES_OF_PROCESSOR / (text.blocks * text.ahead * turn),
+        (1 + text.x_bytes / turn) / _TIMES_OF_CACHE,
+    )
+    alone = min(1.0, max(by_latency, by_cache))  # of a full round's time
+    sums = text.rows * text.tokens * _BYTES_OF_SUM
     best, least = None, float("inf")
     for wanted in range(1, min(_MOST_SLICES, chunks) + 1):
         each = -(-chunks // wanted)
         slices = -(-chunks // each)
-        # Every block writes its sums, the last one of a tile reads those of all.
-        work = each + _CHUNKS_OF_ENDS + (sums * (1 + slices) if slices > 1 else 0)
         rounds, rest = divmod(blocks * slices, places)
-        time = work * (rounds + (max(rest / places, alone) if rest else 0))
+        read = -(-each // text.across) * turn * text.blocks * (rounds + (max(rest / places, alone) if rest else 0))
+        # Every block writes its sums, the last one of a tile reads those of all.
+        ends = _BYTES_OF_ENDS + (_BYTES_OF_SHARING + sums * (1 + slices) / _TIMES_OF_CACHE if slices > 1 else 0)
+        time = read + ends * (rounds + (rest > 0))
         if time < least:
             best, least = Plan(blocks, slices, each), time
     assert best is not None  # there is a chunk

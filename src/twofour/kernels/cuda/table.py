@@ -29,6 +29,8 @@ class KernelText:
         matrix_loads: how often it loads four matrices from shared memory.
         conversions: of two e4m3 to fp16, by the instruction for it where there is one: from sm_89 on.
         rows, tokens, itemsize: of decode.cu: rows of the weight that a block multiplies by so many tokens, bytes of its items.
+        across, ahead: of decode.cu: chunks side by side that a block multiplies at once, and how often as many are under way.
+        x_bytes: of decode.cu: of x that a block takes in for as many chunks.
         only: how the names of the architectures that have its instructions begin; () for all.
     """
 
@@ -45,6 +47,9 @@ class KernelText:
     rows: int = 0
     tokens: int = 0
     itemsize: int = 0
+    across: int = 0
+    ahead: int = 0
+    x_bytes: int = 0
     defines: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -86,33 +91,58 @@ _WEIGHTS = {**dict.fromkeys((*_SPARSE, *_E4M3)), "e4m3_bf16": "bf16", "e4m3_fp16
 """What kernels for few tokens are called by -> what e4m3 weights become."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Of a block of decode.cu: kRowTiles, kDown, kAhead, kSlots and how many a multiprocessor must hold."""
+
+    row_tiles: int
+    down: int
+    ahead: int
+    slots: int
+    blocks: int = 1
+
+
+_OF_16_BITS = {8: _Split(4, 1, 3, 4), 16: _Split(4, 1, 3, 4), 32: _Split(4, 1, 3, 2), 64: _Split(4, 2, 2, 2)}
+_OF_8_BITS = {8: _Split(4, 1, 4, 6), 16: _Split(4, 1, 4, 6), 32: _Split(4, 1, 4, 4), 64: _Split(4, 2, 3, 4)}
+_WIDENED = {8: _Split(4, 1, 4, 4), 16: _Split(4, 1, 4, 4), 32: _Split(4, 2, 4, 4), 64: _Split(4, 2, 2, 2)}
+_DECODE_WARPS = 8
+
+
 def _decode(name: str, tokens: int) -> KernelText:
-    """As Stage of decode.cu: two of them, of `chunks` chunks of 64 columns of each token, 16 bytes apart."""
+    """As Split of decode.cu."""
     becomes = _WEIGHTS[name]
     dtype = becomes or name
-    itemsize, chunks = (1 if dtype in ("int8", "e4m3") else 2), (4 if tokens == 64 else 8)
-    tiles = 2 if becomes and tokens >= 32 else 1  # of rows, in a warp
-    loads = chunks * itemsize * tokens // 8
+    itemsize, steps = (1, 1) if dtype in ("int8", "e4m3") else (2, 2)
+    split = (_WIDENED if becomes else _OF_8_BITS if itemsize == 1 else _OF_16_BITS)[tokens]
+    across, loads = _DECODE_WARPS // split.down, split.ahead * steps * tokens // 8
+    x = split.slots * tokens * (64 * itemsize + 16)
+    sums = split.down * min(tokens, 128 // split.row_tiles) * (split.row_tiles * 16 + 4) * 4
     return KernelText(
         f"decode_{name}_{tokens}",
         "decode.cu",
-        256,
-        1 if tokens == 64 else 2,
+        32 * _DECODE_WARPS,
+        split.blocks,
         shared_bytes=16,
-        dynamic_bytes=2 * tokens * (chunks * 64 * itemsize + 16),
-        multiplies=({**_SPARSE, **_E4M3}[dtype], loads * tiles),
+        dynamic_bytes=across * max(x, sums),
+        multiplies=({**_SPARSE, **_E4M3}[dtype], loads * split.row_tiles),
         matrix_loads=loads,
-        conversions=8 * chunks * tiles if becomes else 0,
-        rows=8 * 16 * tiles,
+        conversions=8 * split.ahead * split.row_tiles if becomes else 0,
+        rows=split.down * split.row_tiles * 16,
         tokens=tokens,
         itemsize=2 if name in ("bf16", "fp16") else 1,
+        across=across,
+        ahead=split.ahead,
+        x_bytes=across * tokens * 64 * itemsize,
         only=_MULTIPLY_E4M3 if name == "e4m3" else (),
         defines=(
             f"TWOFOUR_NAME=decode_{name}_{tokens}",
             f"TWOFOUR_PRODUCTS={''.join(each.capitalize() for each in name.split('_'))}Products",
             f"TWOFOUR_TOKEN_TILES={tokens // 8}",
-            f"TWOFOUR_ROW_TILES={tiles}",
-            f"TWOFOUR_BLOCKS={1 if tokens == 64 else 2}",
+            f"TWOFOUR_ROW_TILES={split.row_tiles}",
+            f"TWOFOUR_DOWN={split.down}",
+            f"TWOFOUR_AHEAD={split.ahead}",
+            f"TWOFOUR_SLOTS={split.slots}",
+            f"TWOFOUR_BLOCKS={split.blocks}",
         ),
     )
 
