@@ -38,7 +38,8 @@ TWOFOUR_BOTH constexpr int smaller(int a, int b) { return a < b ? a : b; }
 template <class Products_, int kTokenTiles_, int kRowTiles_, int kDown_, int kAhead_, int kSlots_>
 struct Split {
   using Products = Products_;
-  static constexpr int kTokenTiles = kTokenTiles_, kRowTiles = kRowTiles_, kDown = kDown_, kAhead = kAhead_, kSlots = kSlots_;
+  static constexpr int kTokenTiles = kTokenTiles_, kRowTiles = kRowTiles_, kDown = kDown_;
+  static constexpr int kAhead = kAhead_, kSlots = kSlots_;
   static constexpr int kAcross = kDecodeWarps / kDown, kRows = kDown * kRowTiles * kTile;
   static constexpr int kSteps = steps_of(Products::kItemsize), kFragments = steps_of(Products::kWeightItemsize);
   static constexpr int kTokensOfBlock = kTokenTiles * kTokens;
@@ -105,16 +106,18 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
   char* const ring = memory + across * S::kBytes;
   constexpr int kTogether = kDown * kTokens;  // tokens that those who share a chunk copy at once
   const int token = down * kTokens + lane / 4, tokens = static_cast<int>(args.tokens) - token;
-  const int row_bytes = opaque(static_cast<int>(args.columns) * Products::kItemsize - lane % 4 * 16);
-  const char* const x = opaque(args.x + token * args.x_stride + lane % 4 * 16);
-  const int to_slot = opaque(token * S::kStride + lane % 4 * 16);
+  const int offset_of_lane = lane % 4 * 16;
+  const auto row_bytes = static_cast<uint32_t>(args.columns * Products::kItemsize);
+  const char* const x = opaque(args.x + token * args.x_stride);
+  const int to_slot = opaque(token * S::kStride + offset_of_lane);
   const auto fetch = [&](int chunk, int step, char* slot) {
     if (chunk >= last) return;
-    const int offset = chunk * S::kChunkBytes + step * kStepBytes, bytes = smaller(larger(row_bytes - offset, 0), 16);
+    const uint32_t offset = static_cast<uint32_t>(chunk) * S::kChunkBytes + step * kStepBytes + offset_of_lane;
+    const uint32_t left = row_bytes > offset ? row_bytes - offset : 0, bytes = left < 16 ? left : 16;
     const char* from = x + (bytes > 0 ? offset : 0);
     char* const to = slot + to_slot + step * kStepBytes;
     unroll<(S::kTokenTiles + kDown - 1) / kDown>([&](auto n) {
-      if (n * kTogether < tokens) copy_async(to + n * kTogether * S::kStride, from, bytes);
+      if (n * kTogether < tokens) copy_async(to + n * kTogether * S::kStride, from, static_cast<int>(bytes));
       from += kTogether * args.x_stride;
     });
   };
@@ -130,7 +133,9 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
   // Row of x and 16 bytes of it that this lane names to load_matrices: a token, and a quarter of a step.
   const int own = lane % 8 * S::kStride + Products::piece(lane / 8) * 16;
   char* const end = ring + S::kSlots * S::kSlotBytes;
-  char *slot = ring, *before = end - S::kSlotBytes;
+  char* slot = ring;
+  // All loads that a round begins report to one scoreboard of the hardware (ptxas gives them no more): so a warp waits for
+  // kAhead chunks, multiplies one after the other and asks anew for each, while other warps wait for theirs.
   TWOFOUR_ROLLED
   for (int round = first; round < last; round += kAhead * kAcross) {
     unroll<kAhead>([&](auto i) {
@@ -155,13 +160,12 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
         }
         // All have read the step before this one: its place takes what comes next.
         if constexpr (selector == 0) {
-          fetch(chunk + (S::kSlots - 1) * kAcross, kSteps - 1, before);
+          fetch(chunk + (S::kSlots - 1) * kAcross, kSteps - 1, (slot == ring ? end : slot) - S::kSlotBytes);
         } else {
           fetch(chunk + S::kSlots * kAcross, selector - 1, slot);
         }
         commit_copies();
       });
-      before = slot;
       slot = slot + S::kSlotBytes == end ? ring : slot + S::kSlotBytes;
     });
     values += kAhead * kAcross * kBytes;
