@@ -10,8 +10,9 @@
 //                                                 ldmatrix lie in different banks
 //
 // A stage is two steps of mma.sp. Fragments are loaded ahead of their use: of W a step, of x kTurnsAhead tiles of 8 tokens.
-// So a stage has been read to its end a little before it is multiplied to its end. There is the one barrier of the stage;
-// its place then takes the stage kStages further on, and the fragments of the next one are on their way meanwhile.
+// So a stage has been read to its end a little before it is multiplied to its end. There is the one barrier of the stage.
+// During the next stage its place takes the stage kStages further on, a copy after each few products: eight warps are too
+// few for anything to be hidden that stands by itself.
 //
 // Blocks go through 2048 rows for all tokens before the next rows, which keeps both in the second cache. Several may share
 // the columns of a tile (gridDim.y, epilogue.h).
@@ -63,46 +64,6 @@ struct Place {
   int tile, token;
 };
 
-// Starts the copies of a stage. Where nothing is read zeros arrive, and the address may be any.
-template <class T>
-TWOFOUR_DEVICE void fetch(const GemmArgs& args, int stage, Place place, char* to) {
-  constexpr int kOfTile = T::kTileBytes / 16, kOfWords = T::kWordBytes / 16, kOfChunk = T::kTileBytes / T::kChunks;
-  const int thread = thread_again(), chunk0 = stage * T::kChunks, tile0 = place.tile;
-  const int tiles = static_cast<int>(tiles_of(args.rows)), chunks = static_cast<int>(chunks_of(args.columns));
-  {
-    constexpr int kStep = T::kThreads / kOfTile;
-    const int tile = thread / kOfTile, offset = thread % kOfTile * 16;
-    const int inside = chunk0 + offset / kOfChunk < chunks ? tiles - tile0 - tile : 0;
-    const char* from = args.values + (int64_t{tile0 + tile} * chunks + chunk0) * kOfChunk + offset;
-    unroll<T::kTiles / kStep>([&](auto k) {
-      copy_async(to + (tile + k * kStep) * T::kTileBytes + offset, from, k * kStep < inside ? 16 : 0);
-      from += int64_t{chunks} * (kStep * kOfChunk);
-    });
-  }
-  // Metadata behind the last tile or chunk are those of the last one: zeros would be no metadata.
-  if (T::kTiles * kOfWords == T::kThreads || thread < T::kTiles * kOfWords) {
-    static_assert(T::kTiles * kOfWords <= T::kThreads, "one copy");
-    const int wanted = tile0 + thread / kOfWords, tile = wanted < tiles ? wanted : tiles - 1;
-    const int offset = thread % kOfWords * 16, chunk = chunk0 + offset / kMetadataBytes;
-    const int64_t from = int64_t{tile} * chunks + (chunk < chunks ? chunk : chunks - 1);
-    copy_async(to + T::kWordsAt + thread * 16, args.metadata + from * kMetadataBytes + offset % kMetadataBytes, 16);
-  }
-  {
-    constexpr int kStep = T::kThreads / kPieces;
-    const int token = thread / kPieces, offset = thread % kPieces * 16;
-    const int64_t at = int64_t{stage} * kStageBytes + offset, left = args.columns * T::Products::kItemsize - at;
-    const int bytes = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
-    const int64_t inside = args.tokens - place.token - token;
-    const char* from = args.x + (int64_t{place.token} + token) * args.x_stride + at;
-    char* const own = to + T::kXAt + token * kStageBytes + (offset ^ token % 8 * 16);
-    static_assert(kStep % 8 == 0, "a thread keeps to its place in eight tokens");
-    unroll<T::kTokensOfBlock / kStep>([&](auto k) {
-      copy_async(own + k * kStep * kStageBytes, from, k * kStep < inside ? bytes : 0);
-      from += kStep * args.x_stride;
-    });
-  }
-}
-
 template <class T>
 TWOFOUR_DEVICE Place place_of(int rows, int tokens, int block) {
   constexpr int kTogether = kRowsTogether / T::kRows;
@@ -112,6 +73,74 @@ TWOFOUR_DEVICE Place place_of(int rows, int tokens, int block) {
   const int together = left < kTogether ? left : kTogether, own = block - first * token_blocks;
   return {(first + own % together) * T::kTiles, own / together * T::kTokensOfBlock};
 }
+
+// Copies of the stages of a block, one after the other: pieces of 16 bytes, the same ones of each stage for a thread. Where
+// they come from only moves on from stage to stage, so that between the products a copy costs few instructions.
+//
+// Behind the last tile and the last token nothing is copied: whatever lies there meets only sums that nobody stores. Behind
+// the last column x is zeros, and W, which may lie there for the other half of a stage, any numbers: integers.
+template <class T>
+struct Copies {
+  static constexpr int kOfTile = T::kTileBytes / 16, kOfWords = T::kWordBytes / 16, kOfChunk = T::kTileBytes / T::kChunks;
+  static constexpr int kTileStep = T::kThreads / kOfTile, kTokenStep = T::kThreads / kPieces;
+  static constexpr int kOfValues = T::kTiles / kTileStep, kOfX = T::kTokensOfBlock / kTokenStep;
+  static constexpr int kCount = kOfValues + 1 + kOfX;
+  static_assert(T::kTiles * kOfWords <= T::kThreads, "one copy of metadata");
+  static_assert(kTokenStep % 8 == 0, "a thread keeps to its place in eight tokens");
+
+  const char *values, *metadata, *x;  // of the next stage
+  int64_t tile_step, token_step;      // bytes from copy to copy
+  int own, own_x;                     // places in a stage
+  int tiles, tokens;                  // left in the block from the thread's first ones on
+  int chunks, chunks_of_words, bytes;  // of columns, left for the thread in the next stage and behind it
+
+  TWOFOUR_DEVICE Copies(const GemmArgs& args, Place place, int stage) {
+    const int thread = static_cast<int>(threadIdx.x), all_chunks = static_cast<int>(chunks_of(args.columns));
+    const int all_tiles = static_cast<int>(tiles_of(args.rows)), chunk0 = stage * T::kChunks;
+    own = thread * 16;
+    const int tile = place.tile + thread / kOfTile, offset = thread % kOfTile * 16;
+    values = args.values + (int64_t{tile} * all_chunks + chunk0) * kOfChunk + offset;
+    tile_step = int64_t{all_chunks} * (kTileStep * kOfChunk);
+    tiles = all_tiles - tile;
+    chunks = all_chunks - chunk0 - offset / kOfChunk;
+    // Metadata behind the last tile or chunk are those of the last one: zeros would be no metadata.
+    const int wanted = place.tile + thread / kOfWords, offset_of_words = thread % kOfWords * 16;
+    const int words_tile = wanted < all_tiles ? wanted : all_tiles - 1, chunk = chunk0 + offset_of_words / kMetadataBytes;
+    metadata = args.metadata + (int64_t{words_tile} * all_chunks + chunk) * kMetadataBytes + offset_of_words % kMetadataBytes;
+    chunks_of_words = all_chunks - chunk;
+    const int token = thread / kPieces, offset_of_x = thread % kPieces * 16;
+    own_x = T::kXAt + token * kStageBytes + (offset_of_x ^ token % 8 * 16);
+    x = args.x + (int64_t{place.token} + token) * args.x_stride + int64_t{stage} * kStageBytes + offset_of_x;
+    token_step = kTokenStep * args.x_stride;
+    tokens = static_cast<int>(args.tokens) - place.token - token;
+    bytes = static_cast<int>(args.columns) * T::Products::kItemsize - stage * kStageBytes - offset_of_x;
+  }
+
+  // Starts a copy of the next stage, where it is wanted.
+  template <int kWhich>
+  TWOFOUR_DEVICE void start(char* to, bool wanted) const {
+    if constexpr (kWhich < kOfValues) {
+      const bool inside = kWhich * kTileStep < tiles && (T::kChunks == 1 || chunks > 0);
+      copy_async_if(wanted && inside, to + own + kWhich * T::kThreads * 16, values + kWhich * tile_step);
+    } else if constexpr (kWhich == kOfValues) {
+      const bool mine = T::kTiles * kOfWords == T::kThreads || threadIdx.x < T::kTiles * kOfWords;
+      copy_async_if(wanted && mine, to + T::kWordsAt + own, T::kChunks == 1 || chunks_of_words > 0 ? metadata : metadata - kMetadataBytes);
+    } else {
+      constexpr int k = kWhich - kOfValues - 1;
+      const int some = bytes >= 16 ? 16 : bytes > 0 ? bytes : 0;
+      copy_async_if(wanted && k * kTokenStep < tokens, to + own_x + k * kTokenStep * kStageBytes, x + k * token_step, some);
+    }
+  }
+
+  TWOFOUR_DEVICE void move_on() {
+    values += T::kChunks * kOfChunk;
+    metadata += T::kChunks * kMetadataBytes;
+    x += kStageBytes;
+    chunks -= T::kChunks;
+    chunks_of_words -= T::kChunks;
+    bytes -= kStageBytes;
+  }
+};
 
 // Sums through shared memory to y. Where a thread stands is found anew, for the loop before has no registers left.
 template <class T>
@@ -148,8 +177,12 @@ TWOFOUR_DEVICE void gemm(const GemmArgs& args, const Epilogue& epilogue) {
   const Place place = place_of<T>(rows, tokens, static_cast<int>(blockIdx.x));
   const int stages = static_cast<int>(ceil_div(chunks_of(args.columns), T::kChunks)), slice = static_cast<int>(args.slice);
   const int first = static_cast<int>(blockIdx.y) * slice, last = stages - first < slice ? stages : first + slice;
+  Copies<T> copies(args, place, first);
   unroll<T::kStages>([&](auto ahead) {  // as a loop it takes registers that are not there
-    if (first + ahead < last) fetch<T>(args, first + ahead, place, memory + ahead * T::kBytes);
+    unroll<Copies<T>::kCount>([&](auto k) {
+      copies.template start<decltype(k){}>(memory + ahead * T::kBytes, first + ahead < last);
+    });
+    copies.move_on();
     commit_copies();
   });
 
@@ -178,20 +211,30 @@ TWOFOUR_DEVICE void gemm(const GemmArgs& args, const Epilogue& epilogue) {
   sync_block();
   unroll<T::kRowTiles>([&](auto m) { load_a(Constant<0>{}, m, memory); });
   unroll<kTurnsAhead>([&](auto turn) { load_b(turn, memory); });
-  int use = 0;
+  constexpr int kTurnsBefore = kTurns - kTurnsAhead, kCopies = Copies<T>::kCount;  // the barrier
+  constexpr int kCopiesOfTurn = (kCopies + kTurnsBefore - 1) / kTurnsBefore;
+  char* free = memory;  // the place of the stage before
+  char* own = memory;
   TWOFOUR_ROLLED
   for (int stage = first; stage < last; ++stage) {
-    char* const own = memory + use * T::kBytes;
-    use = use + 1 < T::kStages ? use + 1 : 0;
-    const char* const next = memory + use * T::kBytes;
+    char* const next = own + T::kBytes < memory + T::kStages * T::kBytes ? own + T::kBytes : memory;
+    const bool wanted = stage > first && stage + (T::kStages - 1) < last;
     unroll<kTurns>([&](auto turn) {
       constexpr int step = decltype(turn){} / T::kTokenTiles, n = decltype(turn){} % T::kTokenTiles;
       constexpr int ahead = decltype(turn){} + kTurnsAhead, from_end = T::kTokenTiles - n;
+      if constexpr (decltype(turn){} < kTurnsBefore) {  // what goes where the stage before has been, some in each turn
+        constexpr int from = decltype(turn){} * kCopiesOfTurn, some = kCopies - from < kCopiesOfTurn ? kCopies - from : kCopiesOfTurn;
+        if constexpr (some > 0) {
+          unroll<some>([&](auto k) { copies.template start<from + decltype(k){}>(free, wanted); });
+        }
+      }
       if constexpr (ahead == kTurns) {
+        if (stage > first) {
+          copies.move_on();
+          commit_copies();
+        }
         wait_for_copies<T::kStages - 2>();
         sync_block();
-        if (stage + T::kStages < last) fetch<T>(args, opaque(stage + T::kStages), place, own);
-        commit_copies();
       }
       load_b(Constant<ahead % kTurns>{}, ahead < kTurns ? own : next);
       if constexpr (from_end <= kTurnsAhead) {  // fragments of W for the next step, some in each turn
@@ -208,6 +251,8 @@ TWOFOUR_DEVICE void gemm(const GemmArgs& args, const Epilogue& epilogue) {
                                               words[step][m]);
       });
     });
+    free = own;
+    own = next;
   }
 
   if (!add_slices<T::kThreads>(sums, args.partial, args.counters)) return;

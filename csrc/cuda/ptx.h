@@ -121,6 +121,19 @@ TWOFOUR_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
+// The same where it is wanted; without a branch, so that it can stand between other instructions.
+TWOFOUR_DEVICE void copy_async_if(bool wanted, void* shared, const void* global, int bytes) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n\t@p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(to), "l"(global),
+               "r"(bytes), "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+}
+TWOFOUR_DEVICE void copy_async_if(bool wanted, void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0;\n\t@p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to), "l"(global),
+               "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+}
 TWOFOUR_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kOpen>
 TWOFOUR_DEVICE void wait_for_copies() {  // until no more than kOpen groups are under way

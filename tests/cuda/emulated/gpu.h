@@ -309,6 +309,9 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   std::memset(shared, 0xff, 16);
   emulated::fiber().copies.push_back({shared, global, static_cast<size_t>(bytes)});
 }
+inline void copy_async_if(bool wanted, void* shared, const void* global, int bytes = 16) {
+  if (wanted) copy_async(shared, global, bytes);
+}
 inline void commit_copies() {
   auto& own = emulated::fiber();
   own.committed.push_back(std::move(own.copies));
