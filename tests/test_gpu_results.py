@@ -88,8 +88,10 @@ def test_stale_results_are_told_and_not_shown(write: Callable[..., Path]) -> Non
     rows = decode_rows()
     rows[2]["kernels"] = {"decode_bf16_8": "of another day"}
     results = write([*rows, made_up("compress", "compress_half", kernels={"gone_half": "0"})])
-    assert lines(results)[0].endswith(": not yet run on hardware.")
-    assert all(line.endswith(": not yet run on hardware.") for line in lines(results))
+    assert lines(results) == [
+        "- Pruning, packing and products: changed since they ran on an NVIDIA H200"
+        " ([JSON](benchmarks/results/h200/2027-01-02.json)); as they are now not yet run on hardware."
+    ]
     assert readme.states(results)[0].endswith("5 of 7 rows are fresh")
     assert "  made up few tokens 8192 8192 bf16 4: stale: decode_bf16_8 has changed" in readme.states(results)
     assert "  made up compress 8192 8192 bf16: stale: gone_half is gone" in readme.states(results)

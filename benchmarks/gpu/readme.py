@@ -84,8 +84,17 @@ def block(folder: Path = record.RESULTS, root: Path = record.ROOT) -> str:
     fresh = record.fresh_rows(folder)
     lines = [line(claim, fresh, root) for claim in CLAIMS]
     if all(each.endswith(f": {NOT_RUN}.") for each in lines):
-        lines = [f"- Pruning, packing and products: {NOT_RUN}."]
+        lines = [f"- Pruning, packing and products: {_before(folder, root)}{NOT_RUN}."]
     return "\n".join([FIRST, *lines, LAST])
+
+
+def _before(folder: Path, root: Path) -> str:
+    """What ran last, and has changed since; nothing where nothing has."""
+    for path, result in reversed(record.results(folder)):
+        if not result.get("dry") and any(record.state(row) != "fresh" for row in result["rows"]):
+            file = path.relative_to(root).as_posix()
+            return f"changed since they ran on an {result['gpu']} ([JSON]({file})); as they are now "
+    return ""
 
 
 def shown(readme: str) -> str:
