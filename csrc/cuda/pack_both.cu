@@ -108,9 +108,10 @@ struct Square {
 
 TWOFOUR_DEVICE bool keeps_two(uint32_t bits) { return (0x1668u >> bits & 1u) != 0; }
 
-// Of the sixteen bits of a 4x4 block.
-TWOFOUR_DEVICE uint32_t column_of(uint32_t bits, int column) {
-  return ((bits >> (3 - column) & 0x1111u) * 0x1248u >> 12) & 15u;
+// Of a pair of places by its four bits, 6 for the first and 1 for the last.
+TWOFOUR_DEVICE uint32_t number_of_pair(uint32_t bits) {
+  constexpr uint64_t table = uint64_t{6} << 48 | uint64_t{5} << 40 | uint64_t{4} << 36 | 3 << 24 | 2 << 20 | 1 << 12;
+  return static_cast<uint32_t>(table >> (4 * bits)) & 15u;
 }
 
 // The nibbles of the rows of a block as bytes of 0 and 1, at its first place in a mask.
@@ -121,22 +122,29 @@ TWOFOUR_DEVICE void write_mask(uint32_t nibbles, uint8_t* to, int64_t columns) {
   });
 }
 
+// What masks keep, by their numbers, in shared memory.
+using Table = MaskTable;
+
+TWOFOUR_DEVICE void prepare(Table& table) {
+  static_assert(kMasks == kBothThreads, "a thread brings one");
+  table.nibbles[threadIdx.x] = kMaskTable.nibbles[threadIdx.x];
+  table.selectors[threadIdx.x] = kMaskTable.selectors[threadIdx.x];
+}
+
+TWOFOUR_DEVICE Choice choice_of(const Table& table, uint32_t number) {
+  const uint32_t at = number % kMasks;
+  return {table.nibbles[at], table.selectors[at]};
+}
+
 // |weights| decide.
 template <class Format>
 struct BestMask {
   static constexpr bool kInPlace = false;
-  using Table = MaskTable;  // in shared memory
-  uint8_t* mask;            // [rows, columns] where it is written, or null
+  uint8_t* mask;  // [rows, columns] where it is written, or null
 
-  TWOFOUR_DEVICE static void prepare(Table& table) {
-    static_assert(kMasks == kBothThreads, "a thread brings one");
-    table.nibbles[threadIdx.x] = kMaskTable.nibbles[threadIdx.x];
-    table.selectors[threadIdx.x] = kMaskTable.selectors[threadIdx.x];
-  }
   TWOFOUR_DEVICE Choice choose(const Table& table, const uint2 (&rows)[4], uint64_t row, uint32_t column,
                                int64_t columns) const {
-    const uint32_t number = best_mask<Format>(rows) % kMasks;
-    const Choice choice{table.nibbles[number], table.selectors[number]};
+    const Choice choice = choice_of(table, best_mask<Format>(rows));
     if (mask != nullptr) write_mask(choice.nibbles, mask + row * columns + column, columns);
     return choice;
   }
@@ -144,38 +152,28 @@ struct BestMask {
 
 struct GivenMask {
   static constexpr bool kInPlace = true;  // may be: the weight is not constant
-  struct Table {};
   const uint8_t* mask;  // [rows, columns] of 0 and 1
   uint16_t* masked;     // the weight itself, where dropped places are to become zeros, or null
   int64_t stride;
   uint32_t* status;     // 1 is set where four places of a row or column do not keep two; or null
 
-  TWOFOUR_DEVICE static void prepare(Table&) {}
-  TWOFOUR_DEVICE Choice choose(const Table&, const uint2 (&rows)[4], uint64_t row, uint32_t column,
+  TWOFOUR_DEVICE Choice choose(const Table& table, const uint2 (&rows)[4], uint64_t row, uint32_t column,
                                int64_t columns) const {
-    uint32_t bits = 0, wrong = 0;  // sixteen, the first place of the first row the highest
+    uint32_t number = 0, kept = 0, wrong = 0;  // kept of each column, a byte each
     unroll<4>([&](auto k) {
       const uint32_t bytes = load_four(mask + (row + k) * columns + column);
-      const uint32_t four = bytes * 0x08040201u >> 24 & 15u;
-      bits |= four << (12 - 4 * k);
+      const uint32_t four = bytes * 0x08040201u >> 24 & 15u;  // the first place the highest
+      kept += bytes;
       wrong |= !keeps_two(four);
+      if constexpr (decltype(k){} < 3) number = 6 * number + number_of_pair(four);
       if (masked == nullptr) return;
       const uint32_t low = (bytes & 1u) * 0xffffu | (bytes >> 8 & 1u) * 0xffff0000u;
       const uint32_t high = (bytes >> 16 & 1u) * 0xffffu | (bytes >> 24 & 1u) * 0xffff0000u;
       store_four(masked + (row + k) * stride + column, uint2{rows[k].x & low, rows[k].y & high});
     });
-    unroll<4>([&](auto k) { wrong |= !keeps_two(column_of(bits, k)); });
+    wrong |= kept != 0x02020202u;
     if (wrong != 0 && status != nullptr) or_into(status, 1u);
-    Choice choice{0, {}};
-    uint32_t selectors[8];
-    unroll<4>([&](auto k) {
-      const uint32_t of_row = nibble_of_bits(bits >> (12 - 4 * k) & 15u), of_column = nibble_of_bits(column_of(bits, k));
-      choice.nibbles |= of_row << (4 * k) | of_column << (16 + 4 * k);
-      selectors[k] = selector_of(of_row), selectors[4 + k] = selector_of(of_column);
-    });
-    choice.selectors = uint4{selectors[0] | selectors[1] << 16, selectors[2] | selectors[3] << 16,
-                             selectors[4] | selectors[5] << 16, selectors[6] | selectors[7] << 16};
-    return choice;
+    return choice_of(table, number);
   }
 };
 
@@ -196,8 +194,8 @@ template <class Mask>
 TWOFOUR_DEVICE void pack_both(const uint16_t* weight, int64_t stride, int64_t rows, int64_t columns, uint4* values,
                               uint32_t* metadata, uint4* turned_values, uint32_t* turned_metadata, const Mask& mask) {
   TWOFOUR_SHARED Square square;
-  TWOFOUR_SHARED typename Mask::Table table;
-  Mask::prepare(table);
+  TWOFOUR_SHARED Table table;
+  prepare(table);
   square.places[threadIdx.x].find(BlockPlace(threadIdx.x));
   const uint32_t height = static_cast<uint32_t>(rows), width = static_cast<uint32_t>(columns), y = blockIdx.y;
   const uint32_t squares = (width + kSquare - 1) / kSquare;

@@ -180,7 +180,7 @@ _TEXTS = (
         KernelText(name, "pack_both.cu", 256, 3, 0, _SELDOM)
         for name in ("mask_both_bf16", "mask_both_fp16", "mask_both_fp32")
     ),
-    KernelText("keep_both_half", "pack_both.cu", 256, 4, _SQUARE),
+    KernelText("keep_both_half", "pack_both.cu", 256, 4, _SQUARE + _MASKS),
     *(KernelText(name, "pack.cu", 256, 4, 0, _SELDOM) for name in _ONE_WAY),
     *(KernelText(name, "pack.cu", 512, 2, 64, _SELDOM) for name in ("quantize_bf16", "quantize_fp16")),
     *(KernelText(f"quantize_tokens_{dtype}", "tokens.cu", 256, 4, 4) for dtype in ("fp32", "bf16", "fp16")),
