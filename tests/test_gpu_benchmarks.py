@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing
+from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing, tune
+from benchmarks.gpu import run as gpu_run
 
 from tests.gpu.conftest import emulate
 from tests.kernels.fake_nvidia import FakeNvidia
@@ -214,6 +215,37 @@ def test_planted_faults_compile(fault: str) -> None:
     cubin, said = compiler.compile_text(smallest.PLANTED[fault], "planted.cu", "sm_90a")
     assert b"planted" in cubin
     assert said == ""
+
+
+def test_other_splits_are_timed_beside_that_of_the_table(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = compiler.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    own = table.split_of("bf16", 8)
+    broken = table.Split(4, 1, 3, 0)
+    monkeypatch.setattr(tune, "SPLITS", {("bf16", 8): (own, broken)})
+    emulated_launch, ran = table.launch, list[str]()
+
+    def launch(name: str, *rest: Any) -> None:
+        ran.append(name)
+        emulated_launch("decode_bf16_8" if name.startswith("decode_bf16_8_") else name, *rest)
+
+    monkeypatch.setattr(table, "launch", launch)
+    few, many = run(tune.main)
+    name = "decode_bf16_8_4_1_3_4_1"
+    assert name in ran
+    assert name not in table.KERNEL_TEXTS
+    assert few["us"].keys() == {"twofour", "1 slices", "2 slices", "4 slices", name}
+    assert all(few["right"].values())
+    assert few["missing"].keys() == {"decode_bf16_8_4_1_3_0_1"}
+    assert {"128x64", "128x128", "twofour"} <= many["us"].keys()
+
+
+def test_steps_that_must_be_asked_for_do_not_run_by_themselves() -> None:
+    asked = {each.name for each in gpu_run.steps(False) if each.asked}
+    assert asked == {"tune"}
 
 
 def test_ranking_by_value_is_told_from_ranking_by_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def states(this: run.Run) -> dict[str, str]:
 
 
 def test_all_steps_end_in_time_by_their_limits() -> None:
-    assert sum(each.limit for each in run.steps(dry=False)) <= run.ALL_SECONDS < 540
+    assert sum(each.limit for each in run.steps(dry=False) if not each.asked) <= run.ALL_SECONDS < 540
     assert [each.name for each in run.steps(dry=False)] == [each.name for each in run.steps(dry=True)]
 
 

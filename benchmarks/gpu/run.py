@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one command and in under nine minutes: make gpu.
 
     python benchmarks/gpu/run.py [--out FOLDER] [--only STEP]
+    python benchmarks/gpu/run.py --only install --only tune   # other ways to split the work, to choose by
     python benchmarks/gpu/run.py --dry-run               # all of it on a CPU, tiny, with stand-ins for kernels
 
 Each step is a process with a time limit of its own. What it has found is in the result before the next begins, also where
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Step:
         environment: of its own, besides that of all.
         writes: rows and findings, by --json.
         takes_rest: has all time that is left, not its limit alone.
+        asked: runs only where it is asked for by its name.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     writes: bool = True
     takes_rest: bool = False
+    asked: bool = False
 
 
 def steps(dry: bool, python: str = sys.executable) -> list[Step]:
@@ -100,6 +103,7 @@ def steps(dry: bool, python: str = sys.executable) -> list[Step]:
         script("sanitize", 60, writes=False),
         vendor,
         suites,
+        replace(script("tune", 150), asked=True),
     ]
 
 
@@ -292,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(options.only) - {each.name for each in todo}
     if unknown:
         parser.error(f"no step {', '.join(sorted(unknown))}: they are {', '.join(each.name for each in todo)}")
-    todo = [each for each in todo if not options.only or each.name in options.only]
+    todo = [each for each in todo if (each.name in options.only if options.only else not each.asked)]
     work = options.work or record.ROOT / "build" / ("gpu-dry" if options.dry_run else "gpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     this = Run(

@@ -26,7 +26,9 @@ def tile(request: pytest.FixtureRequest, device: torch.device) -> str:
 def share(monkeypatch: pytest.MonkeyPatch, tile: str, slices: int) -> None:
     """Has every product made of a tile, and of so many slices where its columns suffice."""
 
-    def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, shared_bytes: int) -> gemm.Plan:
+    def plan(
+        rows: int, columns: int, tokens: int, itemsize: int, processors: int, shared_bytes: int, *_: object
+    ) -> gemm.Plan:
         stages = -(-columns * itemsize // STAGE_BYTES)
         each = -(-stages // min(slices, stages))
         blocks = -(-rows // TILES[tile].rows) * -(-tokens // TILES[tile].tokens)

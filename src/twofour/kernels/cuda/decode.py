@@ -80,21 +80,37 @@ class _Launch(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _launch(name: str, tokens: int, rows: int, columns: int, processors: int) -> _Launch:
-    """Of at most MOST_TOKENS tokens."""
-    size = next(size for size in TOKENS if size >= tokens)
-    kernel = f"decode_{name}_{size}"
+def _launch(kernel: str, rows: int, columns: int, processors: int, slices: int | None) -> _Launch:
     share = plan(kernel, rows, columns, processors)
-    sums = share.slices * share.blocks * size * table.KERNEL_TEXTS[kernel].rows if share.slices > 1 else 0
+    if slices is not None:
+        chunks = -(-columns // layout.COLUMNS)
+        each = -(-chunks // slices)
+        share = Plan(share.blocks, -(-chunks // each), each)
+    text = table.KERNEL_TEXTS[kernel]
+    sums = share.slices * share.blocks * text.tokens * text.rows if share.slices > 1 else 0
     return _Launch(kernel, (share.blocks, share.slices), share.slice, sums)
 
 
-def multiplied(call: arguments.Arguments) -> Tensor:
-    """y of arguments that have something to multiply."""
+def kernel_for(name: str, tokens: int) -> str:
+    """The kernel for so many tokens, MOST_TOKENS at most.
+
+    Args:
+        name: of the dtypes, as `Arguments.name`.
+    """
+    return f"decode_{name}_{next(size for size in TOKENS if size >= tokens)}"
+
+
+def multiplied(call: arguments.Arguments, kernel: str | None = None, slices: int | None = None) -> Tensor:
+    """y of arguments that have something to multiply.
+
+    Args:
+        kernel: another one than that for the tokens, which must be no more than it takes; to compare them.
+        slices: of the columns, other than the plan's; likewise.
+    """
     tokens, device = call.x.shape[0], call.x.device
     name, (rows, columns), processors = call.name, call.packed.shape, resources.processors(device)
     pieces = [(first, min(tokens - first, MOST_TOKENS)) for first in range(0, tokens, MOST_TOKENS)]
-    launches = [_launch(name, count, rows, columns, processors) for _, count in pieces]
+    launches = [_launch(kernel or kernel_for(name, count), rows, columns, processors, slices) for _, count in pieces]
     partial = counters = 0
     if sums := max([launch.sums for launch in launches]):
         memory = torch.empty(sums, dtype=call.sums, device=device)

@@ -32,15 +32,25 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, shared_bytes: int) -> Plan:
+def plan(
+    rows: int,
+    columns: int,
+    tokens: int,
+    itemsize: int,
+    processors: int,
+    shared_bytes: int,
+    tiles: tuple[str, ...] = tuple(TILES),
+) -> Plan:
     """The tile and the slices that should take least time, by what a multiprocessor multiplies and reads in a clock.
 
     Args:
         processors, shared_bytes: of the GPU, and of shared memory for a block.
+        tiles: those to choose from; one at least must fit.
     """
     stages = -(-columns * itemsize // STAGE_BYTES)
     best, least = None, float("inf")
-    for name, tile in TILES.items():
+    for name in tiles:
+        tile = TILES[name]
         stage_bytes = tile.stage_bytes(itemsize)
         if tile.stages * stage_bytes > shared_bytes:
             continue
@@ -56,11 +66,11 @@ def plan(rows: int, columns: int, tokens: int, itemsize: int, processors: int, s
             clocks *= together + (_ALONE if together < tile.blocks else 0)
             if clocks < least:
                 best, least = Plan(name, blocks, slices, each), clocks
-    assert best is not None  # the first tile fits everywhere
+    assert best is not None  # the first of TILES fits everywhere
     return best
 
 
-def multiplied(call: arguments.Arguments) -> Tensor:
+def multiplied(call: arguments.Arguments, tiles: tuple[str, ...] = tuple(TILES)) -> Tensor:
     """y of arguments that have something to multiply; the weight is read about once for all tokens.
 
     An e4m3 weight is widened to the dtype of x first, x to float16 where it is e4m3: memory that lasts as long as the call.
@@ -68,7 +78,7 @@ def multiplied(call: arguments.Arguments) -> Tensor:
     call = call.widened() if call.is_e4m3 else call
     (rows, columns), tokens, device = call.packed.shape, call.x.shape[0], call.x.device
     processors, room = resources.processors(device), resources.shared_bytes(device)
-    share = plan(rows, columns, tokens, call.x.itemsize, processors, room)
+    share = plan(rows, columns, tokens, call.x.itemsize, processors, room, tiles)
     partial = counters = None
     if share.slices > 1:
         tile = TILES[share.tile]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +13,10 @@ from . import arguments, decode, gemm
 from .packing import PackedMatrix
 
 Kernels = Literal["decode", "gemm"]
-_MULTIPLIED = {"decode": decode.multiplied, "gemm": gemm.multiplied}
+_MULTIPLIED: dict[str, Callable[[arguments.Arguments], Tensor]] = {
+    "decode": decode.multiplied,
+    "gemm": gemm.multiplied,
+}
 
 MOST_DECODED = decode.MOST_TOKENS
 """Tokens that one reading of the weight serves without a tile of the product."""

@@ -92,7 +92,7 @@ _WEIGHTS = {**dict.fromkeys((*_SPARSE, *_E4M3)), "e4m3_bf16": "bf16", "e4m3_fp16
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
+class Split:
     """Of a block of decode.cu: kRowTiles, kDown, kAhead, kSlots and how many a multiprocessor must hold."""
 
     row_tiles: int
@@ -102,23 +102,33 @@ class _Split:
     blocks: int = 1
 
 
-_OF_16_BITS = {8: _Split(4, 1, 3, 4), 16: _Split(4, 1, 3, 4), 32: _Split(4, 1, 3, 2), 64: _Split(4, 2, 2, 2)}
-_OF_8_BITS = {8: _Split(4, 1, 4, 6), 16: _Split(4, 1, 4, 6), 32: _Split(4, 1, 4, 4), 64: _Split(4, 2, 3, 4)}
-_WIDENED = {8: _Split(4, 1, 4, 4), 16: _Split(4, 1, 4, 4), 32: _Split(4, 2, 4, 4), 64: _Split(4, 2, 2, 2)}
+_OF_16_BITS = {8: Split(4, 1, 3, 4), 16: Split(4, 1, 3, 4), 32: Split(4, 1, 3, 2), 64: Split(4, 2, 2, 2)}
+_OF_8_BITS = {8: Split(4, 1, 4, 6), 16: Split(4, 1, 4, 6), 32: Split(4, 1, 4, 4), 64: Split(4, 2, 3, 4)}
+_WIDENED = {8: Split(4, 1, 4, 4), 16: Split(4, 1, 4, 4), 32: Split(4, 2, 4, 4), 64: Split(4, 2, 2, 2)}
 _DECODE_WARPS = 8
 
 
-def _decode(name: str, tokens: int) -> KernelText:
-    """As Split of decode.cu."""
+def split_of(name: str, tokens: int) -> Split:
+    """That of the kernel for dtypes of a name, and for so many tokens: 8, 16, 32 or 64."""
+    becomes = _WEIGHTS[name]
+    return (_WIDENED if becomes else _OF_8_BITS if name in ("int8", "e4m3") else _OF_16_BITS)[tokens]
+
+
+def decode_text(name: str, tokens: int, split: Split, called: str | None = None) -> KernelText:
+    """A kernel for few tokens, as Split of decode.cu.
+
+    Args:
+        called: other than by dtypes and tokens, where it is another split than that of the table.
+    """
     becomes = _WEIGHTS[name]
     dtype = becomes or name
+    called = called or f"decode_{name}_{tokens}"
     itemsize, steps = (1, 1) if dtype in ("int8", "e4m3") else (2, 2)
-    split = (_WIDENED if becomes else _OF_8_BITS if itemsize == 1 else _OF_16_BITS)[tokens]
     across, loads = _DECODE_WARPS // split.down, split.ahead * steps * tokens // 8
     x = split.slots * tokens * (64 * itemsize + 16)
     sums = split.down * min(tokens, 128 // split.row_tiles) * (split.row_tiles * 16 + 4) * 4
     return KernelText(
-        f"decode_{name}_{tokens}",
+        called,
         "decode.cu",
         32 * _DECODE_WARPS,
         split.blocks,
@@ -135,7 +145,7 @@ def _decode(name: str, tokens: int) -> KernelText:
         x_bytes=across * tokens * 64 * itemsize,
         only=_MULTIPLY_E4M3 if name == "e4m3" else (),
         defines=(
-            f"TWOFOUR_NAME=decode_{name}_{tokens}",
+            f"TWOFOUR_NAME={called}",
             f"TWOFOUR_PRODUCTS={''.join(each.capitalize() for each in name.split('_'))}Products",
             f"TWOFOUR_TOKEN_TILES={tokens // 8}",
             f"TWOFOUR_ROW_TILES={split.row_tiles}",
@@ -184,7 +194,7 @@ _TEXTS = (
     *(KernelText(name, "pack.cu", 256, 4, 0, _SELDOM) for name in _ONE_WAY),
     *(KernelText(name, "pack.cu", 512, 2, 64, _SELDOM) for name in ("quantize_bf16", "quantize_fp16")),
     *(KernelText(f"quantize_tokens_{dtype}", "tokens.cu", 256, 4, 4) for dtype in ("fp32", "bf16", "fp16")),
-    *(_decode(dtype, tokens) for dtype in _WEIGHTS for tokens in (8, 16, 32, 64)),
+    *(decode_text(name, tokens, split_of(name, tokens)) for name in _WEIGHTS for tokens in (8, 16, 32, 64)),
     *(_gemm(dtype, name, tile) for dtype in _SPARSE for name, tile in tiles.TILES.items()),
 )
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
