@@ -271,8 +271,9 @@ TWOFOUR_DEVICE uint32_t best_mask(const Four (&rows)[4]) {
   if constexpr (Scores<Format>::kNarrow > 0) {
     // 1 / unit as a float, whose exponent must be one.
     const int exponent = static_cast<int>(kFloatBias + Scores<Format>::kBias + Format::kFraction) - static_cast<int>(first);
-    if (range.most < Format::kInfinity && span <= Scores<Format>::kNarrow && exponent < 255) {
-      const float units = float_of_bits(static_cast<uint32_t>(exponent) << kFloatFraction);
+    const bool has_unit = exponent < 255 || range.most == 0;  // any will do where all are zeros
+    if (range.most < Format::kInfinity && span <= Scores<Format>::kNarrow && has_unit) {
+      const float units = float_of_bits(static_cast<uint32_t>(exponent < 255 ? exponent : 254) << kFloatFraction);
       const float top = float_of_bits((kFloatBias + kFloatFraction) << kFloatFraction);
       float values[16];
       unroll<4>([&](auto r) { floats_of<Format>(rows[r], values + 4 * r); });

@@ -52,6 +52,9 @@ struct Split {
   static constexpr int kSumTokens = smaller(kTokensOfBlock, 128 / kRowTiles), kPasses = kTokensOfBlock / kSumTokens;
   static constexpr int kSumStride = SumsOf<kRowTiles * kTile>::kStride, kSums = kSumTokens * kSumStride;
   static constexpr int kBytes = larger(kSlots * kSlotBytes, kDown * kSums * 4);  // of the warps of a chunk
+
+  static_assert(kDecodeWarps % kDown == 0 && kTokenTiles % kDown == 0, "warps that share a chunk copy as many tokens each");
+  static_assert(kTokensOfBlock % kSumTokens == 0, "a pass is a whole one");
 };
 
 // Waits for the warps that share a chunk.
@@ -176,6 +179,7 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
   constexpr int kFours = S::kRows / 4, kFoursOfWarp = kRowTiles * kTile / 4;
   constexpr int kFoursOfPass = S::kSumTokens * kFours, kHolders = smaller(kDecodeThreads, kFoursOfPass);
   constexpr int kHeld = kFoursOfPass / kHolders;  // by a thread, of a pass
+  static_assert(kFoursOfPass % kHolders == 0 && kHolders % kWarp == 0 && kHolders % kFours == 0, "a thread keeps to its rows");
   sync_sharers<kDown>(across);
   const int thread = thread_again(), four = thread % kFours, g = thread % kWarp / 4, q = thread % 4;
   const auto sums_of = [&](int a, int d) { return reinterpret_cast<Sum*>(memory + a * S::kBytes) + d * S::kSums; };
@@ -213,6 +217,7 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
     *reinterpret_cast<uint4*>(shared + at * SumsOf<S::kRows>::kStride + four * 4) =
         uint4{bits_of(whole[held][0]), bits_of(whole[held][1]), bits_of(whole[held][2]), bits_of(whole[held][3])};
   });
+  sync_warp();  // they are read as numbers
   finish<S::kRows, kDecodeThreads>(epilogue, shared, S::kTokensOfBlock, int64_t{blockIdx.x} * S::kRows, 0);
 }
 
@@ -229,30 +234,30 @@ TWOFOUR_DECODE(TWOFOUR_NAME, TWOFOUR_PRODUCTS, TWOFOUR_TOKEN_TILES, TWOFOUR_ROW_
                TWOFOUR_SLOTS, TWOFOUR_BLOCKS)
 #else
 TWOFOUR_DECODE(decode_bf16_8, Bf16Products, 1, 4, 1, 3, 4, 1)
-TWOFOUR_DECODE(decode_bf16_16, Bf16Products, 2, 4, 1, 3, 4, 1)
-TWOFOUR_DECODE(decode_bf16_32, Bf16Products, 4, 4, 1, 3, 2, 1)
-TWOFOUR_DECODE(decode_bf16_64, Bf16Products, 8, 4, 2, 2, 2, 1)
+TWOFOUR_DECODE(decode_bf16_16, Bf16Products, 2, 4, 2, 3, 4, 1)
+TWOFOUR_DECODE(decode_bf16_32, Bf16Products, 4, 4, 4, 3, 4, 1)
+TWOFOUR_DECODE(decode_bf16_64, Bf16Products, 8, 4, 4, 2, 4, 1)
 TWOFOUR_DECODE(decode_fp16_8, Fp16Products, 1, 4, 1, 3, 4, 1)
-TWOFOUR_DECODE(decode_fp16_16, Fp16Products, 2, 4, 1, 3, 4, 1)
-TWOFOUR_DECODE(decode_fp16_32, Fp16Products, 4, 4, 1, 3, 2, 1)
-TWOFOUR_DECODE(decode_fp16_64, Fp16Products, 8, 4, 2, 2, 2, 1)
+TWOFOUR_DECODE(decode_fp16_16, Fp16Products, 2, 4, 2, 3, 4, 1)
+TWOFOUR_DECODE(decode_fp16_32, Fp16Products, 4, 4, 4, 3, 4, 1)
+TWOFOUR_DECODE(decode_fp16_64, Fp16Products, 8, 4, 4, 2, 4, 1)
 TWOFOUR_DECODE(decode_int8_8, Int8Products, 1, 4, 1, 4, 6, 1)
-TWOFOUR_DECODE(decode_int8_16, Int8Products, 2, 4, 1, 4, 6, 1)
-TWOFOUR_DECODE(decode_int8_32, Int8Products, 4, 4, 1, 4, 4, 1)
-TWOFOUR_DECODE(decode_int8_64, Int8Products, 8, 4, 2, 3, 4, 1)
+TWOFOUR_DECODE(decode_int8_16, Int8Products, 2, 4, 2, 4, 6, 1)
+TWOFOUR_DECODE(decode_int8_32, Int8Products, 4, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_int8_64, Int8Products, 8, 4, 4, 3, 4, 1)
 TWOFOUR_DECODE(decode_e4m3_bf16_8, E4m3Bf16Products, 1, 4, 1, 4, 4, 1)
-TWOFOUR_DECODE(decode_e4m3_bf16_16, E4m3Bf16Products, 2, 4, 1, 4, 4, 1)
-TWOFOUR_DECODE(decode_e4m3_bf16_32, E4m3Bf16Products, 4, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_bf16_16, E4m3Bf16Products, 2, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_bf16_32, E4m3Bf16Products, 4, 4, 4, 4, 4, 1)
 TWOFOUR_DECODE(decode_e4m3_bf16_64, E4m3Bf16Products, 8, 4, 2, 2, 2, 1)
 TWOFOUR_DECODE(decode_e4m3_fp16_8, E4m3Fp16Products, 1, 4, 1, 4, 4, 1)
-TWOFOUR_DECODE(decode_e4m3_fp16_16, E4m3Fp16Products, 2, 4, 1, 4, 4, 1)
-TWOFOUR_DECODE(decode_e4m3_fp16_32, E4m3Fp16Products, 4, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_fp16_16, E4m3Fp16Products, 2, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_fp16_32, E4m3Fp16Products, 4, 4, 4, 4, 4, 1)
 TWOFOUR_DECODE(decode_e4m3_fp16_64, E4m3Fp16Products, 8, 4, 2, 2, 2, 1)
 #if defined(TWOFOUR_MULTIPLIES_E4M3)
 TWOFOUR_DECODE(decode_e4m3_8, E4m3Products, 1, 4, 1, 4, 6, 1)
-TWOFOUR_DECODE(decode_e4m3_16, E4m3Products, 2, 4, 1, 4, 6, 1)
-TWOFOUR_DECODE(decode_e4m3_32, E4m3Products, 4, 4, 1, 4, 4, 1)
-TWOFOUR_DECODE(decode_e4m3_64, E4m3Products, 8, 4, 2, 3, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_16, E4m3Products, 2, 4, 2, 4, 6, 1)
+TWOFOUR_DECODE(decode_e4m3_32, E4m3Products, 4, 4, 2, 4, 4, 1)
+TWOFOUR_DECODE(decode_e4m3_64, E4m3Products, 8, 4, 4, 3, 4, 1)
 #endif
 #endif
 

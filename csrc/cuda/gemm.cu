@@ -86,6 +86,8 @@ struct Copies {
   static constexpr int kOfValues = T::kTiles / kTileStep, kOfX = T::kTokensOfBlock / kTokenStep;
   static constexpr int kCount = kOfValues + 1 + kOfX;
   static_assert(T::kTiles * kOfWords <= T::kThreads, "one copy of metadata");
+  using Sum = typename T::Sum;
+  static_assert(T::kChunks == 1 || Sum(0.5f) == Sum(0), "numbers of half a stage that is none are integers");
   static_assert(kTokenStep % 8 == 0, "a thread keeps to its place in eight tokens");
 
   const char *values, *metadata, *x;  // of the next stage

@@ -159,9 +159,10 @@ struct GivenMask {
 
   TWOFOUR_DEVICE Choice choose(const Table& table, const uint2 (&rows)[4], uint64_t row, uint32_t column,
                                int64_t columns) const {
-    uint32_t number = 0, kept = 0, wrong = 0;  // kept of each column, a byte each
+    uint32_t number = 0, kept = 0, wrong = 0, mask_rows[4];  // kept of each column, a byte each
+    unroll<4>([&](auto k) { mask_rows[k] = load_four(mask + (row + k) * columns + column); });  // before what is stored
     unroll<4>([&](auto k) {
-      const uint32_t bytes = load_four(mask + (row + k) * columns + column);
+      const uint32_t bytes = mask_rows[k];
       const uint32_t four = bytes * 0x08040201u >> 24 & 15u;  // the first place the highest
       kept += bytes;
       wrong |= !keeps_two(four);

@@ -16,7 +16,8 @@ MOST_TOKENS = 64
 TOKENS = (8, 16, 32, 64)
 # What follows is of each multiprocessor; assumed from measurements on an H200, where 32 KB are read in a microsecond.
 _BYTES_OF_PROCESSOR = 44_000  # under way, that take for one alone all that the memory gives it among many
-_TIMES_OF_CACHE = 2  # as many as of the memory come from the last cache
+_TIMES_OF_CACHE = 1.25  # as many as of the memory come from the last cache, of W and x, where all ask for them
+_TIMES_ALONE = 2  # likewise, where few do; a multiprocessor takes 64 bytes a clock, nearly four times as many
 _BYTES_OF_ENDS = 60_000  # that could be read while a block begins and finishes
 _BYTES_OF_SHARING = 48_000  # likewise, while blocks that share columns tell each other
 _BYTES_OF_SUM = 4
@@ -48,18 +49,19 @@ def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
     blocks, chunks = -(-rows // text.rows), -(-columns // layout.COLUMNS)
     places = text.blocks * processors
     turn = text.across * text.rows * (layout.COLUMNS // 2 * text.itemsize + layout.COLUMNS // 8)  # bytes
-    by_latency, by_cache = (
-        _BYTES_OF_PROCESSOR / (text.blocks * text.ahead * turn),
-        (1 + text.x_bytes / turn) / _TIMES_OF_CACHE,
-    )
-    alone = min(1.0, max(by_latency, by_cache))  # of a full round's time
+    everything = turn + text.x_bytes
+    turn_of_many = max(turn, everything / _TIMES_OF_CACHE)
+    by_latency = _BYTES_OF_PROCESSOR / (text.blocks * text.ahead * turn)
+    alone = min(1.0, max(by_latency, everything / _TIMES_ALONE / turn_of_many))  # of a full round's time
     sums = text.rows * text.tokens * _BYTES_OF_SUM
     best, least = None, float("inf")
     for wanted in range(1, min(_MOST_SLICES, chunks) + 1):
         each = -(-chunks // wanted)
         slices = -(-chunks // each)
         rounds, rest = divmod(blocks * slices, places)
-        read = -(-each // text.across) * turn * text.blocks * (rounds + (max(rest / places, alone) if rest else 0))
+        read = (
+            -(-each // text.across) * turn_of_many * text.blocks * (rounds + (max(rest / places, alone) if rest else 0))
+        )
         # Every block writes its sums, the last one of a tile reads those of all.
         ends = _BYTES_OF_ENDS + (_BYTES_OF_SHARING + sums * (1 + slices) / _TIMES_OF_CACHE if slices > 1 else 0)
         time = read + ends * (rounds + (rest > 0))

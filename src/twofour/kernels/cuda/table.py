@@ -102,9 +102,9 @@ class Split:
     blocks: int = 1
 
 
-_OF_16_BITS = {8: Split(4, 1, 3, 4), 16: Split(4, 1, 3, 4), 32: Split(4, 1, 3, 2), 64: Split(4, 2, 2, 2)}
-_OF_8_BITS = {8: Split(4, 1, 4, 6), 16: Split(4, 1, 4, 6), 32: Split(4, 1, 4, 4), 64: Split(4, 2, 3, 4)}
-_WIDENED = {8: Split(4, 1, 4, 4), 16: Split(4, 1, 4, 4), 32: Split(4, 2, 4, 4), 64: Split(4, 2, 2, 2)}
+_OF_16_BITS = {8: Split(4, 1, 3, 4), 16: Split(4, 2, 3, 4), 32: Split(4, 4, 3, 4), 64: Split(4, 4, 2, 4)}
+_OF_8_BITS = {8: Split(4, 1, 4, 6), 16: Split(4, 2, 4, 6), 32: Split(4, 2, 4, 4), 64: Split(4, 4, 3, 4)}
+_WIDENED = {8: Split(4, 1, 4, 4), 16: Split(4, 2, 4, 4), 32: Split(4, 4, 4, 4), 64: Split(4, 2, 2, 2)}
 _DECODE_WARPS = 8
 
 
