@@ -63,12 +63,26 @@ def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[d
     library.fake_fail(b"cuLibraryLoadData", 2)
     with pytest.raises(DeviceError, match=r"loading name failed: out of memory \(CUDA error 2\)\. Free memory, or"):
         own.kernel(b"\x7fELF", b"a", "name")
+    noted = library.fake_noted()
+    assert noted[30] == 0
+    library.fake_fail(b"cuLibraryGetKernel", 2)
+    with pytest.raises(DeviceError, match=r"finding name failed: out of memory \(CUDA error 2\)"):
+        own.kernel(b"\x7fELF", b"a", "name")
+    assert noted[30] == 0x1000  # unloaded
+    loads = noted[0]
     library.fake_fail(b"cuLaunchKernel", 1)
     kernel = own.kernel(b"\x7fELF", b"a", "name")
     with pytest.raises(DeviceError, match=r"a launch failed: invalid argument \(CUDA error 1\)\.$"):
         own.launch(kernel, (1,), 32, (1, 2, 3), 0)
     library.fake_fail(b"", 0)
     own.launch(kernel, (1,), 32, (1, 2, 3), 0)
+    assert noted[0] == loads + 1
+    library.fake_fail(b"cuKernelSetAttribute", 1)
+    with pytest.raises(DeviceError, match="giving name 100000 bytes of shared memory failed: invalid argument"):
+        own.kernel(b"\x7fELF", b"a", "name", shared_bytes=100_000)
+    library.fake_fail(b"", 0)
+    assert own.kernel(b"\x7fELF", b"a", "name", shared_bytes=100_000) == kernel
+    assert noted[0] == loads + 1
 
 
 def test_kernels_are_loaded_while_graphs_are_captured(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
@@ -92,9 +106,10 @@ def test_kernels_are_loaded_while_graphs_are_captured(fake: tuple[driver.Driver,
     assert mode.value == 0
 
 
-def test_an_nvrtc_newer_than_the_driver_is_told(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+@pytest.mark.parametrize("status", [200, 209, 222, 300])
+def test_an_nvrtc_newer_than_the_driver_is_told(status: int, fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
     own, library = fake
-    library.fake_fail(b"cuLibraryLoadData", 209)
+    library.fake_fail(b"cuLibraryLoadData", status)
     with pytest.raises(
         DeviceError, match=r"loading name failed: .* The driver knows CUDA 12\.4, NVRTC is .*: update the"
     ):
@@ -146,5 +161,7 @@ def test_no_driver_and_an_old_one_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"no NVIDIA driver: .*libnothing\.so"):
         driver.Driver("libnothing.so")
     old = built(tmp_path, "-DcuLibraryLoadData=cuModuleLoadData")
-    with pytest.raises(UnsupportedError, match="the NVIDIA driver is older than CUDA 12: .*cuLibraryLoadData"):
+    with pytest.raises(
+        UnsupportedError, match="the NVIDIA driver is older than CUDA 12: .*cuLibraryLoadData.*; update it"
+    ):
         driver.Driver(str(old))

@@ -46,7 +46,7 @@ class Driver:
                 function = getattr(self._cuda, name)
                 function.restype, function.argtypes = ctypes.c_int, types
         except AttributeError as error:
-            raise UnsupportedError(f"the NVIDIA driver is older than CUDA 12: {error}.") from None
+            raise UnsupportedError(f"the NVIDIA driver is older than CUDA 12: {error}; update it.") from None
         self._load_now = getattr(self._cuda, "cuFuncLoad", None)  # since 12.4
         launch = getattr(native.LOADED, "launch_cuda", None)
         function = ctypes.cast(self._cuda.cuLaunchKernel, ctypes.c_void_p).value
@@ -68,9 +68,10 @@ class Driver:
                     self._cuda.cuLibraryLoadData(ctypes.byref(library), cubin, None, None, 0, None, None, 0),
                     f"loading {name}",
                 )
-                self._check(
-                    self._cuda.cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode()), f"finding {name}"
-                )
+                status = self._cuda.cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode())
+                if status != 0:
+                    self._cuda.cuLibraryUnload(library)
+                self._check(status, f"finding {name}")
                 self._kernels[key] = kernel.value or 0
             found = self._kernels[key]
             if shared_bytes > _FREE_SHARED_BYTES:
@@ -178,6 +179,7 @@ class Driver:
 _POINTER, _INT, _UINT = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
 _SIGNATURES = {
     "cuLibraryLoadData": [_POINTER, ctypes.c_char_p, _POINTER, _POINTER, _UINT, _POINTER, _POINTER, _UINT],
+    "cuLibraryUnload": [_POINTER],
     "cuLibraryGetKernel": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuKernelSetAttribute": [_INT, _INT, _POINTER, _INT],
     "cuKernelGetFunction": [_POINTER, _POINTER],
