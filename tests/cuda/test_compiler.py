@@ -192,11 +192,16 @@ def test_an_error_shows_its_source_line() -> None:
     assert re.match(r"NVRTC \d+\.\d+ cannot compile csrc/cuda/broken.cu for sm_90a:", message)
     assert "broken.cu(2)" in message
     assert "undefined_thing();" in message
+    assert "newer" not in message
 
 
 def test_an_unknown_architecture_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="cannot compile csrc/cuda/pack.cu for sm_9000"):
-        compiler.compiled("pack.cu", "sm_9000")
+    for future in ("sm_9000", "sm_990a"):
+        with pytest.raises(UnsupportedError) as caught:
+            compiler.compiled("pack.cu", future)
+        first, *_, last = str(caught.value).splitlines()
+        assert re.match(rf"NVRTC \d+\.\d+ cannot compile csrc/cuda/pack.cu for {future}:", first)
+        assert last.startswith(f"A newer NVRTC may know {future}: pip install 'twofour[cuda13]', or cuda12")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,8 @@ def test_architectures(capability: tuple[int, int], name: str) -> None:
 
 def test_devices_before_ampere_are_refused() -> None:
     with pytest.raises(
-        UnsupportedError, match=r"compute capability 7\.5 has no sparse tensor cores: they begin at 8\.0"
+        UnsupportedError,
+        match=r"compute capability 7\.5 has no sparse tensor cores: they begin at 8\.0.*take another kernel",
     ):
         compiler.architecture_of((7, 5))
 
@@ -286,6 +292,21 @@ def test_without_nvrtc_the_reason_and_the_way_out_are_told(monkeypatch: pytest.M
     assert compiler.version() is None
 
 
+def test_bindings_without_their_library_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+
+    def missing() -> None:
+        raise RuntimeError('Failure finding "libnvrtc.so": No such file\nLoader config: ..')
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    _, reason = compiler._nvrtc.__wrapped__()
+    assert reason == f'NVRTC is not found (Failure finding "libnvrtc.so": No such file); {compiler._INSTALL}'
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    _, reason = compiler._nvrtc.__wrapped__()
+    assert reason.endswith(f"; {compiler._INSTALL}")
+    assert "cuda.bindings" in reason
+
+
 def test_an_nvrtc_that_is_too_old_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     from cuda.bindings import nvrtc
 
@@ -294,7 +315,8 @@ def test_an_nvrtc_that_is_too_old_is_told_of(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", lambda: (None, [80, 90]))
     assert re.match(r"NVRTC \d+\.\d+ does not know sm_120a, a newer one does; pip", compiler.why_not_for((12, 0)) or "")
     monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (None, 12, 4))
-    reason = "NVRTC 12.4 is too old, 12.5 is the first that knows mma.sp::ordered_metadata"
+    reason = "NVRTC 12.4 is too old, 12.5 is the first that knows mma.sp::ordered_metadata; pip install 'twofour[cuda13]', or"
+    reason += " cuda12: torch.version.cuda says which"
     assert compiler._nvrtc.__wrapped__() == (None, reason)
     monkeypatch.setattr(compiler, "_nvrtc", compiler._nvrtc.__wrapped__)
     assert compiler.why_not() == compiler.why_not_for((9, 0)) == reason

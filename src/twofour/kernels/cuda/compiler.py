@@ -41,8 +41,7 @@ def why_not_for(capability: tuple[int, int]) -> str | None:
         return reason
     if capability < OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} has no sparse tensor cores"
-    _, known = nvrtc.nvrtcGetSupportedArchs()
-    if capability[0] * 10 + capability[1] in known:
+    if _knows(nvrtc, architecture_of(capability)):
         return None
     return f"NVRTC {version()} does not know {architecture_of(capability)}, a newer one does; {_INSTALL}"
 
@@ -66,6 +65,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
     if capability < OLDEST:
         raise UnsupportedError(
             f"compute capability {major}.{minor} has no sparse tensor cores: they begin at {OLDEST[0]}.{OLDEST[1]} (Ampere)."
+            " kernels.linear and SparseLinear take another kernel there."
         )
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
@@ -171,13 +171,21 @@ def compile_text(text: str, name: str, architecture: str, options: tuple[str, ..
         log = _log(nvrtc, program)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             said = "\n".join(log.splitlines()[:_MOST_LINES]) or status.name
-            raise UnsupportedError(f"NVRTC {version()} cannot compile csrc/cuda/{name} for {architecture}:\n{said}")
+            way = "" if _knows(nvrtc, architecture) else f"\nA newer NVRTC may know {architecture}: {_INSTALL}."
+            raise UnsupportedError(
+                f"NVRTC {version()} cannot compile csrc/cuda/{name} for {architecture}:\n{said}{way}"
+            )
         _, size = nvrtc.nvrtcGetCUBINSize(program)
         cubin = bytearray(size)
         nvrtc.nvrtcGetCUBIN(program, cubin)
         return bytes(cubin), log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _knows(nvrtc: Any, architecture: str) -> bool:
+    _, known = nvrtc.nvrtcGetSupportedArchs()
+    return architecture.removeprefix("sm_").rstrip("a") in map(str, known)
 
 
 def _log(nvrtc: Any, program: Any) -> str:
@@ -203,6 +211,7 @@ def _nvrtc() -> tuple[Any, str | None]:
         needed = ".".join(map(str, OLDEST_NVRTC))
         return (
             None,
-            f"NVRTC {'.'.join(map(str, found))} is too old, {needed} is the first that knows mma.sp::ordered_metadata",
+            f"NVRTC {'.'.join(map(str, found))} is too old, {needed} is the first that knows mma.sp::ordered_metadata;"
+            f" {_INSTALL}",
         )
     return nvrtc, None
