@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,3 +53,22 @@ def test_a_graph_captured_before_anything_ran_makes_its_own(monkeypatch: pytest.
     assert len(one) == len(other) == 5
     assert one.data_ptr() != other.data_ptr()
     assert not resources._of_streams
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_capture_is_looked_for_on_the_device_of_the_launch(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = [current]
+
+    @contextlib.contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        before, at[0] = at[0], device.index or 0
+        yield
+        at[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: at[0] == 1)
+    assert resources._captures(torch.device("cuda", 1))
+    assert not resources._captures(torch.device("cuda", 0))
+    assert not resources._captures(torch.device("cpu"))
+    assert at == [current]
