@@ -13,7 +13,7 @@ from tests.cuda import emulation
 from torch import Tensor, nn
 
 import twofour
-from twofour import Pattern, QuantizedSparseLinear, SparseLinear, SparseMatrix, UnsupportedError, explain
+from twofour import Pattern, QuantizedSparseLinear, ShapeError, SparseLinear, SparseMatrix, UnsupportedError, explain
 from twofour.kernels import KERNELS, SCALED, LinearSpec, choose, linear, products, registry
 from twofour.kernels.cuda import arguments, backend, compiler, driver, packing, table
 from twofour.kernels.vendor import support, torch_operations
@@ -206,10 +206,92 @@ def test_it_compiles_and_batches(gpu: list[str]) -> None:
 
 def test_inputs_that_do_not_fit(gpu: list[str]) -> None:
     held = matrix((16, 64), torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="both must have one dtype"):
-        linear(inputs(2, 64), held, backend="cuda")
+    for x, way in ((inputs(2, 64), r"x\.to\(torch\.bfloat16\)"), (inputs(2, 64).half(), r"x\.to\(torch\.bfloat16\)")):
+        with pytest.raises(
+            UnsupportedError, match=rf"both must have one dtype for backend 'cuda'\. Pass {way}, or convert"
+        ):
+            linear(x, held, backend="cuda")
+    with pytest.raises(UnsupportedError, match=r"x is torch.int8: kernels take floating point inputs"):
+        linear(inputs(2, 64).to(torch.int8), held, backend="cuda")
+    x = inputs(2, 64).bfloat16()
+    for wrong in (x[:, :60], x[0, 0]):
+        with pytest.raises(ShapeError, match=r"x is \[.*\]: its last axis must be in_features 64"):
+            linear(wrong, held, backend="cuda")
+    for size in (15, 1):
+        with pytest.raises(ShapeError, match=rf"bias is \[{size}\]: it must be \[16\], one for each output"):
+            linear(x, held, torch.zeros(size).bfloat16(), backend="cuda")
+    with pytest.raises(ShapeError, match=r"residual is \[16\]: it must be \[2, 16\], as y"):
+        linear(x, held, residual=torch.zeros(16).bfloat16(), backend="cuda")
+    with pytest.raises(
+        UnsupportedError, match=r"residual is torch.float32 on cpu, x torch.bfloat16 on cpu: pass residual"
+    ):
+        linear(x, held, residual=torch.zeros(2, 16), backend="cuda")
+    assert gpu == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_is_on_another_device_is_named(dtype: torch.dtype, gpu: list[str]) -> None:
+    """Also a bias that is added outside of the kernel."""
+    held, x = matrix((16, 64), torch.bfloat16), inputs(2, 64).bfloat16()
+    bias = torch.zeros(16, dtype=dtype)
     with pytest.raises(UnsupportedError, match="x is on meta and the weight on cpu: move one of them"):
-        linear(torch.empty(2, 64, dtype=torch.bfloat16, device="meta"), held, backend="cuda")
+        linear(x.to("meta"), held, bias, backend="cuda")
+    for activation in ("none", "relu"):
+        with pytest.raises(UnsupportedError, match="x is on cpu and the bias on meta: move one of them"):
+            linear(x, held, bias.to("meta"), activation=activation, backend="cuda")
+    with pytest.raises(UnsupportedError, match="residual is torch.bfloat16 on meta, x .* on cpu: pass residual.to"):
+        linear(x, held, bias, residual=torch.zeros(2, 16, device="meta").bfloat16(), backend="cuda")
+    for kind in SCALED.values():
+        scaled = matrix((16, 64), torch.bfloat16)
+        layer = QuantizedSparseLinear.from_matrix(scaled, bias, backend="cuda", weights=kind.name)
+        with pytest.raises(UnsupportedError, match="x is on meta and the weight on cpu: move one of them"):
+            layer(x.to("meta"))
+        layer.bias = nn.Parameter(bias.to("meta"))
+        with pytest.raises(UnsupportedError, match="x is on cpu and the bias on meta: move one of them"):
+            layer(x)
+        layer.bias, values = None, layer.values
+        layer.values = values.to("meta")
+        with pytest.raises(UnsupportedError, match="x is on cpu and the weight on meta: move one of them"):
+            layer(x)
+        layer.values, layer.scales = values, layer.scales.to("meta")
+        with pytest.raises(UnsupportedError, match="x is on cpu and the weight on meta: move one of them"):
+            layer(x)
+    assert gpu == []
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "float8"])
+def test_layers_take_inputs_as_they_lie(weights: str | None, gpu: list[str]) -> None:
+    """Strides, places in memory, axes, inference mode and gradients: what the reference gives."""
+    held = matrix((20, 68), torch.bfloat16)
+    mine, plain = (
+        SparseLinear(held, backend=name)
+        if weights is None
+        else QuantizedSparseLinear.from_matrix(held, backend=name, weights=weights)
+        for name in ("cuda", "reference")
+    )
+    whole = inputs(6, 5, 70).bfloat16()
+    for x in (
+        whole[..., 1:69],
+        whole[::2, :, 2:],
+        whole[..., :68].transpose(0, 1),
+        whole[0, 0, 1:69],
+        whole[:1, :, :68].expand(3, 5, 68),
+        whole[:1, :1, :1].expand(2, 3, 68),
+        whole[:0, :, :68],
+        inputs(68, 7).bfloat16().T,
+    ):
+        wanted = plain(x)
+        assert torch.allclose(mine(x), wanted, rtol=2**-7, atol=2**-7)
+        with torch.inference_mode():
+            assert torch.allclose(mine(x.clone()), wanted, rtol=2**-7, atol=2**-7)
+            assert torch.allclose(mine(x), wanted, rtol=2**-7, atol=2**-7)
+            inside = x.clone()
+        assert torch.allclose(mine(inside), wanted, rtol=2**-7, atol=2**-7)
+        given = x.detach().requires_grad_()
+        found = mine(given)
+        assert torch.allclose(found, wanted, rtol=2**-7, atol=2**-7)
+        assert found.requires_grad
+    assert gpu
 
 
 def spec_of(**changes: object) -> LinearSpec:

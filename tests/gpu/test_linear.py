@@ -258,8 +258,9 @@ def test_devices_are_not_mixed(backend: str, applies: Callable[..., None], gpu: 
     on_cpu = matrix.to("cpu")
     with pytest.raises(UnsupportedError, match=r"x is on cuda:\d and the weight on cpu: move one of them"):
         kernels.linear(x, on_cpu)
-    with pytest.raises((UnsupportedError, RuntimeError)):
-        kernels.linear(x, matrix, bias.cpu(), backend=backend)
+    for other in (bias.cpu(), bias.cpu().float()):
+        with pytest.raises(UnsupportedError, match=r"x is on cuda:\d and the bias on cpu: move one of them"):
+            kernels.linear(x, matrix, other, backend=backend)
 
 
 def test_kernels_of_the_cpu_say_why_they_do_not_apply(gpu: torch.device) -> None:

@@ -353,7 +353,7 @@ def _require_input(
         and x.shape[-1] == in_features
         and (x.dtype == values.dtype or _may_mix(backend, x, values))
         and x.device == values.device
-        and (bias is None or bias.shape == (out_features,))
+        and (bias is None or (bias.shape == (out_features,) and bias.device == x.device))
     ):
         return
     if x.ndim == 0 or x.shape[-1] != in_features:
@@ -363,8 +363,13 @@ def _require_input(
     if not x.dtype.is_floating_point:
         raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
     if x.dtype != values.dtype:
+        rule = (
+            ", or x float32 and the weight 16 bits" if backend in ("cpu", "reference") else f" for backend {backend!r}"
+        )
         raise UnsupportedError(
-            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype, or x float32 and the weight 16 bits."
+            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype{rule}."
             f" Pass x.to({values.dtype}), or convert the weight with matrix.to({x.dtype})."
         )
-    raise UnsupportedError(f"x is on {x.device} and the weight on {values.device}: move one of them.")
+    for name, tensor in (("weight", values), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise UnsupportedError(f"x is on {x.device} and the {name} on {tensor.device}: move one of them.")

@@ -113,6 +113,8 @@ class Kind:
             ShapeError, UnsupportedError: an input that does not fit.
         """
         require_input(x, scales, bias, out_features, in_features)
+        if operands[0].device != x.device:
+            raise UnsupportedError(f"x is on {x.device} and the weight on {operands[0].device}: move one of them.")
         return cast(Tensor, self._linear[backend](x, *operands, scales, bias, pattern, out_features, in_features))
 
 
@@ -125,8 +127,9 @@ def require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: 
             raise ShapeError(f"{name} is {list(tensor.shape)}: it must be [{out_features}], one for each output.")
     if not x.dtype.is_floating_point:
         raise UnsupportedError(f"x is {x.dtype}: kernels take floating point inputs. Convert it with x.float().")
-    if x.device != scales.device:
-        raise UnsupportedError(f"x is on {x.device} and the weight on {scales.device}: move one of them.")
+    for name, tensor in (("weight", scales), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise UnsupportedError(f"x is on {x.device} and the {name} on {tensor.device}: move one of them.")
 
 
 def _register(kind: str, backend: str, row: Backend) -> Any:
