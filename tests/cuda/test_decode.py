@@ -113,9 +113,13 @@ def test_columns_are_shared_where_rows_alone_leave_processors_idle(kind: str) ->
 
 
 @pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
-def test_more_tokens_than_a_launch_takes(dtype: torch.dtype, weight: torch.dtype, launched: list[str]) -> None:
-    """65 tokens, columns shared by two blocks, everything that can follow, each of its own row or token."""
-    tokens, rows, columns = 65, 36, 1100
+def test_more_tokens_than_a_launch_takes(
+    dtype: torch.dtype, weight: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """65 tokens, columns shared by blocks, everything that can follow, each of its own row or token."""
+    tokens, rows, columns = 65, 36, 3000
+    monkeypatch.setattr(resources, "processors", lambda _: 132)
+    assert all(plan(f"decode_{name_of(dtype, weight)}_{size}", rows, columns, 132).slices > 1 for size in (8, 64))
     packed, dense = packed_of((rows, columns), weight)
     x = numbers((tokens, columns), dtype, 4)
     out = torch.bfloat16 if dtype.itemsize == 1 else dtype
@@ -240,10 +244,13 @@ def test_nothing_is_launched_for_nothing(launched: list[str]) -> None:
     assert launched == []
 
 
-def test_counters_are_made_once_and_stay_zeros(launched: list[str]) -> None:
-    packed, _ = packed_of((300, 1100), torch.bfloat16)
-    x = numbers((2, 1100), torch.bfloat16, 4)
+def test_counters_are_made_once_and_stay_zeros(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = packed_of((300, 2200), torch.bfloat16)
+    x = numbers((2, 2200), torch.bfloat16, 4)
+    monkeypatch.setattr(resources, "_of_streams", {})
+    monkeypatch.setattr(resources, "processors", lambda _: 132)
     first = decoded(x, packed)
+    assert len(resources._of_streams) == 1
     kept = resources.counters(x.device, 3)
     assert kept is resources.counters(x.device, 1)
     assert len(resources.counters(x.device, len(kept) + 1)) > len(kept)

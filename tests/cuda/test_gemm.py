@@ -75,8 +75,12 @@ def test_blocks_go_down_2048_rows_before_the_next_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_takes_what_few_tokens_take(dtype: torch.dtype, launched: list[str]) -> None:
-    tokens, rows, columns = 70, 36, 1100
+def test_it_takes_what_few_tokens_take(
+    dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, rows, columns = 70, 36, 2200
+    monkeypatch.setattr(resources, "_of_streams", {})
+    monkeypatch.setattr(resources, "processors", lambda _: 132)
     packed, dense = packed_of((rows, columns), dtype)
     x = numbers((tokens, columns + 5), dtype, 4)[:, 5:]
     out = torch.bfloat16 if dtype == torch.int8 else dtype
@@ -87,7 +91,8 @@ def test_it_takes_what_few_tokens_take(dtype: torch.dtype, launched: list[str]) 
     assert torch.equal(y, ((sums + bias.double()).relu() + residual.double()).to(out))
     assert len(launched) == 1
     assert launched[0].startswith(f"gemm_{arguments.NAMES[dtype]}_")
-    assert not resources.counters(x.device, 1).any()
+    (counters,) = resources._of_streams.values()
+    assert not counters.any()
 
 
 def test_nothing_is_launched_for_nothing_or_for_what_does_not_fit(launched: list[str]) -> None:
