@@ -113,10 +113,12 @@ def test_weights_are_packed_under_a_mask_that_is_given(dtype: torch.dtype, launc
         before = weight.clone()
         own, turned = packing.keep_both(weight, mask)
         assert torch.equal(weight.view(torch.int16), before.view(torch.int16))
-        again = packing.keep_both(weight, mask, in_place=True)
-        masked = torch.where(mask, before, torch.zeros_like(before))
-        assert torch.equal(weight.contiguous().view(torch.int16), masked.view(torch.int16))
-        for first, second in ((own, turned), again):
+        masked, again = torch.where(mask, before, torch.zeros_like(before)), []
+        for check in (True, False):
+            weight.copy_(before)
+            again.append(packing.keep_both(weight, mask, in_place=True, check=check))
+            assert torch.equal(weight.contiguous().view(torch.int16), masked.view(torch.int16))
+        for first, second in ((own, turned), *again):
             assert equal(first, before, mask)
             assert equal(second, before.T, mask.T)
     assert set(launched) == {"keep_both_half"}

@@ -245,3 +245,5 @@ def test_devices_are_not_mixed(gpu: torch.device) -> None:
         decoded(x, packed)
     with pytest.raises(UnsupportedError, match=r"x is on cuda:\d, bias on cpu: put them on one device"):
         decoded(x.to(gpu), packed, torch.zeros(40, dtype=torch.bfloat16))
+    with pytest.raises(ShapeError, match=r"values .* on cuda:\d, metadata .* on cpu: .* on one device"):
+        decoded(x.to(gpu), packing.PackedMatrix(packed.values, packed.metadata.cpu(), packed.shape))

@@ -122,8 +122,9 @@ def test_weights_under_a_mask_that_is_given(shape: tuple[int, int], dtype: torch
     before = weights(shape, dtype, "edges")
     mask = mask_of(torch.rand(shape, generator=torch.Generator().manual_seed(1)), "2:4t")
     weight = before.to(device)
-    for in_place in (False, True):
-        own, turned = packing.keep_both(weight, mask.to(device), in_place=in_place)
+    for in_place, check in ((False, True), (True, True), (True, False)):
+        weight.copy_(before)
+        own, turned = packing.keep_both(weight, mask.to(device), in_place=in_place, check=check)
         assert_packed(own, before, mask)
         assert_packed(turned, before.T, mask.T)
         assert_same_bits(weight, torch.where(mask, before, torch.zeros_like(before)) if in_place else before)
@@ -281,3 +282,15 @@ def test_devices_are_not_mixed(gpu: torch.device) -> None:
     packed = packing.prune(weight.to(gpu))
     with pytest.raises((ShapeError, UnsupportedError), match="cpu"):
         packing.take(weight, packed)
+    with pytest.raises(UnsupportedError, match="the matrix is on cpu: GPU kernels need it on a GPU"):
+        packing.expand(packing.PackedMatrix(packed.values.cpu(), packed.metadata.cpu(), packed.shape))
+
+
+def test_a_mask_that_is_refused_leaves_the_weight_as_it_was(device: torch.device) -> None:
+    weight = weights((68, 132), torch.bfloat16, "normal").to(device)
+    before, mask = weight.clone(), mask_of(weight, "2:4t").to(device)
+    with pytest.raises(PatternError, match="does not keep two of each four along both axes"):
+        packing.keep_both(weight, mask.logical_not() & mask, in_place=True)
+    assert_same_bits(weight, before)
+    packing.keep_both(weight, mask, in_place=True, check=False)
+    assert_same_bits(weight, torch.where(mask, before, 0))

@@ -20,6 +20,14 @@ NAMES_OF_E4M3 = {torch.bfloat16: "e4m3_bf16", torch.float16: "e4m3_fp16", torch.
 E4M3 = torch.float8_e4m3fn
 ITEMS = (torch.bfloat16, torch.float16, torch.float32)
 """Of the result, in the order of csrc/cuda/epilogue.h."""
+MOST_COLUMNS = {
+    torch.bfloat16: 2**30 - 1,
+    torch.float16: 2**30 - 1,
+    torch.float8_e4m3fn: 2**30 - 1,
+    torch.int8: 2**18,
+}
+"""Of x: kernels count the bytes of a token, as 16 bits each, in an int32, and one has the sum of so many products of int8."""
+_MOST_ITEMS = 2**31 - 1
 _ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
 
 
@@ -87,10 +95,11 @@ class Arguments(NamedTuple):
         """y where there is nothing to multiply; None where there is."""
         if self.y.numel() and self.x.shape[1]:
             return None
-        wide = torch.zeros_like(self.y, dtype=torch.float32)
-        wide = wide if self.bias is None else wide + self.bias
-        residual = None if self.residual is None else self.residual.float()
-        return self.y.copy_(epilogue.finish(wide, self.activation, residual))
+        with torch.no_grad():
+            wide = torch.zeros_like(self.y, dtype=torch.float32)
+            wide = wide if self.bias is None else wide + self.bias
+            residual = None if self.residual is None else self.residual.float()
+            return self.y.copy_(epilogue.finish(wide, self.activation, residual))
 
 
 def check(
@@ -116,13 +125,20 @@ def check(
         )
     require_layout(packed)
     if x.ndim != 2 or x.shape[1] != columns:
-        raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [tokens, {columns}].")
+        way = "" if x.ndim in (0, 2) else " Pass x[None]." if x.ndim == 1 else " Flatten it with x.flatten(0, -2)."
+        raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [tokens, {columns}].{way}")
+    tokens = x.shape[0]  # len(x) takes a microsecond
+    if columns > MOST_COLUMNS[x.dtype] or rows > _MOST_ITEMS or tokens > _MOST_ITEMS:
+        raise ShapeError(
+            f"x is {list(x.shape)}, the weight [{rows}, {columns}]: at most {_MOST_ITEMS} tokens and rows and"
+            f" {MOST_COLUMNS[x.dtype]} columns of {_of([x.dtype])}, as kernels count and add them in 32 bits. Multiply part"
+            " by part."
+        )
     if out_dtype is None:
         out_dtype = torch.bfloat16 if x.itemsize == 1 else x.dtype
     if out_dtype not in ITEMS:
         raise UnsupportedError(f"out_dtype is {out_dtype}: sums are rounded to {_of(ITEMS)}.")
     epilogue.require(x, activation, None, rows)
-    tokens = x.shape[0]  # len(x) takes a microsecond
     if bias is not None or row_scale is not None or token_scale is not None or residual is not None:
         _require_beside(x, rows, bias, row_scale, token_scale, residual, out_dtype)
     if not _on_gpu(x) or x.device != packed.values.device:

@@ -7,6 +7,7 @@ not apply, `layout.pack` does the same in plain torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ _WARPS_OF_BLOCK = 8
 _ALIGNED = 16  # bytes, that kernels read at a time
 _SQUARE = 64
 _MOST_BLOCKS_DOWN = 65535
+_MOST_ITEMS = 2**31 - 1  # of a side: kernels count them in 32 bits
 _MOST_SQUARES, _ROUNDS_OF_BLOCKS = 8, 8  # of a block, and blocks for each multiprocessor at least
 
 
@@ -69,9 +71,17 @@ def require_layout(packed: PackedMatrix) -> None:
         return
     shape, meta_shape = layout.packed_shapes(rows, columns, values.dtype)
     raise ShapeError(
-        f"values are {list(values.shape)} with strides {values.stride()}, metadata {list(metadata.shape)} {metadata.dtype}"
-        f" with strides {metadata.stride()}: a matrix of {list(packed.shape)} is packed as {list(shape)} and"
-        f" {list(meta_shape)} int32, contiguous, at multiples of {_ALIGNED} bytes, on one device."
+        f"values are {_lies(values)}, metadata {_lies(metadata)}: a matrix of {list(packed.shape)} is packed as"
+        f" {list(shape)} and {list(meta_shape)} int32, contiguous, at multiples of {_ALIGNED} bytes, on one device. Copy"
+        " them with .contiguous().clone(), or pack it again."
+    )
+
+
+def _lies(tensor: Tensor) -> str:
+    """Shape, dtype, strides and place of a tensor, in words."""
+    off = tensor.data_ptr() % _ALIGNED
+    return f"{list(tensor.shape)} {tensor.dtype} with strides {tensor.stride()} on {tensor.device}" + (
+        f", {off} bytes behind a multiple of {_ALIGNED}" if off else ""
     )
 
 
@@ -144,12 +154,13 @@ def keep_both(
     Args:
         weight: as for `prune_both`.
         mask: bool of the same shape, two True in each four neighbours of a row and of a column.
-        in_place: write zeros to the dropped places of `weight` as well, in the same pass.
+        in_place: write zeros to the dropped places of `weight` as well: in the same pass, or with `check` in a second one,
+            once the mask is known to be good.
         check: wait for the GPU and raise where the mask does not keep two; False packs something.
     Returns:
         the packed weight and the packed transpose.
     Raises:
-        PatternError: the mask is not transposable; nothing that is returned can be used.
+        PatternError: the mask is not transposable; the weight is as it was.
         ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
     """
     given, weight = weight, _matrix(weight, _HALF_NAMES)
@@ -162,7 +173,8 @@ def keep_both(
     if weight.numel() == 0:
         return own, turned
     status = _status(weight, check)
-    table.launch(
+    launch = partial(
+        table.launch,
         "keep_both_half",
         _blocks_of_squares(weight),
         weight.device,
@@ -174,13 +186,14 @@ def keep_both(
         turned.values.data_ptr(),
         turned.metadata.data_ptr(),
         mask.data_ptr(),
-        weight.data_ptr() if in_place else 0,
-        0 if status is None else status.data_ptr(),
     )
+    launch(weight.data_ptr() if in_place and not check else 0, 0 if status is None else status.data_ptr())
     if status is not None and int(status.item()) != 0:
         raise PatternError(
             "the mask does not keep two of each four along both axes: nm_mask(scores, '2:4t') makes one."
         )
+    if in_place and check:
+        launch(weight.data_ptr(), 0)
     return own, turned
 
 
@@ -274,7 +287,12 @@ def take(matrix: Tensor, packed: PackedMatrix) -> Tensor:
 
 
 def expand(packed: PackedMatrix) -> Tensor:
-    """The dense matrix."""
+    """The dense matrix.
+
+    Raises:
+        ShapeError, UnsupportedError: what is packed does not fit, or is on no GPU; no driver or compiler.
+    """
+    _require_gpu(packed.values)
     require_layout(packed)
     rows, columns = packed.shape
     matrix = torch.empty(rows, columns, dtype=packed.values.dtype, device=packed.values.device)
@@ -348,7 +366,8 @@ def _require_transposable(weight: Tensor, mask: Tensor | None) -> None:
         )
     if rows > _MOST_BLOCKS_DOWN * _SQUARE:
         raise ShapeError(
-            f"weight is [{rows}, {columns}]: at most {_MOST_BLOCKS_DOWN * _SQUARE} rows are packed at once."
+            f"weight is [{rows}, {columns}]: at most {_MOST_BLOCKS_DOWN * _SQUARE} rows are packed at once. Pack it part by"
+            " part."
         )
     if mask is None:
         return
@@ -379,12 +398,20 @@ def _matrix(matrix: Tensor, names: dict[torch.dtype, str]) -> Tensor:
         raise UnsupportedError(
             f"{str(matrix.dtype).removeprefix('torch.')} is not packed by a GPU kernel: {known} are."
         )
+    _require_gpu(matrix)
+    if max(matrix.shape) > _MOST_ITEMS:
+        raise ShapeError(
+            f"the matrix is {list(matrix.shape)}: a side has less than {_MOST_ITEMS + 1} items. Pack it part by part."
+        )
+    matrix = matrix.detach()
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+def _require_gpu(matrix: Tensor) -> None:
     if not _on_gpu(matrix):
         raise UnsupportedError(
             f"the matrix is on {matrix.device}: GPU kernels need it on a GPU; layout.pack works anywhere."
         )
-    matrix = matrix.detach()
-    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
 def _on_gpu(matrix: Tensor) -> bool:

@@ -58,7 +58,7 @@ def linear(
         [tokens, rows], contiguous.
     Raises:
         ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
-        DeviceError: no memory.
+        torch.OutOfMemoryError, DeviceError: no memory, for torch or for the driver; nothing is kept of the call.
     """
     call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
     done = call.without_kernels()

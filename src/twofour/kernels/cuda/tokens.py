@@ -10,6 +10,7 @@ from . import packing, table
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = 16  # bytes that products read at a time
+_MOST_TOKENS = 2**31 - 1  # blocks of a grid
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +31,10 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     if not packing._on_gpu(x):
         raise UnsupportedError(f"x is on {x.device}: put it on a GPU, or take reference.quantize_tokens.")
     tokens, columns = x.shape
+    if tokens > _MOST_TOKENS:
+        raise ShapeError(
+            f"x is {list(x.shape)}: at most {_MOST_TOKENS} tokens are quantized at once. Do it part by part."
+        )
     x = x.detach()
     x = x if columns < 2 or x.stride(1) == 1 else x.contiguous()
     wide = -(-columns // _ALIGNED) * _ALIGNED
