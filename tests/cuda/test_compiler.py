@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from twofour import UnsupportedError
 from twofour.kernels import disk
@@ -219,6 +220,27 @@ def test_devices_before_ampere_are_refused() -> None:
         match=r"compute capability 7\.5 has no sparse tensor cores: they begin at 8\.0.*take another kernel",
     ):
         compiler.architecture_of((7, 5))
+
+
+@pytest.mark.parametrize(
+    ("capability", "said"),
+    [
+        (
+            (7, 5),
+            r"compute capability 7\.5 has no sparse tensor cores: they begin at 8\.0 .* take another kernel there",
+        ),
+        ((13, 7), r"(?s)NVRTC .* cannot compile csrc/cuda/decode.cu for sm_137a:.*A newer NVRTC may know sm_137a: pip"),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_no_kernel_is_for_is_named_before_anything_is_loaded(
+    capability: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(table, "_architecture", table._architecture.__wrapped__)
+    monkeypatch.setattr(table.driver, "driver", lambda: pytest.fail("it was loaded"))
+    with pytest.raises(UnsupportedError, match=said):
+        table._loaded.__wrapped__("decode_bf16_8", torch.device("cuda", 0))
 
 
 def test_what_is_compiled_is_kept_and_a_damaged_file_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

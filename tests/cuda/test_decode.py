@@ -162,14 +162,16 @@ def test_e4m3_inputs_are_for_gpus_that_multiply_them(launched: list[str], monkey
         monkeypatch.setattr(table, "_architecture", lambda _, found=architecture: found)
         assert (table.why_not(name, device) is None) == (architecture in able)
         assert table.why_not("decode_e4m3_bf16_8", device) is None
-    monkeypatch.setattr(table, "_architecture", lambda _: "sm_90a")
-    said = r"sm_90a does not multiply e4m3, only sm_89, sm_120, sm_121 do"
-    with pytest.raises(UnsupportedError, match=f"decode_e4m3_8 is not for this GPU: {said}"):
-        table._loaded(name, device)
     why_not = table.why_not
-    monkeypatch.setattr(table, "why_not", lambda kernel, _: why_not(kernel, device))
-    with pytest.raises(UnsupportedError, match=f"x is torch.float8_e4m3fn, and {said}: give it as x.half"):
-        decoded(x, packed)
+    for architecture in ("sm_80", "sm_86", "sm_87", "sm_90a"):
+        monkeypatch.setattr(table, "_architecture", lambda _, found=architecture: found)
+        monkeypatch.setattr(table, "why_not", why_not)
+        said = f"{architecture} does not multiply e4m3, only sm_89, sm_120, sm_121 do"
+        with pytest.raises(UnsupportedError, match=f"decode_e4m3_8 is not for this GPU: {said}"):
+            table._loaded(name, device)
+        monkeypatch.setattr(table, "why_not", lambda kernel, _: why_not(kernel, device))
+        with pytest.raises(UnsupportedError, match=f"x is torch.float8_e4m3fn, and {said}: give it as x.half"):
+            decoded(x, packed)
     assert launched == []
     y = decoded(x.half(), packed, out_dtype=torch.float32)
     assert torch.equal(y, x.float() @ dense.float().T)
