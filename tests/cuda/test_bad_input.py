@@ -33,6 +33,19 @@ Launch = tuple[str, tuple[int, ...], tuple[int, ...]]
 way = pytest.mark.parametrize("linear", WAYS, ids=["decode", "gemm"])
 
 
+@pytest.fixture(autouse=True)
+def _counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_of_streams", "_reserves"):
+        monkeypatch.setattr(resources, name, {})
+    monkeypatch.setattr(resources, "_kept", [])
+
+
+@pytest.fixture
+def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many processors as have blocks share the columns of small products."""
+    monkeypatch.setattr(resources, "processors", lambda _: 132)
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran, on the memory that they were given."""
@@ -60,15 +73,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     for module in (packing, arguments):
         monkeypatch.setattr(module, "_on_gpu", lambda _: True)
     return noted
-
-
-@pytest.fixture
-def no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And as many processors as have blocks share the columns of small products."""
-    monkeypatch.setattr(resources, "processors", lambda _: 132)
-    for name in ("_of_streams", "_reserves"):
-        monkeypatch.setattr(resources, name, {})
-    monkeypatch.setattr(resources, "_kept", [])
 
 
 def out_of(dtype: torch.dtype) -> torch.dtype:
@@ -535,7 +539,7 @@ def test_gradients_are_not_recorded_whatever_asks_for_them(
 
 @way
 def test_tensors_of_inference_mode_are_read_within_and_without(
-    linear: Callable[..., Tensor], launched: list[str], no_counters: None
+    linear: Callable[..., Tensor], launched: list[str], shared_columns: None
 ) -> None:
     packed, dense = packed_of((20, 2200), torch.bfloat16)
     x = numbers((3, 2201), torch.bfloat16, 4)
@@ -629,7 +633,7 @@ def tensors_that_it_takes(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
 
 @way
 def test_products_without_memory_leave_nothing_and_run_again(
-    linear: Callable[..., Tensor], launched: list[str], no_counters: None, monkeypatch: pytest.MonkeyPatch
+    linear: Callable[..., Tensor], launched: list[str], shared_columns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, dense = packed_of((36, 2200), torch.bfloat16)
     x = numbers((65, 2200), torch.bfloat16, 4)
@@ -664,7 +668,7 @@ def test_packing_without_memory_leaves_nothing_and_the_weight_as_it_was(
 
 @way
 def test_a_launch_that_is_refused_leaves_counters_as_they_were(
-    linear: Callable[..., Tensor], launched: list[str], no_counters: None, monkeypatch: pytest.MonkeyPatch
+    linear: Callable[..., Tensor], launched: list[str], shared_columns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, dense = packed_of((36, 2200), torch.bfloat16)
     x = numbers((130, 2200), torch.bfloat16, 4)
