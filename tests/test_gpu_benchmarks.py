@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import bench_decode, bench_packing, cases, find_ranking, record, smallest, timing, tune
-from benchmarks.gpu import run as gpu_run
 
 from tests.gpu.conftest import emulate
 from tests.kernels.fake_nvidia import FakeNvidia
@@ -241,11 +240,6 @@ def test_other_splits_are_timed_beside_that_of_the_table(
     assert all(few["right"].values())
     assert few["missing"].keys() == {"decode_bf16_8_4_1_3_0_1"}
     assert {"128x64", "128x128", "twofour"} <= many["us"].keys()
-
-
-def test_steps_that_must_be_asked_for_do_not_run_by_themselves() -> None:
-    asked = {each.name for each in gpu_run.steps(False) if each.asked}
-    assert asked == {"tune"}
 
 
 def test_ranking_by_value_is_told_from_ranking_by_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.gpu import install, record, run
+from benchmarks.gpu import install, profile_kernels, record, run
 
 ROW = "from benchmarks.gpu.record import Part\nimport sys\nfrom pathlib import Path\npart = Part(Path(sys.argv[-1]))\n"
 ADD = "part.add({'what': WHAT})\n"
@@ -44,12 +46,13 @@ def states(this: run.Run) -> dict[str, str]:
 
 
 def test_all_steps_end_in_time_by_their_limits() -> None:
-    assert sum(each.limit for each in run.steps(dry=False) if not each.asked) <= run.ALL_SECONDS < 540
+    assert sum(each.limit for each in run.steps(dry=False)) <= run.ALL_SECONDS < 540  # nine minutes
     assert [each.name for each in run.steps(dry=False)] == [each.name for each in run.steps(dry=True)]
 
 
 def test_the_whole_on_a_cpu(tmp_path: Path) -> None:
-    names = ["install", "machine", "tests", "bench_packing", "bench_decode", "bench_matmul", "find_ranking", "sanitize"]
+    names = ["install", "machine", "tests", "bench_packing", "bench_decode", "tune", "bench_matmul", "find_ranking"]
+    names += ["sanitize"]
     command = [sys.executable, str(run.HERE / "run.py"), "--dry-run", "--out", str(tmp_path / "out"), "--work"]
     command += [str(tmp_path / "work"), *(f"--only={name}" for name in names)]
     # Several processes at once would wait for each other's threads.
@@ -64,7 +67,7 @@ def test_the_whole_on_a_cpu(tmp_path: Path) -> None:
     }
     assert found["dry"] is True
     assert found["gpu"] == "cpu"
-    assert {each["bench"] for each in found["rows"]} == {"packing", "decode", "matmul"}
+    assert {each["bench"] for each in found["rows"]} == {"packing", "decode", "tune", "matmul"}
     for each in found["rows"]:
         assert record.is_right(each), each
         assert each["us"]["twofour"] > 0
@@ -231,3 +234,46 @@ def test_without_a_compiler_it_is_installed_without_cpp(
     assert install.main(tmp_path) == 0
     assert not tmp_path.exists()  # an older copy could hide what is there
     assert "without C++" in capsys.readouterr().out
+
+
+def test_files_of_a_step_are_copied_beside_the_result(this: run.Run, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    code = f"import pathlib; p = pathlib.Path({str(folder)!r}); p.mkdir(); (p / 'some.txt').write_text('counted')"
+    assert this.go([replace(step("counts", code, writes=False), folder=folder)]) == 0
+    assert (tmp_path / "out" / "some.txt").read_text() == "counted"
+
+
+SECTIONS = """Report
+  decode_bf16_8 (64, 4, 1)x(256, 1, 1), Context 1
+    Duration          us    27.94
+    DRAM Throughput    %    57.84
+"""
+NCU = """#!/bin/sh
+case "$*" in
+  *--export*) for each; do [ "$last" = --export ] && echo report > "$each"; last=$each; done ;;
+  *details*) cat "$(dirname "$0")/sections" ;;
+  *source*) echo '"Address","Source"' ;;
+esac
+"""
+
+
+def test_what_nsight_compute_counts_is_kept_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tmp_path / "bin" / "ncu"
+    tool.parent.mkdir()
+    (tool.parent / "sections").write_text(SECTIONS)
+    tool.write_text(NCU)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    assert profile_kernels.main(tmp_path / "profile") == 0
+    assert capsys.readouterr().out.split() == (
+        ["decode_bf16_8", "Duration", "27.94", "us,", "DRAM", "Throughput", "57.84", "%"]
+    )
+    assert "Context 1" in (tmp_path / "profile" / "profile.txt").read_text()
+    assert gzip.decompress((tmp_path / "profile" / "profile.csv.gz").read_bytes()) == b'"Address","Source"\n'
+    tool.write_text("#!/bin/sh\necho no counters here\n")
+    assert profile_kernels.main(tmp_path / "profile") == run.SKIPPED
+    assert "no counters here\n\nncu counted nothing" in capsys.readouterr().out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert profile_kernels.main(tmp_path / "profile") == run.SKIPPED

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu import run
 from benchmarks.gpu.record import ROOT
 
-NATIVE_SECONDS = 75
+NATIVE_SECONDS = 60
 """The rest of the step's time is for an installation without C++."""
 MOST_SAID = 4000
 QUESTION = "import importlib.util as u; s = u.find_spec('twofour'); print(s.origin if s and s.origin else '')"

@@ -1,7 +1,6 @@
 """How kernels split their work, against other ways: what the numbers of kernels/cuda/table.py and the plans are chosen by.
 
     python benchmarks/gpu/tune.py --json build/gpu/tune.json
-    python benchmarks/gpu/run.py --only install --only tune      # as a step, within its time
 
 Few tokens: every split of SPLITS, and other slices of the columns; many: each tile. All ways of a case take turns, on
 weights that come from memory; the way of the table is "twofour". A split that spills registers is named, and not timed.
@@ -119,7 +118,9 @@ def few(name: str, tokens: int, shape: tuple[int, int], device: torch.device, ro
     texts = [text_of(name, tokens, split) for split in SPLITS.get((name, tokens), ())]
     if not cases.has_kernels(x):  # the script alone is checked
         calls = {"twofour": [partial(cases.few_tokens, x, each, scales) for each in packed]}
-        return row_of(calls, {}, device, rounds, "few tokens", shape, name, tokens, missing)
+        return row_of(
+            calls, right_of(calls, x, packed[0], scales), device, rounds, "few tokens", shape, name, tokens, missing
+        )
     with ThreadPoolExecutor(THREADS) as pool:
         reasons = list(pool.map(partial(why_not, architecture=architecture), texts))
     missing |= {text.name: reason for text, reason in zip(texts, reasons, strict=True) if reason is not None}
@@ -131,15 +132,24 @@ def few(name: str, tokens: int, shape: tuple[int, int], device: torch.device, ro
         for text in texts:
             if text.name not in missing:
                 ways |= cases.tried(text.name, partial(_calls, given, text.name), missing)
-        wanted = decode.multiplied(given[0]).float()
-        slack = 0.02 * float(wanted.abs().max())
-        right = {each: _near(calls[0](), wanted, slack) for each, calls in ways.items()}
+        right = right_of(ways, x, packed[0], scales)
         return row_of(ways, right, device, rounds, "few tokens", shape, name, tokens, missing)
 
 
-def _near(y: object, wanted: Tensor, slack: float) -> bool:
+def right_of(
+    ways: dict[str, Sequence[timing.Call]], x: Tensor, packed: packing.PackedMatrix, scales: Tensor | None
+) -> dict[str, bool]:
+    """Which ways give about the product; `tests/gpu` is exact."""
+    wanted = x.float() @ cases.expand(packed).float().T
+    wanted = wanted if scales is None else wanted * scales
+    slack = 0.02 * float(wanted.abs().max())
+    return {name: bool((_output(calls[0]) - wanted).abs().max() <= slack) for name, calls in ways.items()}
+
+
+def _output(call: timing.Call) -> Tensor:
+    y = call()
     assert isinstance(y, Tensor)
-    return bool((y.float() - wanted).abs().max() <= slack)
+    return y.float()
 
 
 def _calls(given: Sequence[arguments.Arguments], kernel: str) -> list[timing.Call]:
@@ -153,14 +163,18 @@ def many(tokens: int, shape: tuple[int, int], device: torch.device, rounds: int)
     missing: dict[str, str] = {}
     if not cases.has_kernels(x):
         calls = {"twofour": [partial(cases.few_tokens, x, packed[0])]}
-        return row_of(calls, {}, device, rounds, "many tokens", shape, "bf16", tokens, missing)
+        return row_of(
+            calls, right_of(calls, x, packed[0], None), device, rounds, "many tokens", shape, "bf16", tokens, missing
+        )
     given = checked(x, packed[0], None)
     ways: dict[str, Sequence[timing.Call]] = {"twofour": [partial(gemm.multiplied, given)]}
     for tile in TILES:
         ways |= cases.tried(tile, partial(_tile_calls, given, tile), missing)
     dense = packing.expand(packed[0])
     ways |= cases.tried("cuBLAS", lambda: [partial(torch.nn.functional.linear, x, dense)], missing)
-    return row_of(ways, {}, device, rounds, "many tokens", shape, "bf16", tokens, missing)
+    return row_of(
+        ways, right_of(ways, x, packed[0], None), device, rounds, "many tokens", shape, "bf16", tokens, missing
+    )
 
 
 def _tile_calls(given: arguments.Arguments, tile: str) -> list[timing.Call]:
