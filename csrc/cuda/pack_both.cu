@@ -69,7 +69,7 @@ struct SquarePlaces {
 struct Square {
   alignas(16) char own[kSquareFragments * kFragmentWords * 4];  // of each warp
   alignas(16) char turned[kSquareFragments * kTurnedStride * 4];
-  uint2 items[4][kBothThreads];     // rows of the block of each thread
+  uint2 items[2][4][kBothThreads];    // rows of the block of each thread; of the next square too
   SquarePlaces places[kBothThreads];  // of each thread
   alignas(4) char metadata[2][kTilesOfSquare * kWarp * 4];  // of W and W.T
 
@@ -178,17 +178,26 @@ struct GivenMask {
   }
 };
 
-// The rows of a block.
+// Starts the copies of what a thread has of square x, zeros outside of the matrix; or has copied it, where rows do not begin
+// at multiples of 8 bytes.
 template <bool kInPlace>
-TWOFOUR_DEVICE void load_block(const uint16_t* from, int64_t stride, uint2 (&rows)[4]) {
-  if ((reinterpret_cast<uint64_t>(from) | static_cast<uint64_t>(stride) * sizeof *from) % sizeof(uint2) == 0) {
+TWOFOUR_DEVICE void fetch_block(const uint16_t* weight, int64_t stride, uint32_t height, uint32_t width, uint32_t x,
+                                uint2 (&items)[4][kBothThreads]) {
+  const uint32_t thread = thread_again();
+  const BlockPlace at(thread);
+  const uint32_t row = blockIdx.y * kSquare + 4 * at.i, column = x * kSquare + 4 * at.j;
+  const bool inside = row < height && column < width;
+  const uint16_t* const from = inside ? weight + (row * stride + column) : weight;
+  if ((reinterpret_cast<uint64_t>(weight) | static_cast<uint64_t>(stride) * sizeof *weight) % sizeof(uint2) == 0) {
     unroll<4>([&](auto r) {
-      const auto* const row = reinterpret_cast<const uint2*>(from + r * stride);
-      rows[r] = kInPlace ? *row : load_stream(row);
+      copy_async(&items[r][thread], reinterpret_cast<const uint2*>(inside ? from + r * stride : from), inside ? 8 : 0);
     });
   } else {
-    unroll<4>([&](auto r) { rows[r] = kInPlace ? load_four_of_own(from + r * stride) : load_four(from + r * stride); });
+    unroll<4>([&](auto r) {
+      items[r][thread] = !inside ? uint2{0, 0} : kInPlace ? load_four_of_own(from + r * stride) : load_four(from + r * stride);
+    });
   }
+  commit_copies();
 }
 
 template <class Mask>
@@ -200,27 +209,32 @@ TWOFOUR_DEVICE void pack_both(const uint16_t* weight, int64_t stride, int64_t ro
   square.places[threadIdx.x].find(BlockPlace(threadIdx.x));
   const uint32_t height = static_cast<uint32_t>(rows), width = static_cast<uint32_t>(columns), y = blockIdx.y;
   const uint32_t squares = (width + kSquare - 1) / kSquare;
+  uint32_t use = 0;
+  if (blockIdx.x < squares) fetch_block<Mask::kInPlace>(weight, stride, height, width, blockIdx.x, square.items[0]);
   sync_block();
   TWOFOUR_ROLLED
-  for (uint32_t x = blockIdx.x; x < squares; x += gridDim.x) {
+  for (uint32_t x = blockIdx.x; x < squares; x += gridDim.x, use ^= 1) {
+    if (x + gridDim.x < squares) {
+      fetch_block<Mask::kInPlace>(weight, stride, height, width, x + gridDim.x, square.items[use ^ 1]);
+    } else {
+      commit_copies();
+    }
+    wait_for_copies<1>();
     Choice choice{kPaddingNibble * 0x11111111u, {}};
+    uint2 block[4];
     {
       const uint32_t thread = thread_again();
       const BlockPlace at(thread);
       const uint32_t row = y * kSquare + 4 * at.i, column = x * kSquare + 4 * at.j;
-      const bool inside = row < height && column < width;
-      uint2 block[4] = {};
-      if (inside) load_block<Mask::kInPlace>(weight + (row * stride + column), stride, block);
-      unroll<4>([&](auto r) { square.items[r][thread] = block[r]; });
-      if (inside) choice = mask.choose(table, block, row, column, columns);
+      unroll<4>([&](auto r) { block[r] = square.items[use][r][thread]; });
+      if (row < height && column < width) choice = mask.choose(table, block, row, column, columns);
     }
     sync_warp();
     // Where the thread stands and what it has of the block are asked for anew: registers that hold them, or what follows
     // from them, would be in the way of the choice.
     const uint32_t thread = thread_again();
     const BlockPlace at(thread);
-    uint2 block[4];
-    unroll<4>([&](auto r) { block[r] = square.items[r][thread]; });
+    unroll<4>([&](auto r) { block[r] = square.items[use][r][thread]; });
     square.put(square.places[thread], at, block, choice);
     sync_block();
 

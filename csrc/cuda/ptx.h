@@ -121,7 +121,12 @@ TWOFOUR_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
-// The same where it is wanted; without a branch, so that it can stand between other instructions.
+// 8 bytes, likewise.
+TWOFOUR_DEVICE void copy_async(uint2* shared, const uint2* global, int bytes) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+// 16 bytes where they are wanted; without a branch, so that it can stand between other instructions.
 TWOFOUR_DEVICE void copy_async_if(bool wanted, void* shared, const void* global, int bytes) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;\n\t@p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(to), "l"(global),

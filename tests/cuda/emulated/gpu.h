@@ -72,7 +72,7 @@ struct Warp {
 struct Copy {
   void* to;
   const void* from;
-  size_t bytes;
+  size_t bytes, of;  // of so many, zeros follow
 };
 
 struct Fiber {
@@ -307,7 +307,12 @@ inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0)) std::abort();
   std::memset(shared, 0xff, 16);
-  emulated::fiber().copies.push_back({shared, global, static_cast<size_t>(bytes)});
+  emulated::fiber().copies.push_back({shared, global, static_cast<size_t>(bytes), 16});
+}
+inline void copy_async(uint2* shared, const uint2* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 8 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 8 != 0)) std::abort();
+  std::memset(shared, 0xff, 8);
+  emulated::fiber().copies.push_back({shared, global, static_cast<size_t>(bytes), 8});
 }
 inline void copy_async_if(bool wanted, void* shared, const void* global, int bytes = 16) {
   if (wanted) copy_async(shared, global, bytes);
@@ -322,7 +327,7 @@ void wait_for_copies() {
   auto& open = emulated::fiber().committed;
   while (open.size() > kOpen) {
     for (const emulated::Copy& copy : open.front()) {
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, copy.of);
       std::memcpy(copy.to, copy.from, copy.bytes);
     }
     open.erase(open.begin());

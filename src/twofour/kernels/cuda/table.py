@@ -63,7 +63,7 @@ class KernelText:
 
 
 _SELDOM = ("best_mask_in_64", "best_mask_of_any", "two_largest_beside_nan")
-_SQUARE, _MASKS = 19712, 5120
+_SQUARE, _MASKS = 27904, 5120
 """Bytes of shared memory, of a square of a weight and of the table of its masks."""
 _ONE_WAY = (
     "prune_bf16",
