@@ -488,9 +488,12 @@ void epilogues_agree_exactly(const Mode& mode) {
     const Rows* with = number % 3 != 0 ? &bias : nullptr;
     const Reference exact = reference(weight, x, with, x.rows());
     for (const int64_t tokens : {1, 3, 4, 7, 8, 17, 33, 49, 97}) {
+      // What follows the sums does not know what the weights were: some counts suffice for those that are widened.
+      if (mode.weight.size == 1 && tokens != 1 && tokens != 7 && tokens != 33 && tokens != 97) continue;
       for (const Kernel& kernel : kernels()) {
         for (const bool relu : {false, true}) {
           for (const bool adds : {false, true}) {
+            if (!relu && !adds) continue;  // integers_agree_exactly
             Rows y(mode.tokens, tokens, shape.out_features, relu == adds ? gap_to_4_kib(mode.tokens, shape.out_features) : 0);
             const Epilogue epilogue = {relu ? cpu::Activation::kRelu : cpu::Activation::kNone, adds ? &residual : nullptr};
             run(kernel, mode, weight, x, with, y, 1 + number % 2, epilogue);
