@@ -183,11 +183,11 @@ def _gemm(dtype: str, name: str, tile: tiles.Tile) -> KernelText:
 
 _TEXTS = (
     *(
-        KernelText(name, "pack_both.cu", 256, 3, _SQUARE + _MASKS, _SELDOM)
+        KernelText(name, "pack_both.cu", 256, 4, _SQUARE + _MASKS, _SELDOM)
         for name in ("prune_both_bf16", "prune_both_fp16")
     ),
     *(
-        KernelText(name, "pack_both.cu", 256, 3, 0, _SELDOM)
+        KernelText(name, "pack_both.cu", 256, 4, 0, _SELDOM)
         for name in ("mask_both_bf16", "mask_both_fp16", "mask_both_fp32")
     ),
     KernelText("keep_both_half", "pack_both.cu", 256, 4, _SQUARE + _MASKS),
