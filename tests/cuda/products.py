@@ -13,7 +13,7 @@ from tests.cuda.test_layout import matrix_of
 from torch import Tensor
 
 from twofour.kernels import epilogue
-from twofour.kernels.cuda import arguments, layout, table
+from twofour.kernels.cuda import arguments, layout, packing, table
 from twofour.kernels.cuda.packing import PackedMatrix
 from twofour.kernels.cuda.products import linear
 
@@ -158,5 +158,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *given)
 
     monkeypatch.setattr(table, "launch", launch)
-    monkeypatch.setattr(arguments, "_on_gpu", lambda _: True)
+    for module in (packing, arguments):
+        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
     return names

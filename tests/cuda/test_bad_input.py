@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cuda import emulation
-from tests.cuda.products import DTYPES, E4M3, KINDS, decoded, numbers, packed_of, powers, tiled
+from tests.cuda.products import DTYPES, E4M3, KINDS, decoded, launched, numbers, packed_of, powers, tiled
 from tests.cuda.test_layout import matrix_of
 from torch import Tensor
 
@@ -23,6 +22,8 @@ from twofour.kernels.cuda import arguments, layout, packing, products, resources
 from twofour.kernels.cuda.packing import PackedMatrix
 from twofour.masks import nm_mask
 from twofour.testing import assert_same_bits
+
+__all__ = ["launched"]
 
 WAYS = [decoded, tiled]
 SHAPES = list(itertools.product((1, 3, 17), (4, 20, 36)))
@@ -44,21 +45,6 @@ def _counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def shared_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many processors as have blocks share the columns of small products."""
     monkeypatch.setattr(resources, "processors", lambda _: 132)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that ran, on the memory that they were given."""
-    names: list[str] = []
-
-    def launch(name: str, grid: Sequence[int], device: torch.device, *given: int) -> None:
-        names.append(name)
-        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *given)
-
-    monkeypatch.setattr(table, "launch", launch)
-    for module in (packing, arguments):
-        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
-    return names
 
 
 @pytest.fixture

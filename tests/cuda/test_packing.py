@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from tests.cuda import emulation
+from tests.cuda.products import launched
 from tests.cuda.test_layout import matrix_of
 from tests.cuda.test_pack import weights
 
 from twofour import PatternError, ShapeError, SparseMatrix, UnsupportedError
 from twofour.kernels import reference
-from twofour.kernels.cuda import arguments, layout, packing, products, table
+from twofour.kernels.cuda import layout, packing, products
 from twofour.masks import nm_mask
 
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that ran, on the memory that they were given."""
-    names: list[str] = []
-
-    def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
-        names.append(name)
-        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments)
-
-    monkeypatch.setattr(table, "launch", launch)
-    for module in (packing, arguments):
-        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
-    return names
+__all__ = ["launched"]
 
 
 def equal(packed: packing.PackedMatrix, dense: torch.Tensor, mask: torch.Tensor) -> bool:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from tests.cuda import emulation
+from tests.cuda.products import launched
 
 from twofour import ShapeError, UnsupportedError
 from twofour.kernels import reference
-from twofour.kernels.cuda import packing, table, tokens
+from twofour.kernels.cuda import tokens
 
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-
-    def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
-        names.append(name)
-        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments)
-
-    monkeypatch.setattr(table, "launch", launch)
-    monkeypatch.setattr(packing, "_on_gpu", lambda _: True)
-    return names
+__all__ = ["launched"]
 
 
 def hostile(columns: int, dtype: torch.dtype) -> torch.Tensor:
