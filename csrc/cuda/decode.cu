@@ -5,10 +5,10 @@
 // layer 20. So its warps split the columns, kAcross chunks side by side, each chunk one warp's (or that of kDown warps, each
 // with rows of its own). They meet when all is multiplied: then their sums are added up, in the order of the chunks.
 //
-// Until then no warp waits for others. Fragments of W go to registers, past all caches but the last, kAhead chunks before
-// they are multiplied: 60 to 110 KB under way for each multiprocessor, of which 64 keep the memory of an H200 busy. They
-// are the first thing that a warp asks for. x of its chunks it copies for itself, into a ring of kSlots chunks in shared
-// memory. A block reads all of x, so of many tokens kDown warps share a copy: blocks of more rows are fewer.
+// Until then no warp waits for others, but for those that share x. Fragments of W go to registers, past all caches but the
+// last, kAhead chunks before they are multiplied: 60 to 110 KB under way for each multiprocessor, of which 64 keep the memory
+// of an H200 busy. They are the first thing that a warp asks for. x of its chunks it copies for itself, into a ring of kSlots
+// chunks in shared memory. A block reads all of x, so of many tokens kDown warps share a copy: blocks of more rows are fewer.
 //
 // Layers of few rows need several blocks for the columns of a tile (gridDim.y, epilogue.h).
 #include "cuda/epilogue.h"
