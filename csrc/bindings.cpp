@@ -303,10 +303,24 @@ int64_t permute(uintptr_t columns, uintptr_t order, int64_t channels, int64_t ro
   return cpu::permute(args, threads, isa ? isa->c_str() : nullptr);
 }
 
-// cuLaunchKernel at `function`, which kernels/cuda/driver.py has found; no CUDA is linked. Its status.
+// CUlaunchAttribute and CUlaunchConfig.
+struct CudaAttribute {
+  int id, padding;
+  uint32_t value[16];
+};
+struct CudaLaunch {
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  CudaAttribute* attributes;
+  unsigned count;
+};
+constexpr int kCudaCluster = 4, kCudaEarly = 6;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .._PROGRAMMATIC_STREAM_SERIALIZATION
+
+// cuLaunchKernelEx at `function`, which kernels/cuda/driver.py has found; no CUDA is linked. Its status. `cluster` blocks of
+// grid_y are one; `early`: as soon as the kernel before lets it start.
 int launch_cuda(uintptr_t function, uintptr_t kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
-                unsigned shared_bytes, uintptr_t stream, const nb::tuple& arguments) {
-  using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+                unsigned shared_bytes, uintptr_t stream, const nb::tuple& arguments, unsigned cluster, bool early) {
+  using Launch = int (*)(const CudaLaunch*, void*, void**, void**);
   constexpr size_t kMost = 32;
   const size_t count = arguments.size();
   if (count > kMost) throw std::invalid_argument("more than 32 arguments");
@@ -317,9 +331,13 @@ int launch_cuda(uintptr_t function, uintptr_t kernel, unsigned grid_x, unsigned 
     if (words[i] == UINT64_MAX && PyErr_Occurred() != nullptr) throw nb::python_error();
     places[i] = words + i;
   }
+  CudaAttribute attributes[2];
+  unsigned wanted = 0;
+  if (cluster > 1) attributes[wanted++] = {kCudaCluster, 0, {1, cluster, 1}};
+  if (early) attributes[wanted++] = {kCudaEarly, 0, {1}};
+  const CudaLaunch launch = {{grid_x, grid_y, grid_z}, {threads, 1, 1}, shared_bytes, at<void>(stream), attributes, wanted};
   const nb::gil_scoped_release nogil;  // a full queue waits here
-  return reinterpret_cast<Launch>(function)(at<void>(kernel), grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes,
-                                            at<void>(stream), places, nullptr);
+  return reinterpret_cast<Launch>(function)(&launch, at<void>(kernel), places, nullptr);
 }
 
 }  // namespace
@@ -373,5 +391,5 @@ NB_MODULE(_native, m) {
   m.def("permute", &permute, "columns"_a, "order"_a, "channels"_a, "rows"_a, "keep"_a, "group"_a, "sweeps"_a,
         "seconds"_a, "seed"_a, "threads"_a, "isa"_a = nb::none());
   m.def("launch_cuda", &launch_cuda, "function"_a, "kernel"_a, "grid_x"_a, "grid_y"_a, "grid_z"_a, "threads"_a,
-        "shared_bytes"_a, "stream"_a, "arguments"_a);
+        "shared_bytes"_a, "stream"_a, "arguments"_a, "cluster"_a, "early"_a);
 }

@@ -10,7 +10,10 @@
 // of an H200 busy. They are the first thing that a warp asks for. x of its chunks it copies for itself, into a ring of kSlots
 // chunks in shared memory. A block reads all of x, so of many tokens kDown warps share a copy: blocks of more rows are fewer.
 //
-// Layers of few rows need several blocks for the columns of a tile (gridDim.y, epilogue.h).
+// Layers of few rows, and x of many tokens, need several blocks for the columns of a tile (gridDim.y). Where they are a
+// cluster each reads the sums of all from their shared memory, for some of the tokens; else as in epilogue.h.
+//
+// A kernel started early asks for its first chunks to come to the last cache while the one before it ends.
 #include "cuda/epilogue.h"
 #include "cuda/products.h"
 
@@ -27,8 +30,9 @@ struct DecodeArgs {
   int64_t x_stride;
   int64_t tokens, rows, columns;
   int64_t slice;       // chunks of a block
-  void* partial;       // of add_slices; null where gridDim.y is 1
+  void* partial;       // of add_slices; null where gridDim.y is 1, or a cluster
   uint32_t* counters;
+  int64_t early;       // may the kernel before it still run?
 };
 
 TWOFOUR_BOTH constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -100,9 +104,21 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
       ahead[slot][m].metadata = load_stream(reinterpret_cast<const uint32_t*>(word));
     });
   };
+  if (args.early) {
+    // What load() is going to ask for, each tile and chunk by a lane of its own.
+    static_assert(kAhead * kRowTiles <= kWarp, "a lane prefetches one");
+    const int turn = lane / kRowTiles, row_tile = smaller(tile + lane % kRowTiles, tiles - 1);
+    if (turn < kAhead && first + turn * kAcross < last) {
+      const int64_t chunk = int64_t{row_tile} * chunks + first + turn * kAcross;
+      prefetch(args.values + chunk * kBytes, kBytes);
+      prefetch(args.metadata + chunk * kMetadataBytes, kMetadataBytes);
+    }
+    wait_for_kernel_before();
+  }
   unroll<kAhead>([&](auto slot) {
     if (first + slot * kAcross < last) load(slot, slot);
   });
+  if (args.early) let_next_kernel_start();
 
   // Of x a lane copies 16 bytes of a step, of each eighth token. Tokens that are none stay as they are: theirs are columns
   // of the product that nobody stores. Behind the last column come zeros, as weights there are zeros too.
@@ -207,7 +223,8 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
       });
     });
   });
-  if (!add_slices<kHolders>(whole, args.partial, args.counters)) return;
+  const uint32_t parts = args.partial == nullptr ? gridDim.y : 1;
+  if (args.partial != nullptr && !add_slices<kHolders>(whole, args.partial, args.counters)) return;
   static_assert(S::kTokensOfBlock * SumsOf<S::kRows>::kBytes <= kAcross * S::kBytes, "whole sums take their place");
   sync_block();
   Sum* const shared = reinterpret_cast<Sum*>(memory);
@@ -217,16 +234,22 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
     *reinterpret_cast<uint4*>(shared + at * SumsOf<S::kRows>::kStride + four * 4) =
         uint4{bits_of(whole[held][0]), bits_of(whole[held][1]), bits_of(whole[held][2]), bits_of(whole[held][3])};
   });
-  sync_warp();  // they are read as numbers
-  finish<S::kRows, kDecodeThreads>(epilogue, shared, S::kTokensOfBlock, int64_t{blockIdx.x} * S::kRows, 0);
+  if (parts > 1) {
+    sync_cluster();
+  } else {
+    sync_warp();  // what one lane wrote the same one reads, but as other types
+  }
+  finish<S::kRows, kDecodeThreads>(epilogue, shared, S::kTokensOfBlock, int64_t{blockIdx.x} * S::kRows, 0, blockIdx.y % parts,
+                                   parts);
+  if (parts > 1) leave_cluster();
 }
 
 #define TWOFOUR_DECODE(name, Products, token_tiles, row_tiles, down, ahead, slots, blocks)                                \
   TWOFOUR_KERNEL(kDecodeThreads, blocks)                                                                                  \
   name(const char* values, const char* metadata, const char* x, int64_t x_stride, int64_t tokens, int64_t rows,           \
-       int64_t columns, int64_t slice, void* partial, uint32_t* counters, TWOFOUR_EPILOGUE_PARAMETERS) {                  \
+       int64_t columns, int64_t slice, void* partial, uint32_t* counters, int64_t early, TWOFOUR_EPILOGUE_PARAMETERS) {   \
     decode<Split<Products, token_tiles, row_tiles, down, ahead, slots>>(                                                  \
-        DecodeArgs{values, metadata, x, x_stride, tokens, rows, columns, slice, partial, counters},                       \
+        DecodeArgs{values, metadata, x, x_stride, tokens, rows, columns, slice, partial, counters, early},                \
         TWOFOUR_EPILOGUE(tokens, rows));                                                                                  \
   }
 #if defined(TWOFOUR_NAME)  // one of them: all take seconds to compile

@@ -104,10 +104,32 @@ TWOFOUR_DEVICE void activate(Activation activation, float (&y)[4]) {
   }
 }
 
+// What the blocks of a cluster have at a place, added up in their order. One block alone reads its own.
+template <class Sum>
+TWOFOUR_DEVICE void sum_of_parts(const uint4* own, uint32_t parts, Sum (&sums)[4]) {
+  constexpr uint32_t kTogether = 4;  // they are far away
+  const uint4 first = parts == 1 ? *own : load_of_peer(own, 0);
+  sums[0] = number_of<Sum>(first.x), sums[1] = number_of<Sum>(first.y);
+  sums[2] = number_of<Sum>(first.z), sums[3] = number_of<Sum>(first.w);
+  TWOFOUR_ROLLED
+  for (uint32_t part = 1; part < parts; part += kTogether) {
+    uint4 fours[kTogether];
+    unroll<kTogether>([&](auto k) {  // behind the last one zeros
+      fours[k] = part + k < parts ? load_of_peer(own, part + k) : uint4{};
+    });
+    unroll<kTogether>([&](auto k) {
+      sums[0] += number_of<Sum>(fours[k].x), sums[1] += number_of<Sum>(fours[k].y);
+      sums[2] += number_of<Sum>(fours[k].z), sums[3] += number_of<Sum>(fours[k].w);
+    });
+  }
+}
+
 // Finishes `count` tokens from `token0` on, kRows rows of each from `row0` on. Their sums lie in shared memory, and all
-// threads may read them.
+// threads may read them: of blocks that share the columns `parts`, in that of each of the cluster. `part` is this one's; it
+// finishes as many tokens as the others.
 template <int kRows, int kThreads, class Sum>
-TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count, int64_t row0, int64_t token0) {
+TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count, int64_t row0, int64_t token0,
+                           uint32_t part = 0, uint32_t parts = 1) {
   constexpr int kFours = kRows / 4;
   static_assert(kThreads % kFours == 0, "a thread keeps to its rows");
   const int thread = thread_again(), four = thread % kFours * 4;
@@ -116,14 +138,17 @@ TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count,
   float bias[4] = {}, scale[4] = {1, 1, 1, 1};
   if (epilogue.bias != nullptr) load_items(epilogue.bias, row, left, epilogue.item, bias);
   if (epilogue.row_scale != nullptr) load_items(epilogue.row_scale, row, left, Item::kFp32, scale);
+  constexpr int kTogether = kThreads / kFours;
   TWOFOUR_ROLLED
-  for (int i = thread / kFours; i < count; i += kThreads / kFours) {
+  for (int i = static_cast<int>(part) * kTogether + thread / kFours; i < count; i += static_cast<int>(parts) * kTogether) {
     const int64_t token = token0 + i;
     if (token >= epilogue.tokens) return;
     const float of_token = epilogue.token_scale != nullptr ? epilogue.token_scale[token] : 1.0f;
+    Sum whole[4];
+    sum_of_parts(reinterpret_cast<const uint4*>(sums + i * SumsOf<kRows>::kStride + four), parts, whole);
     float y[4];
     unroll<4>([&](auto j) {
-      const float sum = static_cast<float>(sums[i * SumsOf<kRows>::kStride + four + j]);
+      const float sum = static_cast<float>(whole[j]);
       y[j] = rounded_product(rounded_product(sum, of_token), scale[j]) + bias[j];  // as reference.linear_int8
     });
     activate(epilogue.activation, y);
@@ -136,7 +161,7 @@ TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count,
   }
 }
 
-// Where several blocks (gridDim.y) share the columns of a tile, each leaves its sums in `partial`, and the last one to come
+// Where several blocks (gridDim.y) share the columns of a tile and are no cluster, each leaves its sums in `partial`, and the last one to come
 // adds them up in the order of the slices, so that results do not depend on who came last. Every thread calls it, the first
 // kHolders of a block with sums of their own; true where they are whole now. `counters` [gridDim.x] begin and end as zeros;
 // `partial` holds 16 bytes for each four sums of each holder of the grid.

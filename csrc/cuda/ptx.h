@@ -77,6 +77,56 @@ TWOFOUR_DEVICE void sync_threads(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
+// A cluster: blocks that run at the same time and read each other's shared memory, here all of a blockIdx.x. Where a launch
+// asks for none a block is one by itself, and so it is on GPUs before Hopper, which have none.
+#if __CUDA_ARCH__ >= 900
+// All threads of the cluster; what they wrote to shared memory before can be read by all.
+TWOFOUR_DEVICE void sync_cluster() {
+  sync_warp();
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208  // of shared memory alone: the other waits for global memory too
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n\tbarrier.cluster.arrive.relaxed.aligned;\n\t"
+      "barrier.cluster.wait.aligned;\n\tfence.acquire.sync_restrict::shared::cluster.cluster;" ::
+          : "memory");
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Likewise, but nothing written is waited for: a block may leave, as nobody reads its shared memory any more.
+TWOFOUR_DEVICE void leave_cluster() {
+  sync_warp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// 16 bytes that block `rank` of the cluster has where this one has `own`.
+TWOFOUR_DEVICE uint4 load_of_peer(const uint4* own, uint32_t rank) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+  uint4 v;
+  asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %4, %5;\n\t"
+               "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there]; }"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at), "r"(rank)
+               : "memory");
+  return v;
+}
+
+// A kernel may be started early, while the one before it in the stream still runs. It then reads nothing that others write,
+// and writes nothing, until this returns: that one has ended, and what it wrote can be read. Every thread calls it.
+TWOFOUR_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel, if it is to be started early, may take what room there is, once all blocks of this one have said so.
+TWOFOUR_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Brings bytes to the last cache, where all writes are seen: this is no reading. Multiples of 16, as is the address.
+TWOFOUR_DEVICE void prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+#else
+TWOFOUR_DEVICE void sync_cluster() { sync_block(); }
+TWOFOUR_DEVICE void leave_cluster() {}
+TWOFOUR_DEVICE uint4 load_of_peer(const uint4* own, uint32_t) { return *own; }
+TWOFOUR_DEVICE void wait_for_kernel_before() {}
+TWOFOUR_DEVICE void let_next_kernel_start() {}
+TWOFOUR_DEVICE void prefetch(const void*, uint32_t) {}
+#endif
+
 TWOFOUR_DEVICE void or_into(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 TWOFOUR_DEVICE void max_into(uint32_t* word, uint32_t value) { atomicMax(word, value); }
 

@@ -87,10 +87,21 @@ class Guarded:
         library().emulated_free(self.place, self.bytes)
 
 
-def launch(name: str, grid: Sequence[int], threads: int, *arguments: Guarded | int | None) -> None:
-    """Runs a kernel to its end. None is a null pointer."""
+def launch(
+    name: str,
+    grid: Sequence[int],
+    threads: int,
+    *arguments: Guarded | int | None,
+    cluster: int = 1,
+    early: bool = False,
+) -> None:
+    """Runs a kernel to its end. None is a null pointer.
+
+    Args:
+        cluster, early: as `table.launch`.
+    """
     values = [each.place if isinstance(each, Guarded) else int(each or 0) for each in arguments]
     sizes = (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid)))
     words = (ctypes.c_uint64 * len(values))(*(value & (2**64 - 1) for value in values))
     address = ctypes.cast(getattr(library(), name), ctypes.c_void_p)
-    library().emulated_launch(address, sizes, threads, words, len(values))
+    library().emulated_launch(address, sizes, threads, words, len(values), cluster, int(early))

@@ -69,15 +69,56 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 }
 int cuCtxSetCurrent(void* context) {
   noted[7] = (uint64_t)context;
+  noted[48] += 1;
   if (fail_status == 201 || fail_status == 400) fail_status = 0;
   return status_of("cuCtxSetCurrent");
 }
-int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   void* stream, void** arguments, void** extra) {
-  const uint64_t all[] = {(uint64_t)kernel, gx, gy, gz, bx, by, bz, shared, (uint64_t)stream, (uint64_t)extra};
+
+/* As cuda.h lays them out. */
+typedef struct {
+  int id;
+  char pad[4];
+  union {
+    char pad[64];
+    unsigned cluster[3];
+    int early;
+  } value;
+} Attribute;
+typedef struct {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+} Config;
+static void note_attributes(const Config* config) {
+  noted[40] = config->count;
+  noted[41] = noted[42] = noted[43] = noted[44] = 0;
+  for (unsigned i = 0; i < config->count; ++i) {
+    const Attribute* attribute = config->attributes + i;
+    if (attribute->id == 4) {
+      for (int j = 0; j < 3; ++j) noted[41 + j] = attribute->value.cluster[j];
+    } else if (attribute->id == 6) {
+      noted[44] = (uint64_t)attribute->value.early;
+    } else {
+      abort();
+    }
+  }
+}
+int cuLaunchKernelEx(const Config* config, void* kernel, void** arguments, void** extra) {
+  const uint64_t all[] = {(uint64_t)kernel, config->gx, config->gy,     config->gz,               config->bx,
+                          config->by,       config->bz, config->shared, (uint64_t)config->stream, (uint64_t)extra};
   memcpy(noted + 10, all, sizeof all);
+  note_attributes(config);
   for (int i = 0; i < 3; ++i) noted[20 + i] = *(uint64_t*)arguments[i];
-  return status_of("cuLaunchKernel");
+  return status_of("cuLaunchKernelEx");
+}
+int cuOccupancyMaxActiveClusters(int* count, void* kernel, const Config* config) {
+  noted[45] = (uint64_t)kernel;
+  noted[46] = config->bx;
+  noted[47] = config->shared;
+  note_attributes(config);
+  *count = 132 / (int)(config->gx * config->gy);
+  return status_of("cuOccupancyMaxActiveClusters");
 }
 int cuGetErrorString(int status, const char** text) {
   *text = status == 2 ? "out of memory" : "invalid argument";

@@ -153,9 +153,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran, on the memory that they were given."""
     names: list[str] = []
 
-    def launch(name: str, grid: Sequence[int], device: torch.device, *given: int) -> None:
+    def launch(
+        name: str, grid: Sequence[int], device: torch.device, *given: int, cluster: int = 1, early: bool = False
+    ) -> None:
         names.append(name)
-        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *given)
+        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *given, cluster=cluster, early=early)
 
     monkeypatch.setattr(table, "launch", launch)
     for module in (packing, arguments):

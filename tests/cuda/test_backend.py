@@ -30,9 +30,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that ran. Tensors of the CPU are taken for a GPU's."""
     names: list[str] = []
 
-    def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
+    def launch(
+        name: str, grid: Sequence[int], device: torch.device, *arguments: int, cluster: int = 1, early: bool = False
+    ) -> None:
         names.append(name)
-        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments)
+        emulation.launch(name, grid, table.KERNEL_TEXTS[name].threads, *arguments, cluster=cluster, early=early)
 
     monkeypatch.setattr(table, "launch", launch)
     for module in (packing, arguments):

@@ -52,7 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Name, grid and arguments of launches that do nothing: tensors of "meta" have sizes and no memory."""
     noted: list[Launch] = []
 
-    def launch(name: str, grid: Sequence[int], device: torch.device, *given: int) -> None:
+    def launch(name: str, grid: Sequence[int], device: torch.device, *given: int, **how: Any) -> None:
         noted.append((name, tuple(grid), given))
 
     monkeypatch.setattr(table, "launch", launch)
@@ -444,7 +444,7 @@ def test_whatever_is_on_another_device_is_named(
 
 
 def test_nothing_runs_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "launch", lambda *_: pytest.fail("it was launched"))
+    monkeypatch.setattr(table, "launch", lambda *_, **how: pytest.fail("it was launched"))
     weight = torch.zeros(16, 64).bfloat16()
     mask = torch.zeros(16, 64, dtype=torch.bool)
     for run in (
@@ -662,10 +662,10 @@ def test_a_launch_that_is_refused_leaves_counters_as_they_were(
     for which in range(3 if linear is decoded else 1):
         count = itertools.count()
 
-        def refuse(name: str, *rest: Any, count: Iterator[int] = count, which: int = which) -> None:
+        def refuse(name: str, *rest: Any, count: Iterator[int] = count, which: int = which, **how: Any) -> None:
             if next(count) == which:
                 raise DeviceError("a launch failed: out of memory (CUDA error 2). Free memory, or take less at a time.")
-            launch(name, *rest)
+            launch(name, *rest, **how)
 
         monkeypatch.setattr(table, "launch", refuse)
         with pytest.raises(DeviceError, match="out of memory"):

@@ -21,8 +21,13 @@ __all__ = ["launched"]
 PATTERN = SparseMatrix.from_dense(torch.zeros(1, 4)).pattern
 
 
-def run(case: Case, slices: int = 1) -> torch.Tensor:
-    """What the kernel gives, twice: counters are as they were."""
+def run(case: Case, slices: int = 1, *, cluster: bool = False, early: bool = False) -> torch.Tensor:
+    """What the kernel gives, twice: counters are as they were.
+
+    Args:
+        cluster: slices are one, and have no other memory for their sums.
+        early: it is started before it may read.
+    """
     size = next(size for size in decode.TOKENS if size >= case.tokens)
     name = f"decode_{name_of(case.dtype, case.weight)}_{size}"
     of_block = table.KERNEL_TEXTS[name].rows
@@ -31,8 +36,20 @@ def run(case: Case, slices: int = 1) -> torch.Tensor:
     counters = Guarded(torch.zeros(blocks, dtype=torch.int32))
     partial = Guarded(torch.full((slices, blocks, size, of_block), 0x7FFFFFFF, dtype=torch.int32))
     grid = (blocks, -(-chunks // each))
+    product = (*case.of_product(), each)
+    shared = (None, None) if cluster else (partial, counters)
     for _ in range(2):
-        launch(name, grid, 256, *case.of_product(), each, partial, counters, *case.of_epilogue())
+        launch(
+            name,
+            grid,
+            256,
+            *product,
+            *shared,
+            early,
+            *case.of_epilogue(),
+            cluster=grid[1] if cluster else 1,
+            early=early,
+        )
         assert not counters.tensor().any()
     return case.y.tensor()
 
@@ -58,6 +75,28 @@ def test_any_shape(dtype: torch.dtype, weight: torch.dtype, tokens: int, shape: 
 def test_blocks_that_share_columns_add_up(dtype: torch.dtype, weight: torch.dtype, tokens: int, slices: int) -> None:
     case = Case(dtype, tokens, (150, 1400), bias=True, scales=True, weight=weight)
     assert torch.equal(run(case, slices), case.wanted().to(case.out))
+
+
+@pytest.mark.parametrize(("tokens", "slices"), [(5, 2), (12, 8), (32, 4), (50, 2)])
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_blocks_of_a_cluster_read_each_others_sums(
+    dtype: torch.dtype, weight: torch.dtype, tokens: int, slices: int
+) -> None:
+    """Each finishes some of the tokens; to the bit as blocks that are no cluster."""
+    case = Case(dtype, tokens, (150, 1400), bias=True, scales=True, residual=True, activation="relu", weight=weight)
+    y = run(case, slices, cluster=True)
+    assert torch.equal(y, case.wanted().to(case.out))
+    case.x = (case.x.float() / 7).to(dtype) if dtype.itemsize == 2 else case.x
+    assert torch.equal(run(case, slices, cluster=True), run(case, slices))
+
+
+@pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)
+def test_a_kernel_that_starts_early_reads_nothing_before_it_may(dtype: torch.dtype, weight: torch.dtype) -> None:
+    """The emulated GPU ends a process whose kernel does. What is prefetched lies in the weight."""
+    for tokens, shape, slices in ((3, (40, 200), 1), (20, (150, 1400), 2), (64, (17, 100), 1)):
+        case = Case(dtype, tokens, shape, bias=True, scales=True, residual=True, weight=weight)
+        for cluster in {False, slices > 1}:
+            assert torch.equal(run(case, slices, cluster=cluster, early=True), case.wanted().to(case.out))
 
 
 @pytest.mark.parametrize("activation", epilogue.ACTIVATIONS)
@@ -110,6 +149,37 @@ def test_columns_are_shared_where_rows_alone_leave_processors_idle(kind: str) ->
             assert found.slices > 1
             assert 0.08 < found.blocks * found.slices / 132 <= 1
         assert plan(f"decode_{kind}_{tokens}", 64, 64, 132).slices == 1  # a chunk has one reader
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "e4m3_bf16"])
+def test_columns_are_shared_in_clusters_where_the_gpu_holds_them(kind: str) -> None:
+    of_hopper = (66, 32, 16)
+    for tokens in decode.TOKENS:
+        for shape in ((8192, 8192), (28672, 8192), (1024, 8192), (4096, 14336), (64, 64)):
+            name = f"decode_{kind}_{tokens}"
+            found = plan(name, *shape, 132, of_hopper)
+            assert not plan(name, *shape, 132).cluster
+            if found.cluster:
+                assert found.slices in table.CLUSTERS
+            assert plan(name, *shape, 132, (0, 0, 0)) == plan(name, *shape, 132)
+    assert plan(f"decode_{kind}_32", 8192, 8192, 132, of_hopper).cluster
+    # Few of them would take turns: slices then meet in memory.
+    assert not plan(f"decode_{kind}_32", 8192, 8192, 132, (3, 1, 0)).cluster
+
+
+def test_a_launch_in_clusters_needs_no_memory_for_sums(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, dense = packed_of((36, 3000), torch.bfloat16)
+    x = numbers((70, 3000), torch.bfloat16, 4)
+    monkeypatch.setattr(resources, "processors", lambda _: 132)
+    monkeypatch.setattr(table, "most_clusters", lambda *_: (66, 32, 16))
+    monkeypatch.setattr(resources, "counters", lambda *_: pytest.fail("they count nothing"))
+    call = arguments.check(x, packed, None, None, None, "none", None, torch.float32)
+    wanted = x.float() @ dense.float().T
+    for slices in (None, 2, 8):
+        for early in (False, True):
+            call.y.fill_(float("nan"))
+            assert torch.equal(decode.multiplied(call, None, slices, early=early), wanted)
+    assert len(launched) == 12
 
 
 @pytest.mark.parametrize(("dtype", "weight"), KINDS, ids=str)

@@ -56,6 +56,37 @@ def test_a_kernel_is_loaded_once_and_launched_with_what_was_given(fake: tuple[dr
         assert list(noted[20:23]) == [2**63, 5, 2**64 - 1]
         own.launch(kernel, (1,), 32, (0, 0, 0), stream=0)
         assert list(noted[10:23]) == [0x2000, 1, 1, 1, 32, 1, 1, 0, 0, 0, 0, 0, 0]
+        assert noted[40] == 0
+
+
+def test_clusters_and_early_starts_are_attributes_of_a_launch(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    noted = library.fake_noted()
+    for way in (own._start, own._launch):
+        own._start = way
+        own.launch(0x2000, (7, 4), 256, (1, 2, 3), 0x3000, shared_bytes=9, cluster=4)
+        assert list(noted[40:45]) == [1, 1, 4, 1, 0]
+        own.launch(0x2000, (7, 4), 256, (1, 2, 3), 0x3000, early=True)
+        assert list(noted[40:45]) == [1, 0, 0, 0, 1]
+        own.launch(0x2000, (7, 4), 256, (1, 2, 3), 0x3000, cluster=2, early=True)
+        assert list(noted[40:45]) == [2, 1, 2, 1, 1]
+        assert list(noted[10:20]) == [0x2000, 7, 4, 1, 256, 1, 1, 0, 0x3000, 0]
+
+
+def test_a_gpu_says_how_many_clusters_it_holds(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
+    own, library = fake
+    noted = library.fake_noted()
+    assert [own.most_clusters(0x2000, 256, 70_000, size) for size in table.CLUSTERS] == [66, 33, 16]
+    assert list(noted[45:48]) == [0x2000, 256, 70_000]
+    assert list(noted[40:44]) == [1, 1, 8, 1]
+    library.fake_fail(b"cuOccupancyMaxActiveClusters", 1)  # it knows none
+    assert own.most_clusters(0x2000, 256, 70_000, 4) == 0
+    library.fake_fail(b"cuOccupancyMaxActiveClusters", 201)  # a thread without a context
+    entered = noted[48]
+    assert own.most_clusters(0x2000, 256, 70_000, 4, device=3) == 33
+    assert noted[48] == entered + 1
+    assert noted[7] == 0x4000 + 103
+    assert table.most_clusters("decode_bf16_8", torch.device("cpu")) == ()
 
 
 def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[driver.Driver, ctypes.CDLL]) -> None:
@@ -70,7 +101,7 @@ def test_what_the_driver_refuses_is_told_and_leaves_nothing_behind(fake: tuple[d
         own.kernel(b"\x7fELF", b"a", "name")
     assert noted[30] == 0x1000  # unloaded
     loads = noted[0]
-    library.fake_fail(b"cuLaunchKernel", 1)
+    library.fake_fail(b"cuLaunchKernelEx", 1)
     kernel = own.kernel(b"\x7fELF", b"a", "name")
     with pytest.raises(DeviceError, match=r"a launch failed: invalid argument \(CUDA error 1\)\.$"):
         own.launch(kernel, (1,), 32, (1, 2, 3), 0)
@@ -121,7 +152,7 @@ def test_a_thread_without_a_context_enters_that_of_the_device(fake: tuple[driver
     noted = library.fake_noted()
     for way, status in ((own._start, 201), (own._launch, 201), (own._launch, 400)):
         own._start = way
-        library.fake_fail(b"cuLaunchKernel", status)
+        library.fake_fail(b"cuLaunchKernelEx", status)
         own.launch(0x2000, (5,), 32, (1, 2, 3), 0, device=3)
         assert noted[7] == 0x4000 + 103
         assert noted[11] == 5

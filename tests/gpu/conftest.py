@@ -90,9 +90,11 @@ def emulate(patch: pytest.MonkeyPatch) -> None:
 
     from twofour.kernels.cuda import arguments, packing, table
 
-    def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
+    def launch(
+        name: str, grid: Sequence[int], device: torch.device, *arguments: int, cluster: int = 1, early: bool = False
+    ) -> None:
         text = table.KERNEL_TEXTS[name]
-        emulation.launch(name, grid, text.threads, *arguments)
+        emulation.launch(name, grid, text.threads, *arguments, cluster=cluster, early=early)
 
     patch.setattr(table, "launch", launch)
     for module in (packing, arguments):

@@ -10,7 +10,7 @@ from tests.gpu.support import bytes_held, decoded, pruned, specified
 from torch import Tensor
 
 from twofour import DeviceError, ShapeError, UnsupportedError
-from twofour.kernels.cuda import driver, packing, products, table
+from twofour.kernels.cuda import arguments, decode, driver, packing, products, table
 from twofour.testing import assert_same_bits, assert_within_bound
 
 DTYPES = [torch.bfloat16, torch.float16, torch.int8]
@@ -190,6 +190,64 @@ def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
     for place, right in enumerate(wanted):
         for each in found[place]:
             assert_same_bits(each, right)
+
+
+def call_of(
+    tokens: int, gpu: torch.device, shape: tuple[int, int] = (1000, 8192), *, whole: bool = False
+) -> arguments.Arguments:
+    """Of a bfloat16 layer whose columns blocks share."""
+    dense = pruned(shape, torch.bfloat16, whole=whole)
+    x = tokens_of(tokens, shape[1], torch.bfloat16, tokens, whole=whole).to(gpu)
+    return arguments.check(x, packed_of(dense, gpu), None, None, None, "none", None, None)
+
+
+def again(call: arguments.Arguments, slices: int, *, clusters: bool = True, early: bool = False) -> Tensor:
+    """y anew, over what was there."""
+    call.y.fill_(float("nan"))
+    return decode.multiplied(call, None, slices, clusters=clusters, early=early).clone()
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 33, 64])
+def test_clusters_and_early_starts_change_no_bit(tokens: int, gpu: torch.device) -> None:
+    if torch.cuda.get_device_capability(gpu) < (9, 0):
+        pytest.skip("clusters and early starts are from capability 9.0 on")
+    call = call_of(tokens, gpu)
+    assert min(table.most_clusters(decode.kernel_for("bf16", tokens), gpu)) > 0
+    for slices in (1, *table.CLUSTERS):
+        wanted = again(call, slices, clusters=False)
+        for _ in range(3):
+            assert_same_bits(again(call, slices), wanted)
+            assert_same_bits(again(call, slices, clusters=False, early=True), wanted)
+            assert_same_bits(again(call, slices, early=True), wanted)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["stream", "graph"])
+def test_early_starts_see_what_the_kernel_before_wrote(captured: bool, gpu: torch.device) -> None:
+    """Weights that a kernel writes right before, each of them the input of the next product."""
+    if torch.cuda.get_device_capability(gpu) < (9, 0):
+        pytest.skip("early starts are from capability 9.0 on")
+    call = call_of(16, gpu, (8192, 8192), whole=True)
+    values = call.packed.values.clone()
+    wanted = again(call, 1)
+    call.packed.values.zero_()
+
+    def chain() -> list[Tensor]:
+        found = []
+        for scale in (1, -1, 2, 0, 4):
+            torch.mul(values, scale, out=call.packed.values)
+            decode.multiplied(call, early=True)
+            found.append(decode.multiplied(call, early=True).clone())
+        return found
+
+    found = chain()
+    if captured:
+        torch.cuda.synchronize(gpu)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = chain()
+        graph.replay()
+    for scale, y in zip((1, -1, 2, 0, 4), found, strict=True):
+        assert torch.equal(y, wanted * scale)
 
 
 def test_kernels_are_loaded_while_a_graph_is_captured(gpu: torch.device) -> None:

@@ -22,9 +22,9 @@ def ran(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     launch = table.launch
 
-    def noting(name: str, *rest: Any) -> None:
+    def noting(name: str, *rest: Any, **how: Any) -> None:
         names.append(name)
-        launch(name, *rest)
+        launch(name, *rest, **how)
 
     monkeypatch.setattr(table, "launch", noting)
     return names

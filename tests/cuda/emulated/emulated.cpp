@@ -35,12 +35,12 @@ uint64_t whole_pages(uint64_t bytes) { return (bytes + page_bytes() - 1) / page_
 
 // All arguments of kernels are integers or pointers, 8 bytes each: an ABI passes them alike, and ignores those beyond.
 TWOFOUR_EXPORT void emulated_launch(void* address, const uint32_t* grid, uint32_t threads, const uint64_t* arguments,
-                                    int count) {
+                                    int count, uint32_t cluster, int early) {
   kernel = reinterpret_cast<Kernel>(address);
   if (count > kMostArguments) std::abort();
   a.fill(0);
   std::copy(arguments, arguments + count, a.begin());
-  emulated::run_grid(Dim3{grid[0], grid[1], grid[2]}, threads, [] {
+  emulated::run_grid(Dim3{grid[0], grid[1], grid[2]}, threads, cluster, early != 0, [] {
     std::apply([](auto... words) { kernel(words...); }, a);
   });
 }

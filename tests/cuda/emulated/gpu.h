@@ -2,7 +2,8 @@
 // write on machines without a GPU. It knows nothing of time.
 //
 // The threads of a block are fibers. A warp runs until all of its threads wait at a barrier of the block, then another one;
-// blocks run one after the other. Asynchronous copies spoil their destination at once and bring what they copy when their
+// blocks run one after the other, or clusters, whose blocks take turns. Shared memory of a block that has ended is spoilt, as
+// peers must not read it any more. A kernel that is started early may read nothing before it has waited. Asynchronous copies spoil their destination at once and bring what they copy when their
 // thread waits for them: no later wait or barrier than the kernel's own helps it. What cuda/ptx.h says in PTX is written
 // out here from the PTX ISA.
 #pragma once
@@ -25,7 +26,7 @@
 #define TWOFOUR_ROLLED
 #define TWOFOUR_SHARED static
 #define TWOFOUR_TABLE inline constexpr
-#define TWOFOUR_DYNAMIC_SHARED(name) char* const name = emulated::shared_memory
+#define TWOFOUR_DYNAMIC_SHARED(name) char* const name = emulated::block->shared()
 #define TWOFOUR_KERNEL(threads, blocks) extern "C" __attribute__((visibility("default"))) void
 
 struct uint2 {
@@ -44,8 +45,6 @@ namespace emulated {
 
 constexpr int kWarp = 32, kMostWords = 16, kBarriers = 16;
 constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 227 << 10;
-
-alignas(128) inline char shared_memory[kSharedBytes];  // NaN until it is written
 
 // Everybody leaves when the last one has come.
 struct Barrier {
@@ -81,21 +80,35 @@ struct Fiber {
   bool begun = false, done = false;
   const Barrier* barrier = nullptr;  // what it waits for, and until when
   uint64_t round = 0;
+  bool waits = false;                        // for the kernel before
   std::vector<Copy> copies;                  // not committed yet
   std::vector<std::vector<Copy>> committed;  // under way, the oldest first
 
   bool may_run() const { return !done && (barrier == nullptr || barrier->round != round); }
 };
 
+struct alignas(128) Line {
+  char bytes[128];
+};
+
 struct Block {
+  Dim3 index;
+  std::unique_ptr<Line[]> lines{new Line[kSharedBytes / sizeof(Line)]};
+  std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barrier;
   Barrier others[kBarriers];  // of some of its warps, by number
   jmp_buf scheduler;
   size_t current = 0;
+  int running = 0;
+
+  char* shared() { return lines[0].bytes; }
+  void spoil() { std::memset(shared(), 0xff, kSharedBytes); }  // NaN
 };
 
+inline std::vector<Block> cluster;
+inline Barrier cluster_barrier;
 inline Block* block = nullptr;
 inline void (*body)() = nullptr;
 
@@ -125,6 +138,8 @@ inline void wait(Barrier& barrier) {
 inline void fiber_main() {
   body();
   fiber().done = true;
+  if (--block->running == 0) block->spoil();
+  cluster_barrier.leave_for_good();
   block->barrier.leave_for_good();
   warp().barrier.leave_for_good();
   pause();
@@ -146,50 +161,75 @@ inline bool run_warp(size_t first, size_t last) {
   return ran;
 }
 
-inline void run_block(uint32_t threads) {
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  Block own;
-  block = &own;
-  std::memset(shared_memory, 0xff, sizeof shared_memory);
+inline void begin_block(Block& own, Dim3 index, uint32_t threads, bool early) {
+  own.index = index;
+  own.spoil();
+  own.running = static_cast<int>(threads);
+  own.barrier = {};
+  std::fill(std::begin(own.others), std::end(own.others), Barrier{});
   own.fibers = std::vector<Fiber>(threads);
   own.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
   own.barrier.expected = static_cast<int>(threads);
   for (uint32_t t = 0; t < threads; ++t) {
     ++own.warps[t / kWarp].barrier.expected;
     Fiber& fiber = own.fibers[t];
-    if (stacks.size() <= t) stacks.emplace_back(new char[kStackBytes]);
+    fiber.waits = early;
+    if (own.stacks.size() <= t) own.stacks.emplace_back(new char[kStackBytes]);
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks[t].get();
+    fiber.context.uc_stack.ss_sp = own.stacks[t].get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
-  const size_t warps = own.warps.size();
+}
+
+// The blocks of `cluster`, side by side.
+inline void run_blocks(uint32_t threads) {
+  cluster_barrier = {};
+  cluster_barrier.expected = static_cast<int>(threads * cluster.size());
   bool upwards = true;  // the first warp runs ahead of the others, then the last one, so that a missing barrier shows
   for (bool any = true; any; upwards = !upwards) {
     any = false;
-    for (size_t i = 0; i < warps; ++i) {
-      const size_t w = upwards ? i : warps - 1 - i;
-      any |= run_warp(w * kWarp, std::min<size_t>(threads, (w + 1) * kWarp));
+    for (size_t i = 0; i < cluster.size(); ++i) {
+      block = &cluster[upwards ? i : cluster.size() - 1 - i];
+      blockIdx = block->index;
+      const size_t warps = block->warps.size();
+      for (size_t j = 0; j < warps; ++j) {
+        const size_t w = upwards ? j : warps - 1 - j;
+        any |= run_warp(w * kWarp, std::min<size_t>(threads, (w + 1) * kWarp));
+      }
     }
   }
-  for (const Fiber& fiber : own.fibers) {
-    if (fiber.done) continue;
+  for (const Block& own : cluster) {
+    if (own.running == 0) continue;
     std::fprintf(stderr, "threads wait at a barrier that others never reach\n");
     std::abort();
   }
   block = nullptr;
 }
 
-inline void run_grid(Dim3 grid, uint32_t threads, void (*kernel)()) {
+// `together` blocks of gridDim.y are a cluster.
+inline void run_grid(Dim3 grid, uint32_t threads, uint32_t together, bool early, void (*kernel)()) {
   gridDim = grid;
   blockDim = Dim3{threads, 1, 1};
   body = kernel;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+  if (together == 0 || grid.y % together != 0) std::abort();
+  if (cluster.size() != together) cluster = std::vector<Block>(together);
+  for (uint32_t z = 0; z < grid.z; ++z) {
+    for (uint32_t y = 0; y < grid.y; y += together) {
+      for (uint32_t x = 0; x < grid.x; ++x) {
+        for (uint32_t i = 0; i < together; ++i) begin_block(cluster[i], Dim3{x, y + i, z}, threads, early);
+        run_blocks(threads);
+      }
     }
   }
+}
+
+// Nothing may be read of what the kernel before writes.
+inline void need_kernel_before() {
+  if (!fiber().waits) return;
+  std::fprintf(stderr, "a kernel that was started early reads or writes before it has waited\n");
+  std::abort();
 }
 
 // Every lane of the warp brings `words`; `use` makes a lane's result of those of all, by lane.
@@ -285,11 +325,29 @@ void sync_threads(int number) {
   barrier.expected = kThreads;
   emulated::wait(barrier);
 }
+inline void sync_cluster() { emulated::wait(emulated::cluster_barrier); }
+inline void leave_cluster() { emulated::wait(emulated::cluster_barrier); }
+inline uint4 load_of_peer(const uint4* own, uint32_t rank) {
+  if (rank >= emulated::cluster.size() || reinterpret_cast<uintptr_t>(own) % sizeof(uint4) != 0) std::abort();
+  const auto at = reinterpret_cast<const char*>(own) - emulated::block->shared();
+  if (at < 0 || at + sizeof(uint4) > emulated::kSharedBytes) std::abort();
+  uint4 found;
+  std::memcpy(&found, emulated::cluster[rank].shared() + at, sizeof found);
+  return found;
+}
+inline void wait_for_kernel_before() { emulated::fiber().waits = false; }
+inline void let_next_kernel_start() { emulated::need_kernel_before(); }
+inline void prefetch(const void* from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) std::abort();
+  for (uint32_t i = 0; i < bytes; ++i) static_cast<void>(static_cast<const volatile char*>(from)[i]);  // it is there
+}
+
 inline void or_into(uint32_t* word, uint32_t bits) { *word |= bits; }
 inline void max_into(uint32_t* word, uint32_t value) { *word = std::max(*word, value); }
 
 template <class V>
 V load_stream(const V* from) {
+  emulated::need_kernel_before();
   if (reinterpret_cast<uintptr_t>(from) % sizeof(V) != 0) {
     std::fprintf(stderr, "a load of %zu bytes at %p, which is no multiple\n", sizeof(V), static_cast<const void*>(from));
     std::abort();
@@ -302,9 +360,13 @@ V load_kept(const V* from) {
   return load_stream(from);
 }
 
-inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
+inline uint32_t count_up(uint32_t* counter) {
+  emulated::need_kernel_before();
+  return (*counter)++;
+}
 
 inline void copy_async(void* shared, const void* global, int bytes) {
+  emulated::need_kernel_before();
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0)) std::abort();
   std::memset(shared, 0xff, 16);
   emulated::fiber().copies.push_back({shared, global, static_cast<size_t>(bytes), 16});
@@ -465,6 +527,7 @@ void multiply_e4m3(float (&sums)[4], const uint4& a, const uint32_t (&b)[4], uin
 
 template <class V>
 void store_wide(V* to, V value) {
+  emulated::need_kernel_before();
   if (reinterpret_cast<uintptr_t>(to) % sizeof(V) != 0) std::abort();
   *to = value;
 }

@@ -19,22 +19,24 @@ _BYTES_OF_PROCESSOR = 44_000  # under way, that take for one alone all that the 
 _TIMES_OF_CACHE = 1.25  # as many as of the memory come from the last cache, of W and x, where all ask for them
 _TIMES_ALONE = 2  # likewise, where few do; a multiprocessor takes 64 bytes a clock, nearly four times as many
 _BYTES_OF_ENDS = 60_000  # that could be read while a block begins and finishes
-_BYTES_OF_SHARING = 48_000  # likewise, while blocks that share columns tell each other
+_BYTES_OF_SHARING = 48_000  # likewise, while blocks that share columns tell each other by way of the last cache
+_BYTES_OF_CLUSTER = 16_000  # likewise, while those of a cluster do
 _BYTES_OF_SUM = 4
 _MOST_SLICES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a launch shares the work: blocks along rows, slices of the columns, chunks of a slice."""
+    """How a launch shares the work: blocks along rows, slices of the columns, chunks of a slice; are slices a cluster?"""
 
     blocks: int
     slices: int
     slice: int
+    cluster: bool = False
 
 
 @lru_cache(maxsize=4096)
-def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
+def plan(kernel: str, rows: int, columns: int, processors: int, clusters: tuple[int, ...] = ()) -> Plan:
     """The slices that should take least time, if the memory is what all wait for.
 
     Blocks that fit on the GPU at once share what the memory gives. A last round of a few gets more for each of them, but
@@ -44,6 +46,7 @@ def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
     Args:
         kernel: its name.
         processors: of the GPU.
+        clusters: as `table.most_clusters`.
     """
     text = table.KERNEL_TEXTS[kernel]
     blocks, chunks = -(-rows // text.rows), -(-columns // layout.COLUMNS)
@@ -58,17 +61,24 @@ def plan(kernel: str, rows: int, columns: int, processors: int) -> Plan:
     for wanted in range(1, min(_MOST_SLICES, chunks) + 1):
         each = -(-chunks // wanted)
         slices = -(-chunks // each)
-        rounds, rest = divmod(blocks * slices, places)
-        read = (
-            -(-each // text.across) * turn_of_many * text.blocks * (rounds + (max(rest / places, alone) if rest else 0))
-        )
         # Every block writes its sums, the last one of a tile reads those of all.
-        ends = _BYTES_OF_ENDS + (_BYTES_OF_SHARING + sums * (1 + slices) / _TIMES_OF_CACHE if slices > 1 else 0)
-        time = read + ends * (rounds + (rest > 0))
-        if time < least:
-            best, least = Plan(blocks, slices, each), time
+        ways = [(False, places, _BYTES_OF_SHARING + sums * (1 + slices) / _TIMES_OF_CACHE if slices > 1 else 0)]
+        if at_once := _blocks_in_clusters(slices, clusters):
+            ways.append((True, at_once, _BYTES_OF_CLUSTER))
+        for cluster, at_once, sharing in ways:
+            rounds, rest = divmod(blocks * slices, at_once)
+            whole = rounds * max(at_once / places, alone) + (max(rest / places, alone) if rest else 0)
+            read = -(-each // text.across) * turn_of_many * text.blocks * whole
+            time = read + (_BYTES_OF_ENDS + sharing) * (rounds + (rest > 0))
+            if time < least:
+                best, least = Plan(blocks, slices, each, cluster), time
     assert best is not None  # there is a chunk
     return best
+
+
+def _blocks_in_clusters(slices: int, clusters: tuple[int, ...]) -> int:
+    """How many blocks run at once in clusters of so many; 0 where there are none."""
+    return dict(zip(table.CLUSTERS, clusters, strict=False)).get(slices, 0) * slices
 
 
 class _Launch(NamedTuple):
@@ -78,19 +88,24 @@ class _Launch(NamedTuple):
     grid: tuple[int, int]
     slice: int
     sums: int
-    """Items of memory in which slices leave their sums; 0 for one slice."""
+    """Items of memory in which slices leave their sums; 0 for one slice, and for a cluster."""
+    cluster: int
+    """Blocks that share columns in a cluster; 1 for none."""
 
 
 @lru_cache(maxsize=4096)
-def _launch(kernel: str, rows: int, columns: int, processors: int, slices: int | None) -> _Launch:
-    share = plan(kernel, rows, columns, processors)
+def _launch(
+    kernel: str, rows: int, columns: int, processors: int, clusters: tuple[int, ...], slices: int | None
+) -> _Launch:
+    share = plan(kernel, rows, columns, processors, clusters)
     if slices is not None:
         chunks = -(-columns // layout.COLUMNS)
         each = -(-chunks // slices)
-        share = Plan(share.blocks, -(-chunks // each), each)
+        slices = -(-chunks // each)
+        share = Plan(share.blocks, slices, each, _blocks_in_clusters(slices, clusters) > 0)
     text = table.KERNEL_TEXTS[kernel]
-    sums = share.slices * share.blocks * text.tokens * text.rows if share.slices > 1 else 0
-    return _Launch(kernel, (share.blocks, share.slices), share.slice, sums)
+    sums = share.slices * share.blocks * text.tokens * text.rows if share.slices > 1 and not share.cluster else 0
+    return _Launch(kernel, (share.blocks, share.slices), share.slice, sums, share.slices if share.cluster else 1)
 
 
 def kernel_for(name: str, tokens: int) -> str:
@@ -102,17 +117,31 @@ def kernel_for(name: str, tokens: int) -> str:
     return f"decode_{name}_{next(size for size in TOKENS if size >= tokens)}"
 
 
-def multiplied(call: arguments.Arguments, kernel: str | None = None, slices: int | None = None) -> Tensor:
+def multiplied(
+    call: arguments.Arguments,
+    kernel: str | None = None,
+    slices: int | None = None,
+    *,
+    clusters: bool = True,
+    early: bool = False,
+) -> Tensor:
     """y of arguments that have something to multiply.
 
     Args:
         kernel: another one than that for the tokens, which must be no more than it takes; to compare them.
         slices: of the columns, other than the plan's; likewise.
+        clusters: may blocks that share columns be one? Likewise.
+        early: lets it begin while the kernel before it in the stream ends (programmatic dependent launch), from
+            capability 9.0 on; likewise.
     """
     tokens, device = call.x.shape[0], call.x.device
     name, (rows, columns), processors = call.name, call.packed.shape, resources.processors(device)
     pieces = [(first, min(tokens - first, MOST_TOKENS)) for first in range(0, tokens, MOST_TOKENS)]
-    launches = [_launch(kernel or kernel_for(name, count), rows, columns, processors, slices) for _, count in pieces]
+    launches = []
+    for _, count in pieces:
+        chosen = kernel or kernel_for(name, count)
+        at_once = table.most_clusters(chosen, device) if clusters else ()
+        launches.append(_launch(chosen, rows, columns, processors, at_once, slices))
     partial = counters = 0
     if sums := max([launch.sums for launch in launches]):
         memory = torch.empty(sums, dtype=call.sums, device=device)
@@ -125,8 +154,11 @@ def multiplied(call: arguments.Arguments, kernel: str | None = None, slices: int
             device,
             *call.of_product(first, count),
             launch.slice,
-            partial,
+            partial if launch.sums else 0,
             counters,
+            early,
             *call.of_epilogue(first),
+            cluster=launch.cluster,
+            early=early,
         )
     return call.y

@@ -200,25 +200,46 @@ _TEXTS = (
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
 
 
-def launch(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
+CLUSTERS = (2, 4, 8)
+"""Blocks of a cluster: sizes that every GPU with clusters knows."""
+
+
+def launch(
+    name: str, grid: Sequence[int], device: torch.device, *arguments: int, cluster: int = 1, early: bool = False
+) -> None:
     """Starts a kernel on the current stream of a device; compiles and loads it the first time.
 
+    Args:
+        cluster, early: as `driver.Driver.launch`.
     Raises:
         UnsupportedError: no driver, no NVRTC, or a device without sparse tensor cores.
         DeviceError: the driver refuses.
     """
     if device.index is None or device.index == torch.cuda.current_device():
-        _launch(name, grid, device, arguments)
+        _launch(name, grid, device, arguments, cluster, early)
     else:
         with torch.cuda.device(device):  # 3 us, and seldom needed
-            _launch(name, grid, device, arguments)
+            _launch(name, grid, device, arguments, cluster, early)
 
 
-def _launch(name: str, grid: Sequence[int], device: torch.device, arguments: Sequence[int]) -> None:
+def _launch(
+    name: str, grid: Sequence[int], device: torch.device, arguments: Sequence[int], cluster: int, early: bool
+) -> None:
     text = KERNEL_TEXTS[name]
     stream = torch.cuda.current_stream(device).cuda_stream
     number = device.index or 0
-    driver.driver().launch(_loaded(name, device), grid, text.threads, arguments, stream, text.dynamic_bytes, number)
+    loaded, shared_bytes = _loaded(name, device), text.dynamic_bytes
+    driver.driver().launch(loaded, grid, text.threads, arguments, stream, shared_bytes, number, cluster, early)
+
+
+@cache
+def most_clusters(name: str, device: torch.device) -> tuple[int, ...]:
+    """How many clusters of CLUSTERS blocks of a kernel a GPU holds at once; () where it knows none, before Hopper."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return ()
+    text, loaded, number = KERNEL_TEXTS[name], _loaded(name, device), device.index or 0
+    ask = driver.driver().most_clusters
+    return tuple(ask(loaded, text.threads, text.dynamic_bytes, blocks, number) for blocks in CLUSTERS)
 
 
 def why_not(name: str, device: torch.device) -> str | None:
