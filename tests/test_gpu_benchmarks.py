@@ -55,10 +55,10 @@ def test_what_a_kernel_refuses_is_missing_and_no_failure(
 ) -> None:
     launch = table.launch
 
-    def refusing(name: str, *rest: Any) -> None:
+    def refusing(name: str, *rest: Any, **how: Any) -> None:
         if name == "prune_e4m3":
             raise UnsupportedError("float8_e4m3fn is not for this GPU.")
-        launch(name, *rest)
+        launch(name, *rest, **how)
 
     monkeypatch.setattr(table, "launch", refusing)
     (row,) = (row for row in run(bench_packing.main) if (row["what"], row["dtype"]) == ("prune", "fp8"))
@@ -80,15 +80,15 @@ def test_few_tokens_are_fresh_where_the_plan_is_that_of_the_shape(run: Run) -> N
 
 
 @pytest.mark.parametrize(
-    ("main", "kernel", "place"), [(bench_packing.main, "compress_int8", 4), (bench_decode.main, "decode_fp16", 16)]
+    ("main", "kernel", "place"), [(bench_packing.main, "compress_int8", 4), (bench_decode.main, "decode_fp16", 17)]
 )
 def test_one_wrong_number_is_told_and_ends_the_benchmark_as_failed(
     main: Callable[..., None], kernel: str, place: int, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     launch = table.launch
 
-    def faulty(name: str, grid: Sequence[int], device: torch.device, *arguments: int) -> None:
-        launch(name, grid, device, *arguments)
+    def faulty(name: str, grid: Sequence[int], device: torch.device, *arguments: int, **how: Any) -> None:
+        launch(name, grid, device, *arguments, **how)
         if name.startswith(kernel):
             ctypes.memset(arguments[place], 0x3F, 2)  # the first of what it has written
 
@@ -107,10 +107,10 @@ def test_a_kernel_that_raises_is_no_missing_rival_and_stops_its_row_alone(
 ) -> None:
     launch = table.launch
 
-    def broken(name: str, *rest: Any) -> None:
+    def broken(name: str, *rest: Any, **how: Any) -> None:
         if name == "prune_both_bf16":
             raise RuntimeError("too many resources requested for launch\nand more")
-        launch(name, *rest)
+        launch(name, *rest, **how)
 
     monkeypatch.setattr(table, "launch", broken)
     with pytest.raises(
@@ -227,18 +227,18 @@ def test_other_splits_are_timed_beside_that_of_the_table(
     monkeypatch.setattr(tune, "SPLITS", {("bf16", 8): (own, broken)})
     emulated_launch, ran = table.launch, list[str]()
 
-    def launch(name: str, *rest: Any) -> None:
+    def launch(name: str, *rest: Any, **how: Any) -> None:
         ran.append(name)
-        emulated_launch("decode_bf16_8" if name.startswith("decode_bf16_8_") else name, *rest)
+        emulated_launch("decode_bf16_8" if name.startswith("decode_bf16_8_") else name, *rest, **how)
 
     monkeypatch.setattr(table, "launch", launch)
     few, many = run(tune.main)
     name = "decode_bf16_8_4_1_3_4_1"
     assert name in ran
     assert name not in table.KERNEL_TEXTS
-    assert few["us"].keys() == {"twofour", "1 slices", "2 slices", "4 slices", name}
+    assert few["us"].keys() == {"twofour", "early", "1 slices", "2 slices", "4 slices", name}
     assert all(few["right"].values())
-    assert few["missing"].keys() == {"decode_bf16_8_4_1_3_0_1"}
+    assert few["missing"].keys() == {"decode_bf16_8_4_1_3_0_1", "2 slices, cluster", "4 slices, cluster"}
     assert {"128x64", "128x128", "twofour"} <= many["us"].keys()
 
 

@@ -55,7 +55,8 @@ def _planned(name: str, row: Row) -> list[Any] | None:
     try:
         shape, processors = (row["out_features"], row["in_features"]), row["processors"]
         if name.startswith("decode_"):
-            few = decode.plan(name, *shape, processors)
+            clusters = tuple(row.get("clusters", {}).get(name, ()))
+            few = decode.plan(name, *shape, processors, clusters)
             return [name, few.blocks, few.slices]
         itemsize = 1 if row["dtype"] in ("int8", "fp8") else 2
         many = gemm.plan(*shape, row["tokens"], itemsize, processors, row["shared_bytes"])

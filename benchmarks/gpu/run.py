@@ -94,11 +94,11 @@ def steps(dry: bool, python: str = sys.executable) -> list[Step]:
     profile = record.ROOT / "build" / "gpu-profile"
     return [
         script("install", 80, str(site_of(dry)), writes=False),
-        script("machine", 30),
+        script("machine", 25),
         gpu_tests,
         script("bench_packing", 45),
-        script("bench_decode", 55),
-        script("tune", 55),
+        script("bench_decode", 57),
+        script("tune", 58),
         replace(script("profile_kernels", 35, str(profile), writes=False), folder=profile),
         script("bench_matmul", 50),
         script("find_ranking", 10),

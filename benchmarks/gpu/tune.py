@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/tune.py --json build/gpu/tune.json
 
-Few tokens: every split of SPLITS, and other slices of the columns; many: each tile. All ways of a case take turns, on
-weights that come from memory; the way of the table is "twofour". A split that spills registers is named, and not timed.
+Few tokens: every split of SPLITS, other slices of the columns, which are clusters or not, and an early start; many: each
+tile. All ways of a case take turns, on weights that come from memory; the way of the table is "twofour". A split that
+spills registers is named, and not timed.
 """
 
 from __future__ import annotations
@@ -128,7 +129,14 @@ def few(name: str, tokens: int, shape: tuple[int, int], device: torch.device, ro
         given = [checked(x, each, scales) for each in packed]
         ways: dict[str, Sequence[timing.Call]] = {"twofour": [partial(decode.multiplied, each) for each in given]}
         for slices in SLICES:
-            ways[f"{slices} slices"] = [partial(decode.multiplied, each, None, slices) for each in given]
+            ways[f"{slices} slices"] = [
+                partial(decode.multiplied, each, None, slices, clusters=False) for each in given
+            ]
+            if slices > 1:
+                ways |= cases.tried(
+                    f"{slices} slices, cluster", partial(_in_clusters, given, name, tokens, slices), missing
+                )
+        ways |= cases.tried("early", lambda: [cases.few_tokens_early(x, each, scales) for each in packed], missing)
         for text in texts:
             if text.name not in missing:
                 ways |= cases.tried(text.name, partial(_calls, given, text.name), missing)
@@ -150,6 +158,13 @@ def _output(call: timing.Call) -> Tensor:
     y = call()
     assert isinstance(y, Tensor)
     return y.float()
+
+
+def _in_clusters(given: Sequence[arguments.Arguments], name: str, tokens: int, slices: int) -> list[timing.Call]:
+    clusters = table.most_clusters(decode.kernel_for(name, tokens), given[0].x.device)
+    if dict(zip(table.CLUSTERS, clusters, strict=False)).get(slices, 0) == 0:
+        raise cases.Missing("no clusters of so many blocks here")
+    return [partial(decode.multiplied, each, None, slices) for each in given]
 
 
 def _calls(given: Sequence[arguments.Arguments], kernel: str) -> list[timing.Call]:
