@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# Files by name: in xdist's own order those of few tests come last, and some of them take a minute, alone.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 # $(call native_test,NAME,CMAKE ARGUMENTS) builds the tests of tests/native in build/NAME, without the module.
 native_test = export PATH="$(CURDIR)/$(BIN):$$PATH" && \
