@@ -304,7 +304,7 @@ int64_t permute(uintptr_t columns, uintptr_t order, int64_t channels, int64_t ro
 }
 
 // CUlaunchAttribute and CUlaunchConfig.
-struct CudaAttribute {
+struct alignas(8) CudaAttribute {
   int id, padding;
   uint32_t value[16];
 };

@@ -145,7 +145,7 @@ def few_tokens_early(x: Tensor, packed: packing.PackedMatrix, row_scale: Tensor 
     """A call of it that begins while the kernel before it ends, where the GPU can."""
     if not has_kernels(x):
         return partial(few_tokens, x, packed, row_scale)
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+    if x.is_cuda and not table.knows_clusters(x.device):
         raise Missing("kernels start early from capability 9.0 on")
     given = arguments.check(x, packed, None, row_scale, None, "none", None, None)
     return partial(decode.multiplied, given, early=True)

@@ -49,7 +49,7 @@ def state(row: Row) -> str:
 
 
 def _planned(name: str, row: Row) -> list[Any] | None:
-    """The kernel, blocks and slices that this shape would be launched with on that GPU."""
+    """The kernel, blocks, slices, and slices of a cluster if any, that this shape would be launched with on that GPU."""
     from twofour.kernels.cuda import decode, gemm
 
     try:
@@ -57,7 +57,7 @@ def _planned(name: str, row: Row) -> list[Any] | None:
         if name.startswith("decode_"):
             clusters = tuple(row.get("clusters", {}).get(name, ()))
             few = decode.plan(name, *shape, processors, clusters)
-            return [name, few.blocks, few.slices]
+            return [name, few.blocks, few.slices, *([few.slices] if few.cluster else [])]
         itemsize = 1 if row["dtype"] in ("int8", "fp8") else 2
         many = gemm.plan(*shape, row["tokens"], itemsize, processors, row["shared_bytes"])
         return [f"gemm_{row['dtype']}_{many.tile}", many.blocks, many.slices]
@@ -152,7 +152,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def launches() -> Iterator[dict[str, list[int]]]:
-    """Names of the kernels of ours that are launched within, with their grids."""
+    """Names of the kernels of ours that are launched within, with their grids, and how many blocks are a cluster if any."""
     from twofour.kernels.cuda import table
 
     found: dict[str, list[int]] = {}
@@ -160,7 +160,7 @@ def launches() -> Iterator[dict[str, list[int]]]:
 
     def noting(function: Any) -> Any:
         def launch(name: str, grid: Any, *rest: Any, **named: Any) -> Any:
-            found[name] = list(grid)
+            found[name] = [*grid, named["cluster"]] if named.get("cluster", 1) > 1 else list(grid)
             return function(name, grid, *rest, **named)
 
         return launch

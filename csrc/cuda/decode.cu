@@ -98,20 +98,21 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
     unroll<kRowTiles>([&](auto m) {
       const char* const from = values + uint64_t{at[m]} * kBytes + turn * (kAcross * kBytes);
       unroll<S::kFragments>([&](auto i) {
-        ahead[slot][m].values[i] = load_stream(reinterpret_cast<const uint4*>(from + i * kFragmentBytes));
+        ahead[slot][m].values[i] = load_written(reinterpret_cast<const uint4*>(from + i * kFragmentBytes));
       });
       const char* const word = metadata + uint64_t{at[m]} * kMetadataBytes + turn * (kAcross * kMetadataBytes);
-      ahead[slot][m].metadata = load_stream(reinterpret_cast<const uint32_t*>(word));
+      ahead[slot][m].metadata = load_written(reinterpret_cast<const uint32_t*>(word));
     });
   };
   if (args.early) {
-    // What load() is going to ask for, each tile and chunk by a lane of its own.
-    static_assert(kAhead * kRowTiles <= kWarp, "a lane prefetches one");
-    const int turn = lane / kRowTiles, row_tile = smaller(tile + lane % kRowTiles, tiles - 1);
-    if (turn < kAhead && first + turn * kAcross < last) {
-      const int64_t chunk = int64_t{row_tile} * chunks + first + turn * kAcross;
-      prefetch(args.values + chunk * kBytes, kBytes);
-      prefetch(args.metadata + chunk * kMetadataBytes, kMetadataBytes);
+    // What the block is going to ask for first: of a tile its chunks lie side by side.
+    const int wanted = smaller(kAhead * kAcross, last - begin);
+    for (int i = warp; i < kDown * kRowTiles; i += kDecodeWarps) {
+      const int row_tile = static_cast<int>(blockIdx.x) * kDown * kRowTiles + i;
+      if (lane != 0 || row_tile >= tiles || wanted <= 0) continue;
+      const int64_t chunk = int64_t{row_tile} * chunks + begin;
+      prefetch(args.values + chunk * kBytes, static_cast<uint32_t>(wanted * kBytes));
+      prefetch(args.metadata + chunk * kMetadataBytes, static_cast<uint32_t>(wanted * kMetadataBytes));
     }
     wait_for_kernel_before();
   }
@@ -147,6 +148,7 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
     commit_copies();
   });
   const auto selectors = Products::selectors(lane);
+  if (warp == 0) prefetch_of_rows<S::kRows>(epilogue, int64_t{blockIdx.x} * S::kRows, lane);
 
   Sum sums[S::kTokenTiles * kRowTiles][4] = {};
   // Row of x and 16 bytes of it that this lane names to load_matrices: a token, and a quarter of a step.
@@ -237,7 +239,7 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
   if (parts > 1) {
     sync_cluster();
   } else {
-    sync_warp();  // what one lane wrote the same one reads, but as other types
+    sync_warp();  // a thread reads what it wrote itself
   }
   finish<S::kRows, kDecodeThreads>(epilogue, shared, S::kTokensOfBlock, int64_t{blockIdx.x} * S::kRows, 0, blockIdx.y % parts,
                                    parts);

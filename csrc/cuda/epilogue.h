@@ -38,7 +38,7 @@ TWOFOUR_DEVICE void load_items(const void* items, int64_t at, int64_t count, Ite
   if (item == Item::kFp32) {
     const float* const from = static_cast<const float*>(items) + at;
     if (count >= 4 && reinterpret_cast<uint64_t>(from) % sizeof(uint4) == 0) {
-      const uint4 four = load_stream(reinterpret_cast<const uint4*>(from));
+      const uint4 four = load_written(reinterpret_cast<const uint4*>(from));
       to[0] = float_of_bits(four.x), to[1] = float_of_bits(four.y);
       to[2] = float_of_bits(four.z), to[3] = float_of_bits(four.w);
       return;
@@ -49,7 +49,7 @@ TWOFOUR_DEVICE void load_items(const void* items, int64_t at, int64_t count, Ite
   const uint16_t* const from = static_cast<const uint16_t*>(items) + at;
   uint32_t bits[4];
   if (count >= 4 && reinterpret_cast<uint64_t>(from) % sizeof(uint2) == 0) {
-    const uint2 four = load_stream(reinterpret_cast<const uint2*>(from));
+    const uint2 four = load_written(reinterpret_cast<const uint2*>(from));
     bits[0] = four.x & 0xffffu, bits[1] = four.x >> 16, bits[2] = four.y & 0xffffu, bits[3] = four.y >> 16;
   } else {
     unroll<4>([&](auto i) { bits[i] = i < count ? from[i] : 0; });
@@ -104,6 +104,19 @@ TWOFOUR_DEVICE void activate(Activation activation, float (&y)[4]) {
   }
 }
 
+// A lane asks for what finish() wants of kRows rows from `row0` on, bias and scales of eight: they come meanwhile.
+template <int kRows>
+TWOFOUR_DEVICE void prefetch_of_rows(const Epilogue& epilogue, int64_t row0, int lane) {
+  constexpr int kTogether = 8;
+  static_assert(kRows <= kWarp * kTogether, "a warp asks for all");
+  const int64_t row = row0 + lane * kTogether;
+  if (lane * kTogether >= kRows || row >= epilogue.rows) return;
+  if (epilogue.row_scale != nullptr) prefetch_line(epilogue.row_scale + row);
+  if (epilogue.bias != nullptr) {
+    prefetch_line(static_cast<const char*>(epilogue.bias) + row * (epilogue.item == Item::kFp32 ? 4 : 2));
+  }
+}
+
 // What the blocks of a cluster have at a place, added up in their order. One block alone reads its own.
 template <class Sum>
 TWOFOUR_DEVICE void sum_of_parts(const uint4* own, uint32_t parts, Sum (&sums)[4]) {
@@ -125,8 +138,8 @@ TWOFOUR_DEVICE void sum_of_parts(const uint4* own, uint32_t parts, Sum (&sums)[4
 }
 
 // Finishes `count` tokens from `token0` on, kRows rows of each from `row0` on. Their sums lie in shared memory, and all
-// threads may read them: of blocks that share the columns `parts`, in that of each of the cluster. `part` is this one's; it
-// finishes as many tokens as the others.
+// threads may read them: of blocks that share the columns `parts`, in that of each of the cluster. `part` is this one's; the
+// blocks take turns, a few tokens each.
 template <int kRows, int kThreads, class Sum>
 TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count, int64_t row0, int64_t token0,
                            uint32_t part = 0, uint32_t parts = 1) {
@@ -161,10 +174,10 @@ TWOFOUR_DEVICE void finish(const Epilogue& epilogue, const Sum* sums, int count,
   }
 }
 
-// Where several blocks (gridDim.y) share the columns of a tile and are no cluster, each leaves its sums in `partial`, and the last one to come
-// adds them up in the order of the slices, so that results do not depend on who came last. Every thread calls it, the first
-// kHolders of a block with sums of their own; true where they are whole now. `counters` [gridDim.x] begin and end as zeros;
-// `partial` holds 16 bytes for each four sums of each holder of the grid.
+// Where several blocks (gridDim.y) share the columns of a tile and are no cluster, each leaves its sums in `partial`, and the
+// last one to come adds them up in the order of the slices, so that results do not depend on who came last. Every thread
+// calls it, the first kHolders of a block with sums of their own; true where they are whole now. `counters` [gridDim.x] begin
+// and end as zeros; `partial` holds 16 bytes for each four sums of each holder of the grid.
 template <int kHolders, int kCount, class Sum>
 TWOFOUR_DEVICE bool add_slices(Sum (&sums)[kCount][4], void* partial, uint32_t* counters) {
   constexpr int kTogether = kCount < 8 ? 8 / kCount : 1;  // slices that are read at once

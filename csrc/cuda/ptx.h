@@ -77,6 +77,9 @@ TWOFOUR_DEVICE void sync_threads(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
+// Brings what lies there, and what lies beside it, to the last cache.
+TWOFOUR_DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // A cluster: blocks that run at the same time and read each other's shared memory, here all of a blockIdx.x. Where a launch
 // asks for none a block is one by itself, and so it is on GPUs before Hopper, which have none.
 #if __CUDA_ARCH__ >= 900
@@ -146,6 +149,25 @@ TWOFOUR_DEVICE uint4 load_stream(const uint4* from) {
 TWOFOUR_DEVICE uint32_t load_stream(const uint32_t* from) {
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+
+// Likewise, where the kernel before this one may have written it while this one had begun: not by the way of constants.
+TWOFOUR_DEVICE uint4 load_written(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+TWOFOUR_DEVICE uint2 load_written(const uint2* from) {
+  uint2 v;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+TWOFOUR_DEVICE uint32_t load_written(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
 }
 

@@ -120,10 +120,23 @@ def _skip_zeros_in_hardware(texts: list[table.KernelText], code: dict[str, str],
             tiles, fragments = text.rows * text.across // 128, text.itemsize
             assert count(sass, r"LDG\.E\S*\.128") >= 2 * text.ahead * tiles * fragments, text.name
             assert len(re.findall(r"\bBAR\.SYNC\S* 0x0\b|\bBAR\.SYNC\S* RZ", _loop_of(sass))) == 0, text.name
+            assert count(sass, "CCTL.E.PF2") == 2, text.name  # bias and scales
+            _clusters_and_early_starts(sass, text.name, architecture)
         else:  # fragments of W for two steps of each of four tiles, and those loaded before the first stage
             assert count(sass, r"LDS\.128") >= 12, text.name
         most = 163 if "256x128" in text.name else 99  # KiB; sm_89 and sm_120 have no more than 99
         assert text.dynamic_bytes + text.shared_bytes <= most << 10, text.name
+
+
+def _clusters_and_early_starts(sass: str, name: str, architecture: str) -> None:
+    """Two barriers of clusters, which wait for no global memory; nothing is read or written before the kernel before ends."""
+    has = architecture not in ("sm_80", "sm_89")
+    for opcode, times in (("UCGABAR_ARV", 2), ("UCGABAR_WAIT", 2), ("UBLKPF", 2), ("ACQBULK", 1), ("PREEXIT", 1)):
+        assert count(sass, opcode) == times * has, (name, opcode)
+    if has:
+        before, after = sass.split("ACQBULK")
+        assert not re.search(r"\b(LDG|LDGSTS|STG|ATOMG|LD|ST)\b", before), name
+        assert after.index("LDG") < after.index("PREEXIT"), name
 
 
 def _loop_of(sass: str) -> str:

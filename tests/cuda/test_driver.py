@@ -79,8 +79,12 @@ def test_a_gpu_says_how_many_clusters_it_holds(fake: tuple[driver.Driver, ctypes
     assert [own.most_clusters(0x2000, 256, 70_000, size) for size in table.CLUSTERS] == [66, 33, 16]
     assert list(noted[45:48]) == [0x2000, 256, 70_000]
     assert list(noted[40:44]) == [1, 1, 8, 1]
-    library.fake_fail(b"cuOccupancyMaxActiveClusters", 1)  # it knows none
-    assert own.most_clusters(0x2000, 256, 70_000, 4) == 0
+    for status in (1, 801, 912):  # it knows none, or none of that size
+        library.fake_fail(b"cuOccupancyMaxActiveClusters", status)
+        assert own.most_clusters(0x2000, 256, 70_000, 4) == 0
+    library.fake_fail(b"cuOccupancyMaxActiveClusters", 2)
+    with pytest.raises(DeviceError, match="asking for clusters failed: out of memory"):
+        own.most_clusters(0x2000, 256, 70_000, 4)
     library.fake_fail(b"cuOccupancyMaxActiveClusters", 201)  # a thread without a context
     entered = noted[48]
     assert own.most_clusters(0x2000, 256, 70_000, 4, device=3) == 33
@@ -186,6 +190,23 @@ def test_a_launch_is_on_the_device_and_its_stream_whichever_is_current(
     noted = library.fake_noted()
     assert (noted[10], noted[11], noted[18]) == (0x2001, 3, 0x101)  # kernel, blocks, stream: of device 1, entered
     assert at == [current]
+
+    def loaded(name: str, device: torch.device) -> int:  # for the context that is current
+        assert at == [device.index]
+        return 0x2000
+
+    monkeypatch.setattr(table, "_loaded", loaded)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    table.most_clusters.cache_clear()
+    table.knows_clusters.cache_clear()
+    assert table.most_clusters("decode_bf16_32", torch.device("cuda", 1)) == (66, 33, 16)
+    assert at == [current]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    table.most_clusters.cache_clear()
+    table.knows_clusters.cache_clear()
+    assert table.most_clusters("decode_bf16_32", torch.device("cuda", 1)) == ()
+    table.most_clusters.cache_clear()
+    table.knows_clusters.cache_clear()
 
 
 def test_no_driver_and_an_old_one_are_told_apart(tmp_path: Path) -> None:

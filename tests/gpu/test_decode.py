@@ -192,62 +192,78 @@ def test_graphs_streams_and_another_stream_at_once(gpu: torch.device) -> None:
             assert_same_bits(each, right)
 
 
-def call_of(
-    tokens: int, gpu: torch.device, shape: tuple[int, int] = (1000, 8192), *, whole: bool = False
-) -> arguments.Arguments:
-    """Of a bfloat16 layer whose columns blocks share."""
-    dense = pruned(shape, torch.bfloat16, whole=whole)
-    x = tokens_of(tokens, shape[1], torch.bfloat16, tokens, whole=whole).to(gpu)
-    return arguments.check(x, packed_of(dense, gpu), None, None, None, "none", None, None)
-
-
-def again(call: arguments.Arguments, slices: int, *, clusters: bool = True, early: bool = False) -> Tensor:
-    """y anew, over what was there."""
-    call.y.fill_(float("nan"))
-    return decode.multiplied(call, None, slices, clusters=clusters, early=early).clone()
+def hopper(gpu: torch.device) -> None:
+    if not table.knows_clusters(gpu):
+        pytest.skip("clusters and early starts are from capability 9.0 on")
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 33, 64])
-def test_clusters_and_early_starts_change_no_bit(tokens: int, gpu: torch.device) -> None:
-    if torch.cuda.get_device_capability(gpu) < (9, 0):
-        pytest.skip("clusters and early starts are from capability 9.0 on")
-    call = call_of(tokens, gpu)
-    assert min(table.most_clusters(decode.kernel_for("bf16", tokens), gpu)) > 0
+@pytest.mark.parametrize("name", ["bf16", "int8", "e4m3_bf16"])
+def test_clusters_and_early_starts_change_no_bit(name: str, tokens: int, gpu: torch.device) -> None:
+    hopper(gpu)
+    weight = {"bf16": torch.bfloat16, "int8": torch.int8, "e4m3_bf16": torch.float8_e4m3fn}[name]
+    x = tokens_of(tokens, 8192, torch.int8 if name == "int8" else torch.bfloat16, tokens).to(gpu)
+    packed = packed_of(pruned((1000, 8192), weight), gpu)
+    scale = torch.linspace(0.001, 0.01, 1000, device=gpu)
+    residual = tokens_of(tokens, 1000, torch.bfloat16, 1).to(gpu)
+    call = arguments.check(x, packed, residual[0].clone(), scale, None, "silu", residual, None)
+    assert min(table.most_clusters(decode.kernel_for(name, tokens), gpu)) > 0
+
+    def again(slices: int, *, clusters: bool = True, early: bool = False) -> Tensor:
+        call.y.fill_(float("nan"))
+        return decode.multiplied(call, None, slices, clusters=clusters, early=early).clone()
+
     for slices in (1, *table.CLUSTERS):
-        wanted = again(call, slices, clusters=False)
+        wanted = again(slices, clusters=False)
+        assert bool(wanted.isfinite().all())
         for _ in range(3):
-            assert_same_bits(again(call, slices), wanted)
-            assert_same_bits(again(call, slices, clusters=False, early=True), wanted)
-            assert_same_bits(again(call, slices, early=True), wanted)
+            assert_same_bits(again(slices), wanted)
+            assert_same_bits(again(slices, clusters=False, early=True), wanted)
+            assert_same_bits(again(slices, early=True), wanted)
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["stream", "graph"])
-def test_early_starts_see_what_the_kernel_before_wrote(captured: bool, gpu: torch.device) -> None:
-    """Weights that a kernel writes right before, each of them the input of the next product."""
-    if torch.cuda.get_device_capability(gpu) < (9, 0):
-        pytest.skip("early starts are from capability 9.0 on")
-    call = call_of(16, gpu, (8192, 8192), whole=True)
-    values = call.packed.values.clone()
-    wanted = again(call, 1)
-    call.packed.values.zero_()
+@pytest.mark.parametrize(("slices", "clusters"), [(None, True), (4, True), (2, False)])
+def test_early_starts_see_what_the_product_before_wrote(
+    slices: int | None, clusters: bool, captured: bool, gpu: torch.device
+) -> None:
+    """A chain: y of each product is x of the next one and the residual of the one after it, and nothing stands between."""
+    hopper(gpu)
+    size, length = 2048, 12
+    weights = [packed_of(pruned((size, size), torch.bfloat16, seed), gpu) for seed in range(length)]
+    scale = torch.full((size,), size**-0.5, device=gpu)
+    x = tokens_of(16, size, torch.bfloat16, 0).to(gpu)
+    calls: list[arguments.Arguments] = []
+    for weight in weights:
+        given = calls[-1].y if calls else x
+        residual = calls[-2].y if len(calls) > 1 else None
+        calls.append(arguments.check(given, weight, None, scale, None, "none", residual, None))
 
-    def chain() -> list[Tensor]:
-        found = []
-        for scale in (1, -1, 2, 0, 4):
-            torch.mul(values, scale, out=call.packed.values)
-            decode.multiplied(call, early=True)
-            found.append(decode.multiplied(call, early=True).clone())
-        return found
+    def chain(*, early: bool) -> None:
+        for place, call in enumerate(calls):
+            decode.multiplied(call, None, slices, clusters=clusters, early=early and place > 0)
 
-    found = chain()
-    if captured:
+    def spoil() -> None:
+        for call in calls:
+            call.y.fill_(float("nan"))
         torch.cuda.synchronize(gpu)
-        graph = torch.cuda.CUDAGraph()
+
+    spoil()
+    chain(early=False)
+    wanted = [call.y.clone() for call in calls]
+    assert bool(wanted[-1].isfinite().all())
+    graph = torch.cuda.CUDAGraph()
+    if captured:
         with torch.cuda.graph(graph):
-            found = chain()
-        graph.replay()
-    for scale, y in zip((1, -1, 2, 0, 4), found, strict=True):
-        assert torch.equal(y, wanted * scale)
+            chain(early=True)
+    for _ in range(5):
+        spoil()
+        if captured:
+            graph.replay()
+        else:
+            chain(early=True)
+        for call, right in zip(calls, wanted, strict=True):
+            assert_same_bits(call.y, right)
 
 
 def test_kernels_are_loaded_while_a_graph_is_captured(gpu: torch.device) -> None:

@@ -3,9 +3,9 @@
 //
 // The threads of a block are fibers. A warp runs until all of its threads wait at a barrier of the block, then another one;
 // blocks run one after the other, or clusters, whose blocks take turns. Shared memory of a block that has ended is spoilt, as
-// peers must not read it any more. A kernel that is started early may read nothing before it has waited. Asynchronous copies spoil their destination at once and bring what they copy when their
-// thread waits for them: no later wait or barrier than the kernel's own helps it. What cuda/ptx.h says in PTX is written
-// out here from the PTX ISA.
+// peers must not read it any more. A kernel that is started early may read nothing by way of ptx.h before it has waited.
+// Asynchronous copies spoil their destination at once and bring what they copy when their thread waits for them: no later
+// wait or barrier than the kernel's own helps it. What cuda/ptx.h says in PTX is written out here from the PTX ISA.
 #pragma once
 
 #include <setjmp.h>
@@ -325,6 +325,8 @@ void sync_threads(int number) {
   barrier.expected = kThreads;
   emulated::wait(barrier);
 }
+inline void prefetch_line(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }  // it is there
+
 inline void sync_cluster() { emulated::wait(emulated::cluster_barrier); }
 inline void leave_cluster() { emulated::wait(emulated::cluster_barrier); }
 inline uint4 load_of_peer(const uint4* own, uint32_t rank) {
@@ -355,6 +357,10 @@ V load_stream(const V* from) {
   return *from;
 }
 
+template <class V>
+V load_written(const V* from) {
+  return load_stream(from);
+}
 template <class V>
 V load_kept(const V* from) {
   return load_stream(from);

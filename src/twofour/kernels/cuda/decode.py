@@ -131,8 +131,8 @@ def multiplied(
         kernel: another one than that for the tokens, which must be no more than it takes; to compare them.
         slices: of the columns, other than the plan's; likewise.
         clusters: may blocks that share columns be one? Likewise.
-        early: lets it begin while the kernel before it in the stream ends (programmatic dependent launch), from
-            capability 9.0 on; likewise.
+        early: lets it begin while the kernel before it in the stream ends (programmatic dependent launch), where
+            `table.knows_clusters`; likewise.
     """
     tokens, device = call.x.shape[0], call.x.device
     name, (rows, columns), processors = call.name, call.packed.shape, resources.processors(device)
@@ -156,7 +156,7 @@ def multiplied(
             launch.slice,
             partial if launch.sums else 0,
             counters,
-            early,
+            int(early),
             *call.of_epilogue(first),
             cluster=launch.cluster,
             early=early,

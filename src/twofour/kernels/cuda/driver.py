@@ -20,6 +20,7 @@ LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _NO_CONTEXT = (201, 400)  # invalid context, or a kernel that is unknown to none
 _NOT_FOR_THIS_DRIVER = (200, 209, 222, 300)  # invalid image, no binary, unsupported version, invalid source
+_NO_CLUSTERS = (1, 801, 912)  # invalid value, not supported, invalid cluster size
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FREE_SHARED_BYTES = 48 << 10  # what a launch may ask for without that
@@ -168,7 +169,11 @@ class Driver:
         return status
 
     def most_clusters(self, kernel: int, threads: int, shared_bytes: int, cluster: int, device: int = 0) -> int:
-        """How many clusters of so many blocks a GPU holds at once; 0 where it knows none, or none of that size."""
+        """How many clusters of so many blocks the current GPU holds at once; 0 where it knows none, or none of that size.
+
+        Raises:
+            DeviceError: the driver cannot say.
+        """
         count = ctypes.c_int()
         how = _config((1, cluster, 1), threads, shared_bytes, 0, cluster)
         ask = partial(self._cuda.cuOccupancyMaxActiveClusters, ctypes.byref(count), kernel, ctypes.byref(how))
@@ -177,7 +182,10 @@ class Driver:
             if status in _NO_CONTEXT:
                 self._enter(device)
                 status = ask()
-        return count.value if status == 0 else 0
+        if status in _NO_CLUSTERS:
+            return 0
+        self._check(status, "asking for clusters")
+        return count.value
 
     def _check(self, status: int, what: str) -> None:
         if status == 0:

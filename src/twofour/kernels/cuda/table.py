@@ -235,11 +235,18 @@ def _launch(
 @cache
 def most_clusters(name: str, device: torch.device) -> tuple[int, ...]:
     """How many clusters of CLUSTERS blocks of a kernel a GPU holds at once; () where it knows none, before Hopper."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if not knows_clusters(device):
         return ()
-    text, loaded, number = KERNEL_TEXTS[name], _loaded(name, device), device.index or 0
-    ask = driver.driver().most_clusters
-    return tuple(ask(loaded, text.threads, text.dynamic_bytes, blocks, number) for blocks in CLUSTERS)
+    text, number = KERNEL_TEXTS[name], device.index or 0
+    with torch.cuda.device(device):  # the driver answers for the current one
+        loaded, ask = _loaded(name, device), driver.driver().most_clusters
+        return tuple(ask(loaded, text.threads, text.dynamic_bytes, blocks, number) for blocks in CLUSTERS)
+
+
+@cache
+def knows_clusters(device: torch.device) -> bool:
+    """Can blocks be clusters, and kernels start early? From capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def why_not(name: str, device: torch.device) -> str | None:
