@@ -59,6 +59,28 @@ def test_a_fresh_model_gives_the_same_bits(mlp: Build, path: Path, dtype: torch.
     assert torch.equal(empty(x), model(x))
 
 
+@pytest.mark.of_cpu
+def test_values_that_are_trained_are_stored_once_and_loaded(mlp: Build, path: Path) -> None:
+    model = mlp()
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    twofour.save(model, path)
+    constant = path.stat().st_size
+    for layer in layers:
+        layer.requires_grad_values()
+    twofour.save(model, path)
+    assert path.stat().st_size == constant
+    x = torch.randn(9, 64)
+    for fresh in (mlp(), copy.deepcopy(model)):
+        for parameter in fresh.parameters():
+            with torch.no_grad():
+                parameter.zero_()
+        twofour.load(fresh, path)
+        assert torch.equal(fresh(x), model(x))
+    assert all(layer.values.requires_grad for layer in fresh.modules() if isinstance(layer, SparseLinear))
+
+
 def test_save_load_save_gives_the_same_bytes(mlp: Build, path: Path, tmp_path: Path) -> None:
     model = mlp()
     twofour.prune(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix, file
 from ..kernels import KERNELS, SCALED, LinearSpec, choose
+from ..kernels.ops import TRAINABLE
 from ..masks import check_pattern
 from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
@@ -201,7 +202,10 @@ def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _persistent(module: nn.Module) -> list[tuple[str, Tensor]]:
-    parameters = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    own = {"values"} if isinstance(module, SparseLinear) else set()  # its weight, also where it is trained
+    parameters = [
+        (name, tensor) for name, tensor in module._parameters.items() if tensor is not None and name not in own
+    ]
     buffers = [
         (name, tensor)
         for name, tensor in module._buffers.items()
@@ -319,6 +323,9 @@ def _fill(
         if row["run"] == _RUN_SPARSE:
             bias = getattr(module, "bias", None)
             new = sparse[source].twin(bias) if source in sparse else _layer(matrix, bias, source, contents)
+            trained = isinstance(module, SparseLinear) and module.values.requires_grad
+            if trained and source not in sparse and new.backend in TRAINABLE:
+                new.requires_grad_values(not isinstance(new, QuantizedSparseLinear))
             sparse.setdefault(source, new)
             _put(model, module, new)
             replaced[module] = new
