@@ -61,6 +61,8 @@ def test_a_folder_from_prune_to_measure(run: Callable[..., Any], folder: Path, t
     assert result.code == 0
     assert re.search(r"layers pruned +13 of 16", result.out)
     assert (pruned / "notes.txt").read_text(encoding="utf-8") == "kept"
+    for written in pruned.iterdir():  # whoever may read other files of this user may read the weights
+        assert written.stat().st_mode == (pruned / "notes.txt").stat().st_mode, written
     reloaded = transformers.AutoModel.from_pretrained(pruned, local_files_only=True)
     assert twofour.check(reloaded).summary["holds"]
 

@@ -72,12 +72,15 @@ def write_dense(model: nn.Module, source: Path, target: Path, overwrite: bool) -
     if source.is_dir():
         with _new_folder(source, target, overwrite) as folder:
             model.save_pretrained(folder)  # type: ignore[operator]
+            for written in folder.glob("*.safetensors"):
+                file.open_to_readers(written)
     else:
         with _new_file(target, overwrite) as temporary:
             # Copies, because safetensors refuses tensors that share memory; they are few megabytes or on their way out.
             tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
             _require_same_names(source, set(tensors))
             save_file(tensors, temporary, {"format": "pt"})
+            file.open_to_readers(temporary)
 
 
 def write_compressed(model: nn.Module, source: Path, target: Path, overwrite: bool, pattern: str) -> Any:

@@ -397,6 +397,17 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
     _sync_folder(folder)
 
 
+def open_to_readers(path: str | os.PathLike[str]) -> None:
+    """Gives a file the permissions that `open` gives new ones: those that safetensors writes are for their owner alone."""
+    probe = os.path.join(os.path.dirname(os.path.abspath(path)), f".twofour-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(probe, "xb") as handle:
+            mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
+        os.chmod(path, mode)
+    finally:
+        _remove(probe)
+
+
 def _remove(path: str) -> None:
     with suppress(OSError):
         os.unlink(path)

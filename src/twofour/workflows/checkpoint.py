@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
+from ..format.file import open_to_readers
 from ..nn.inputs import Batch
 from ..nn.survey import Layer
 from ..pattern import Pattern
@@ -109,6 +110,7 @@ class Checkpoint:
         temporary = path.with_suffix(".tmp")
         try:
             save_file({"weight": weight.cpu().contiguous()}, temporary, metadata={"row": json.dumps(row)})
+            open_to_readers(temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
