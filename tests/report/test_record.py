@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from twofour.report import Report
+from twofour.report import Column, Report
 from twofour.report.record import format_bytes
 
 
@@ -49,3 +49,24 @@ def test_numbers_stay_numbers_and_bytes_become_text(value: object, expected: obj
 )
 def test_bytes_take_the_unit_that_needs_three_digits(count: float, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_names_in_a_narrow_table_keep_what_tells_layers_apart() -> None:
+    names = [
+        f"{side}.layer.{i}.attention.self.{part}"
+        for side in ("encoder", "decoder")
+        for i in (1, 11)
+        for part in ("query", "key")
+    ]
+    columns = (Column("layer", "layer"), Column("kernel", "kernel"), Column("error", "rounding", "error"))
+    for kernel in ("cpu", "cpu avx512vnni int8 and so on"):
+        rows = tuple({"layer": name, "kernel": kernel, "error": 0.005877578920576993} for name in names)
+        for width in (100, 64):
+            text = Report("t", columns, rows).to_table(width)
+            lines = text.splitlines()[1:]
+            assert max(map(len, lines)) <= width
+            assert len(lines) == len(names), text  # none is folded
+            shown = [line.split()[0] for line in lines]
+            assert len(set(shown)) == len(names)
+            assert all(f".{1 if '.1.' in name else 11}." in short for name, short in zip(names, shown, strict=True))
+            assert all(line.endswith("5.9e-03") for line in lines)

@@ -54,8 +54,8 @@ def _table(report: Report, width: int) -> str:
     excess = _width(columns, cells) - width
     if excess > 0:
         room = max(12, max(cell_len(row[0]) for row in cells) - excess)
-        for row in cells:
-            row[0] = shortened(row[0], room)
+        for row, name in zip(cells, _names_that_differ([row[0] for row in cells], room), strict=True):
+            row[0] = name
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_edge=False)
     for column in columns:
         table.add_column(column.title, justify="right" if column.is_number else "left", overflow="fold")
@@ -84,14 +84,33 @@ def _width(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> int:
 
 
 def shortened(name: str, room: int) -> str:
-    """A dotted name that fits: its longest parts are cut first, so that the numbers that tell layers apart stay."""
+    """A dotted name that fits, if it can: its longest parts are cut first, then all but numbers and the last part go.
+
+    >>> shortened("encoder.layer.11.attention.self.query", 28)
+    'enc….l….11.att….self.query'
+    >>> shortened("encoder.layer.11.attention.self.query", 15)
+    '….11.….query'
+    """
     parts = name.split(".")
-    while cell_len(".".join(parts)) > room:
-        longest = max(range(len(parts) - 1), key=lambda i: len(parts[i]), default=0)
-        if len(parts) == 1 or len(parts[longest]) <= 5:
-            return _without_middle(".".join(parts), room)
-        parts[longest] = parts[longest][:3] + "…"
-    return ".".join(parts)
+    for least, kept in ((6, 3), (3, 1)):
+        while cell_len(".".join(parts)) > room:
+            longest = max(range(len(parts) - 1), key=lambda i: 0 if parts[i].isdigit() else len(parts[i]), default=0)
+            if len(parts) == 1 or parts[longest].isdigit() or len(parts[longest]) < least:
+                break
+            parts[longest] = parts[longest].removesuffix("…")[:kept] + "…"
+    if cell_len(".".join(parts)) > room:
+        numbers = [part if part.isdigit() else "…" for part in parts[:-1]]
+        parts = [part for i, part in enumerate(numbers) if part != "…" or i == 0 or numbers[i - 1] != "…"] + parts[-1:]
+    return _without_middle(".".join(parts), room) if cell_len(".".join(parts)) > room else ".".join(parts)
+
+
+def _names_that_differ(names: Sequence[str], room: int) -> list[str]:
+    """Names in as little more room than `room` as keeps different ones different."""
+    while True:
+        found = [shortened(name, room) for name in names]
+        if len(set(found)) == len(set(names)):
+            return found
+        room += 1
 
 
 def _without_middle(text: str, room: int) -> str:

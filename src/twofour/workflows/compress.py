@@ -155,7 +155,7 @@ def compress(
         Column("sparse_us", "sparse µs", "us"),
         Column("kernel", "kernel"),
         Column("gain", "speed", "ratio"),
-        *((Column("weight_error", "rounding"),) if weights is not None else ()),
+        *((Column("weight_error", "rounding", "error"),) if weights is not None else ()),
         Column("reason", "why"),
     )
     return Report("compress", columns, ordered, summary, tuple(notes), environment())
