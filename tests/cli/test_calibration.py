@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twofour
+from twofour.cli import models
+from twofour.cli import prune as cli_prune
 from twofour.cli.inputs import calibration_batches
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
@@ -71,6 +73,29 @@ def test_text_prunes_better_than_magnitude(bert: Path, text: Path, tmp_path: Pat
     assert all(torch.equal(first[name], second[name]) for name in first)
     resumed = run("prune", bert, tmp_path / "three", "--calibration", text, "--checkpoint", tmp_path / "kept")
     assert "from the checkpoint" in resumed.out
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_ctrl_c_says_what_is_kept(
+    keeps: bool, bert: Path, text: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "write_dense", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr(cli_prune, "prune", interrupted)
+    kept = tmp_path / "kept"
+    options = ("--checkpoint", kept) if keeps else ()
+    stopped = run("prune", bert, tmp_path / "one", "--calibration", text, *options)
+    assert stopped.code == 130
+    ways = {
+        True: f"interrupted: {kept} keeps the layers that are finished: the same command goes on behind them.",
+        False: "interrupted: nothing was written; with --checkpoint FOLDER, finished layers are kept for the next run.",
+    }
+    assert stopped.err.strip() == ways[keeps]
+    monkeypatch.setattr(models, "open_model", interrupted)
+    assert run("check", bert)[0::2] == (130, "interrupted.\n")
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_lines_are_padded_and_the_padding_is_masked(bert: Path, text: Path) -> None:

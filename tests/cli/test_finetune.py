@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,58 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert "is finished: there is nothing to resume" in again.err
     assert run(*command, "--out", out, "--overwrite").code in (0, 1)
     assert same(whole, out)
+
+
+@pytest.fixture
+def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """press(5, 7): Ctrl-C while the batches of steps 5 and 7 are made, whatever handles it here otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    batch = Shuffled.batch
+
+    def at(*steps: int) -> None:
+        made = itertools.count()
+
+        def pressing(self: Shuffled, which: Any) -> Any:
+            if len(which) == 8 and next(made) in steps:
+                signal.raise_signal(signal.SIGINT)
+            return batch(self, which)
+
+        monkeypatch.setattr(Shuffled, "batch", pressing)
+
+    yield at
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_says_so_and_the_run_goes_on_to_the_same_weights(
+    gpt2: Path, text: Path, tmp_path: Path, run: Callable[..., Any], press: Callable[..., None]
+) -> None:
+    command = ("finetune", gpt2, text, "--steps", 10, "--lr", 1e-3, *QUICK)
+    whole, out, page = tmp_path / "whole", tmp_path / "out", tmp_path / "page.html"
+    assert run(*command, "--out", whole).code in (0, 1)
+    press(4)
+    stopped = run(*command, "--out", out, "--report", page)
+    assert stopped.code == 130
+    assert "saving after this step; Ctrl-C once more ends without it" in stopped.err
+    assert f"interrupted: {out} has a checkpoint: the same command with --resume goes on there." in stopped.err
+    assert "Traceback" not in stopped.err
+    assert [path.name for path in out.iterdir()] == [CHECKPOINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    press()
+    done = run(*command, "--out", out, "--resume")
+    assert done.code in (0, 1), done.err
+    assert "Taken up at step 5 from the checkpoint" in " ".join(done.out.split())
+    assert same(whole, out)
+
+
+def test_ctrl_c_twice_ends_at_once(
+    gpt2: Path, text: Path, tmp_path: Path, run: Callable[..., Any], press: Callable[..., None]
+) -> None:
+    command = ("finetune", gpt2, text, "--steps", 10, "--lr", 1e-3, *QUICK)
+    press(4, 5)
+    stopped = run(*command, "--out", tmp_path / "out")
+    assert stopped.code == 130
+    assert "interrupted: before the first step was kept" in stopped.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_encoders_learn_from_their_dense_selves(

@@ -28,6 +28,7 @@ from ..workflows import check, prune
 from ..workflows.check import CheckFailed
 from . import models
 from .inputs import is_causal
+from .interrupted import telling
 from .options import Exclude, Folder, Include, Json, Overwrite, PatternText, Threads, require_page, set_threads, show
 from .texts import Texts, texts
 
@@ -171,23 +172,24 @@ def run(
         (out / CHECKPOINT).unlink(missing_ok=True)
     torch.manual_seed(seed)
     try:
-        done = finetune(
-            loaded,
-            found.train,
-            schedule=phases,
-            pattern=parsed,
-            include=include if phases is not None else None,
-            exclude=exclude if phases is not None else None,
-            products=cast(Wanted, products),
-            teacher=dense,
-            validation=found.validation or None,
-            steps=steps,
-            seconds=None if minutes is None else 60 * minutes,
-            lr=lr,
-            checkpoint=out / CHECKPOINT,
-            settings=settings,
-            page=report,
-        )
+        with telling(lambda: _kept(out)):
+            done = finetune(
+                loaded,
+                found.train,
+                schedule=phases,
+                pattern=parsed,
+                include=include if phases is not None else None,
+                exclude=exclude if phases is not None else None,
+                products=cast(Wanted, products),
+                teacher=dense,
+                validation=found.validation or None,
+                steps=steps,
+                seconds=None if minutes is None else 60 * minutes,
+                lr=lr,
+                checkpoint=out / CHECKPOINT,
+                settings=settings,
+                page=report,
+            )
     except BaseException:
         with suppress(OSError):
             out.rmdir()  # if it is empty: no checkpoint was written
@@ -200,6 +202,12 @@ def run(
         done.to_html(report)
     show(done if json else _shortened(done), json)
     _require_gain(done)
+
+
+def _kept(out: Path) -> str:
+    if (out / CHECKPOINT).exists():
+        return f"{out} has a checkpoint: the same command with --resume goes on there."
+    return "before the first step was kept, so nothing was written."
 
 
 def _phases(method: str, schedule: str | None, steps: int | None, minutes: float | None) -> str | None:

@@ -12,6 +12,7 @@ from ..solvers import Recipe
 from ..workflows import prune
 from . import models
 from .inputs import calibration_batches
+from .interrupted import telling
 from .options import (
     BatchSize,
     DryRun,
@@ -106,17 +107,21 @@ def run(
         if not model.is_dir():
             raise TwofourError(f"{model} is a file without a model to run: --calibration needs a folder.")
         inputs = calibration_batches(model, loaded, calibration, samples, length, batch)
-    report = prune(
-        loaded,
-        pattern,
-        calibration=inputs,
-        method=recipe,
-        include=include,
-        exclude=exclude,
-        checkpoint=checkpoint,
-        random_tokens=random_tokens,
-        dry_run=dry_run,
-    )
+    kept = "nothing was written; with --checkpoint FOLDER, finished layers are kept for the next run."
+    if checkpoint is not None:
+        kept = f"{checkpoint} keeps the layers that are finished: the same command goes on behind them."
+    with telling(lambda: kept):
+        report = prune(
+            loaded,
+            pattern,
+            calibration=inputs,
+            method=recipe,
+            include=include,
+            exclude=exclude,
+            checkpoint=checkpoint,
+            random_tokens=random_tokens,
+            dry_run=dry_run,
+        )
     if not dry_run:
         models.write_dense(loaded, model, output, overwrite)
     show(models.with_guess(report, model), json, html)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -24,7 +24,7 @@ from ..masks.fixed import FixedMasks
 from ..masks.moving import MovingMasks
 from .budget import Budget
 from .masking import density, flip_rate
-from .restart import Checkpoint, LastGood, Stream, random_state, set_random_state
+from .restart import Checkpoint, Interruption, LastGood, Stream, random_state, set_random_state
 
 DATA_ENDED = "data ended"
 _VALIDATION_SHARE = 0.1
@@ -179,15 +179,17 @@ class Loop:
         elif self._plan.validation and self._validation_before is None:
             self._validation_before = self._validate()
         from_step, from_second = self._step, self._elapsed
-        with tqdm(desc=self._plan.verb, total=self._budget.steps, initial=self._step, leave=False, unit="step",
+        with Interruption() if file is not None else nullcontext() as interruption, \
+             tqdm(desc=self._plan.verb, total=self._budget.steps, initial=self._step, leave=False, unit="step",
                   disable=None if progress is None else not progress) as bar:  # fmt: skip
             while True:
+                leaving = interruption is not None and interruption.asked
                 per_step = (self._elapsed - from_second) / max(1, self._step - from_step)
                 self._stopped = self._budget.why_over(self._step, self._elapsed, per_step)
                 if self._stopped is not None:
                     break
                 began = time.monotonic()
-                place = self._place(pending is not None) if file is not None and file.is_due else None
+                place = self._place(pending is not None) if file is not None and (file.is_due or leaving) else None
                 if not self._gradients(pending):
                     self._stopped = DATA_ENDED
                     break
@@ -195,6 +197,9 @@ class Loop:
                 self._good.remember()
                 if file is not None and place is not None:  # not before its loss was finite
                     self._save(file, settings, place)
+                    if leaving:
+                        self._optimizer.zero_grad()
+                        raise KeyboardInterrupt(f"after step {self._step}, which the checkpoint {file.path} has")
                 for group, peak in zip(self._optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * self._budget.factor(self._step, self._elapsed)
                 self._optimizer.step()

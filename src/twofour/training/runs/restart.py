@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from ...errors import ModelError, TrainingError, TwofourError
 from ...nn.inputs import Batch
@@ -101,6 +106,31 @@ class LastGood:
     def is_finite(self) -> bool:
         """True where every trained number is."""
         return all(bool(tensor.isfinite().all()) for tensor in self._trained.values())
+
+
+class Interruption:
+    """Ctrl-C while a run lasts that can go on: the first is noted, so that the run saves where it is; the second ends it.
+
+    Nothing is changed where another thread runs, or others handle it.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interruption:
+        plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if plain and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("saving after this step; Ctrl-C once more ends without it", file=sys.stderr)
 
 
 class Checkpoint:
