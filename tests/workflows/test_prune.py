@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import twofour
-from twofour import ModelError, PatternError, UnsupportedError
+from twofour import ModelError, PatternError, SparseLinear, UnsupportedError
 from twofour.masks import magnitude, nm_mask
 
 Build = Callable[[], nn.Sequential]
@@ -34,8 +34,15 @@ def test_prune_is_idempotent_and_says_so(mlp: Build) -> None:
     report = twofour.prune(model)
     assert [row["action"] for row in report.rows] == ["already"] * 3
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    weights = sum(parameter.numel() for parameter in model.parameters())
     twofour.compress(model, force=True)
-    assert [row["reason"] for row in twofour.prune(model).rows] == ["already compressed"] * 3
+    again = twofour.prune(model)
+    assert [row["reason"] for row in again.rows] == ["already compressed"] * 3
+    assert again.summary["weights in the model"] == weights
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            module.requires_grad_values()
+    assert twofour.prune(model).summary["weights in the model"] == weights
 
 
 def test_dry_run_changes_nothing(mlp: Build) -> None:

@@ -129,11 +129,7 @@ def prune(
         counts = {
             "layers pruned": f"{len(pruned)} of {len(ordered)}",
             "weights in pruned layers": sum(int(row["weights"]) for row in pruned),
-            "weights in the model": sum(
-                parameter.numel()
-                for parameter in model.parameters()
-                if not isinstance(parameter, nn.UninitializedParameter)
-            ),
+            "weights in the model": _weights_of(model),
         }
         columns = _DATA_FREE if inputs is None else _COLUMNS
         return Report("prune", columns, ordered, {**summary, **counts, **_errors(ordered)}, tuple(notes), environment())
@@ -225,6 +221,20 @@ def _compressed_row(layer: Layer, pattern: Pattern) -> dict[str, Any]:
         "action": "skipped",
         "reason": f"compressed as {layer.module.pattern}: take it back to dense first (twofour.nn.swap.to_dense_modules)",
     }
+
+
+def _weights_of(model: nn.Module) -> int:
+    """Numbers in its parameters, shared ones once; of a compressed layer those of its dense matrix."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, nn.UninitializedParameter):
+                continue
+            if not (name == "values" and isinstance(module, SparseLinear)):
+                counts[id(parameter)] = parameter.numel()
+        if isinstance(module, SparseLinear):
+            counts[id(module.values)] = module.out_features * module.in_features
+    return sum(counts.values())
 
 
 def _prune_layer(layer: Layer, pattern: Pattern, dry_run: bool, done: dict[Hashable, str]) -> dict[str, Any]:
