@@ -186,10 +186,13 @@ def test_a_launch_is_on_the_device_and_its_stream_whichever_is_current(
     )
     monkeypatch.setattr(table, "_loaded", lambda name, device: 0x2000 + device.index)
     monkeypatch.setattr(driver, "driver", lambda: own)
-    table.launch("take_half", (3,), torch.device("cuda", 1), 1, 2, 3)
     noted = library.fake_noted()
-    assert (noted[10], noted[11], noted[18]) == (0x2001, 3, 0x101)  # kernel, blocks, stream: of device 1, entered
-    assert at == [current]
+    for raw in (None, lambda number: 0x100 * number + at[0]):
+        noted[10] = noted[11] = noted[18] = 0
+        monkeypatch.setattr(table, "_RAW_STREAM", raw)
+        table.launch("take_half", (3,), torch.device("cuda", 1), 1, 2, 3)
+        assert (noted[10], noted[11], noted[18]) == (0x2001, 3, 0x101)  # kernel, blocks, stream: of device 1, entered
+        assert at == [current]
 
     def loaded(name: str, device: torch.device) -> int:  # for the context that is current
         assert at == [device.index]

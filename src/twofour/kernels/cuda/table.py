@@ -200,6 +200,8 @@ _TEXTS = (
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
 
 
+_RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""What code that torch compiles asks too, without making a Stream each time."""
 CLUSTERS = (2, 4, 8)
 """Blocks of a cluster: sizes that every GPU with clusters knows."""
 
@@ -226,8 +228,8 @@ def _launch(
     name: str, grid: Sequence[int], device: torch.device, arguments: Sequence[int], cluster: int, early: bool
 ) -> None:
     text = KERNEL_TEXTS[name]
-    stream = torch.cuda.current_stream(device).cuda_stream
     number = device.index or 0
+    stream = _RAW_STREAM(number) if _RAW_STREAM is not None else torch.cuda.current_stream(device).cuda_stream
     loaded, shared_bytes = _loaded(name, device), text.dynamic_bytes
     driver.driver().launch(loaded, grid, text.threads, arguments, stream, shared_bytes, number, cluster, early)
 
