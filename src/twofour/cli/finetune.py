@@ -118,8 +118,8 @@ def run(
     are float32 while they learn and are written as they came. The loss of the held-out text is taken before and after; exit
     code 1: it is worse than that of the model as it was pruned. The result is dense with zeros: compress comes next.
 
-    A checkpoint is written into --out every minute, and at Ctrl-C: the same command with --resume goes on there, after a kill too, and on a
-    CPU with --steps ends with the same weights, bit for bit (with --schedule: and --products dense).
+    A checkpoint is written into --out every minute, and at Ctrl-C: the same command with --resume goes on there, after a kill
+    too, and on a CPU with --steps ends with the same weights, bit for bit (with --schedule: and --products dense).
 
     Example: twofour finetune gpt2 book.txt --out gpt2-2of4 --distill --minutes 60 --report page.html
 
