@@ -239,6 +239,11 @@ def test_other_splits_are_timed_beside_that_of_the_table(
     assert few["us"].keys() == {"twofour", "early", "1 slices", "2 slices", "4 slices", name}
     assert all(few["right"].values())
     assert few["missing"].keys() == {"decode_bf16_8_4_1_3_0_1", "2 slices, cluster", "4 slices, cluster"}
+    monkeypatch.setattr(table, "most_clusters", lambda *_: (66, 32, 16))  # as on Hopper
+    few, _ = run(tune.main)
+    assert few["us"].keys() >= {"2 slices, cluster", "4 slices, cluster"}
+    assert few["clusters"] == {"decode_bf16_8": [66, 32, 16]}
+    assert all(few["right"].values())
     assert {"128x64", "128x128", "twofour"} <= many["us"].keys()
 
 
