@@ -103,6 +103,10 @@ def test_another_plan_of_the_launch_makes_a_result_stale() -> None:
     assert record.state({**row, "grids": {"decode_bf16_8": [64, 5]}}) == "stale: decode_bf16_8 is launched otherwise"
     assert record.state({**row, "processors": None}) == "stale: decode_bf16_8 is launched otherwise"
     assert record.state({**row, "kernels": {}}) == "stale: no kernel is named"
+    name = "decode_bf16_32"
+    row = made_up("few tokens", name, 32, clusters={name: [66, 32, 16]})
+    assert record.state({**row, "grids": {name: [32, 4, 4]}}) == "fresh"
+    assert record.state({**row, "grids": {name: [32, 4]}}) == f"stale: {name} is launched otherwise"  # but no cluster
 
 
 def test_results_that_are_wrong_dry_or_in_part_are_not_shown(write: Callable[..., Path]) -> None:
