@@ -249,7 +249,8 @@ def test_auto_takes_what_was_measured_faster_and_says_so(monkeypatch: pytest.Mon
     rows = [row for row in masks.report.rows if row["action"] == "moved"]
     assert [row["tokens"] for row in rows] == [64, 64]
     assert all(row["products"] == ("sparse" if row["sparse_us"] < row["dense_us"] else "dense") for row in rows)
-    assert "dense us" in str(masks.report)
+    assert "dense µs" in str(masks.report)
+    assert " us " not in str(masks.report)
     counts = counted(monkeypatch)
     for pays in (True, False):
         for each in masks._moved:

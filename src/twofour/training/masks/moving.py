@@ -209,8 +209,8 @@ class MovingMasks:
             Column("shape", "shape"),
             Column("action", "action"),
             Column("tokens", "tokens", "count"),
-            Column("dense_us", "dense us", "us"),
-            Column("sparse_us", "sparse us", "us"),
+            Column("dense_us", "dense µs", "us"),
+            Column("sparse_us", "sparse µs", "us"),
             Column("products", "products"),
             Column("reason", "why"),
         )
