@@ -251,8 +251,14 @@ def test_bad_inputs_are_named(native: None) -> None:
     sparse, _ = sparse_and_dense()
     with pytest.raises(twofour.ShapeError, match=r"x is \[2, 60\]: its last axis must be in_features 64"):
         sparse(torch.randn(2, 60))
-    with pytest.raises(UnsupportedError, match=r"x is torch.float64 and the weight torch.float32"):
-        sparse(torch.randn(2, 64, dtype=torch.float64))
+    with pytest.raises(
+        UnsupportedError, match=r"x is torch.float64 and the weight torch.float32: .*\. Pass x\.to\(torch\.float32\)\.$"
+    ):
+        sparse(torch.randn(2, 64, dtype=torch.float64))  # no matrix.to(torch.float64): it cannot be stored
+    with pytest.raises(
+        UnsupportedError, match=r"Pass x\.to\(torch\.float32\), or .* with matrix\.to\(torch\.float16\)\.$"
+    ):
+        sparse(torch.randn(2, 64, dtype=torch.float16))
     with pytest.raises(UnsupportedError, match=r"x is torch.int64: kernels take floating point"):
         sparse(torch.zeros(2, 64, dtype=torch.int64))
     matrix = SparseMatrix.from_dense(torch.ones(4, 8, dtype=torch.int8), prune=True)

@@ -43,13 +43,18 @@ def packed_shapes(shape: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, 
     return (out_features, groups * pattern.keep), (out_features, math.ceil(groups * group_bits(pattern) / 8))
 
 
+def why_not_stored(dtype: torch.dtype) -> str | None:
+    """The dtype, and why weights of it cannot be stored; None where they can."""
+    if dtype in VALUE_DTYPES:
+        return None
+    names = ", ".join(_name(known) for known in VALUE_DTYPES)
+    return f"{_name(dtype)} cannot be stored as N:M: the format knows {names}"
+
+
 def require_dtype(dtype: torch.dtype) -> None:
     """Raises UnsupportedError unless `dtype` can be stored."""
-    if dtype not in VALUE_DTYPES:
-        names = ", ".join(_name(known) for known in VALUE_DTYPES)
-        raise UnsupportedError(
-            f"a weight of {_name(dtype)} cannot be stored as N:M: the format knows {names}. Convert it."
-        )
+    if (why := why_not_stored(dtype)) is not None:
+        raise UnsupportedError(f"a weight of {why}. Convert it, as weight.float() does.")
 
 
 def require_groups(shape: tuple[int, ...], pattern: Pattern, what: str = "weight") -> None:

@@ -22,6 +22,9 @@ from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
 
+_BOTH = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that inputs can have, and weights be converted to."""
+
 _BACKENDS = ("reference", "cpu", "cuda", "vendor", "onednn")
 for _backend in _BACKENDS:
     _LIBRARY.define(
@@ -366,9 +369,9 @@ def _require_input(
         rule = (
             ", or x float32 and the weight 16 bits" if backend in ("cpu", "reference") else f" for backend {backend!r}"
         )
+        other = f", or convert the weight with matrix.to({x.dtype})" if x.dtype in _BOTH else ""
         raise UnsupportedError(
-            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype{rule}."
-            f" Pass x.to({values.dtype}), or convert the weight with matrix.to({x.dtype})."
+            f"x is {x.dtype} and the weight {values.dtype}: both must have one dtype{rule}. Pass x.to({values.dtype}){other}."
         )
     for name, tensor in (("weight", values), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
