@@ -235,7 +235,7 @@ def test_compress_quantizes_and_reports(weights: Any, error: float, rounding: fl
     model = small_model()
     x = torch.randn(5, 24)
     expected = model(x)
-    with pytest.raises(ModelError, match=r"weights='int4': pass 'int8', 'float8' or 'bfloat16'"):
+    with pytest.raises(ModelError, match=r"weights='int4': it is 'int8', 'float8' or 'bfloat16'. Leave it out"):
         twofour.compress(model, weights="int4")  # type: ignore[arg-type]
     report = twofour.compress(model, force=True, weights=weights)
     assert [type(m) for m in model] == [QuantizedSparseLinear, nn.GELU, QuantizedSparseLinear, nn.LayerNorm]

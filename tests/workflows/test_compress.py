@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import twofour
-from twofour import ModelError, SparseLinear
+from twofour import CalibrationError, ModelError, SparseLinear
 from twofour.kernels import KERNELS
 from twofour.kernels.choices import Store
 from twofour.workflows import timing
@@ -199,8 +199,66 @@ def test_a_layer_that_does_not_hold_the_pattern_stays(mlp: Build) -> None:
 def test_nothing_to_compress_is_an_error_and_changes_nothing(mlp: Build) -> None:
     with pytest.raises(ModelError, match=r"no layer holds 2:4, so there is nothing to compress.*\n  Prune first"):
         twofour.compress(mlp())
+    with pytest.raises(ModelError) as caught:
+        twofour.compress(mlp(), pattern="1:4")
+    assert str(caught.value) == (
+        "no layer holds 1:4, so there is nothing to compress: '0' is not 1:4 (1536 of 1536 groups), nor are 2 more layers.\n"
+        "  Prune first: twofour.prune(model, '1:4')."
+    )
     with pytest.raises(ModelError, match="no kernel for convolutions yet"):
         twofour.compress(nn.Sequential(nn.Conv2d(4, 4, 1)))
+
+
+def test_dtypes_that_cannot_be_stored_are_told_what_helps_and_it_does(mlp: Build) -> None:
+    model = mlp().double()
+    twofour.prune(model)
+    with pytest.raises(
+        ModelError, match=r"weights of float64 cannot be stored .*; convert the model first, as model\.float"
+    ):
+        twofour.compress(model, force=True)
+    twofour.compress(model.float(), force=True)
+    assert kinds(model)[0] == "SparseLinear"
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (
+            torch.randn(4, 100),
+            r"mat1 and mat2 shapes .*\. It got \[4, 100\] float32 on cpu; the weights are float32 on cpu\. Pass",
+        ),
+        (torch.randn(4, 64).half(), r"It got \[4, 64\] float16 on cpu; the weights are float32 on cpu\. Pass"),
+        ((torch.randn(4, 64), torch.zeros(2)), r"TypeError: .*It got \[4, 64\] float32 on cpu, \[2\] float32 on cpu;"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["compress", "measure", "permute", "sensitivity", "prune"])
+def test_inputs_that_do_not_fit_are_told_what_does(mlp: Build, verb: str, x: object, words: str) -> None:
+    """By one text for all verbs; nothing is changed."""
+    model = mlp()
+    if verb == "compress":
+        twofour.prune(model)
+    before = copy.deepcopy(model.state_dict())
+    if verb == "prune":
+        with pytest.raises(CalibrationError, match=f"^the model fails on the calibration inputs: .*{words}"):
+            twofour.prune(model, calibration=[x])
+    else:
+        with pytest.raises(ModelError, match=f"^the model fails on the inputs: .*{words}"):
+            getattr(twofour, verb)(model, x)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training
+
+
+def test_inputs_that_do_not_fit_leave_what_is_fused(mlp: Build) -> None:
+    model = mlp()
+    twofour.prune(model)
+    twofour.compress(model, force=True)
+    assert twofour.fuse(model).summary
+    fused = kinds(model)
+    assert "FusedActivation" in fused
+    with pytest.raises(ModelError, match="the model fails on the inputs: ShapeError: x is"):
+        twofour.compress(model, torch.randn(4, 100))
+    assert kinds(model) == fused
 
 
 def test_token_counts_may_be_one_number(mlp: Build, speeds: Callable[..., None]) -> None:
@@ -287,7 +345,7 @@ def test_bad_inputs(mlp: Build) -> None:
 def test_a_model_that_fails_half_way_is_left_as_it_was(mlp: Build) -> None:
     model = mlp()
     twofour.prune(model)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ModelError, match="shapes cannot be multiplied"):
         twofour.compress(model, torch.randn(2, 63))
     assert "SparseLinear" not in kinds(model)
     assert not model[0]._forward_pre_hooks
@@ -411,7 +469,7 @@ def test_the_second_time_nothing_is_timed(
     assert {row["measured"] for row in first.rows} == {"now"}
     assert second.rows[0]["measured"].startswith("20")
     assert second.notes[0].startswith("6 of 6 timings were made before, from 20")
-    assert "remeasure=True (--remeasure) times again" in second.notes[0]
+    assert "remeasure=True times again" in second.notes[0]
     with pytest.raises(TypeError, match="not callable"):
         twofour.compress(model, tokens=[1, 100], remeasure=True)
     with pytest.raises(TypeError, match="not callable"):
@@ -533,5 +591,5 @@ def test_bfloat16_weights_in_a_float32_model(tmp_path: Path) -> None:
     twofour.save(model, tmp_path / "mixed.safetensors")
     twofour.load(again, tmp_path / "mixed.safetensors")
     assert torch.equal(again(x), model(x))
-    with pytest.raises(ModelError, match="pass 'int8', 'float8' or 'bfloat16'"):
+    with pytest.raises(ModelError, match="weights='int4': it is 'int8', 'float8' or 'bfloat16'. Leave it out"):
         twofour.compress(again, weights="int4")  # type: ignore[arg-type]

@@ -54,6 +54,28 @@ def test_a_dense_model_is_told_apart(mlp: Build) -> None:
     assert "no layer of the model is compressed" in report.notes[-1]
 
 
+def test_rows_show_what_the_model_was_called_with(mlp: Build) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, scale: float, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return self.inner(x * scale)
+
+    inputs = [(2.0, torch.randn(8, 64)), {"scale": 1.0, "x": torch.randn(2, 3, 64), "mask": torch.ones(2, 3)}]
+    report = twofour.measure(Named(), inputs, repeats=1)
+    assert [row["batch"] for row in report.rows] == ["8x64", "2x3x64"]
+    assert [line.split()[0] for line in str(report).splitlines()[:3]] == ["batch", "8x64", "2x3x64"]
+
+
+def test_the_model_to_compare_with_is_told_apart(mlp: Build) -> None:
+    with pytest.raises(
+        ModelError, match=r"^the model of against= fails on the inputs: RuntimeError: mat1 .* \[2, 64\] float32"
+    ):
+        twofour.measure(mlp(), torch.randn(2, 64), against=nn.Linear(32, 64))
+
+
 def test_bad_requests(mlp: Build) -> None:
     model = mlp()
     with pytest.raises(ModelError, match="repeats=0: measure needs at least one run"):

@@ -147,7 +147,7 @@ def test_inputs_the_model_fails_on_are_told_by_prune() -> None:
 def test_without_calibration_there_is_nothing_to_draw_from() -> None:
     model = Reader()
     before = model.up.weight.detach().clone()
-    with pytest.raises(UnsupportedError, match=r"random_tokens=0\.3 .* there is no calibration: pass it too"):
+    with pytest.raises(UnsupportedError, match=r"random_tokens=0\.3 .* there is no calibration: pass calibration= too"):
         twofour.prune(model, random_tokens=0.3)
     assert torch.equal(model.up.weight, before)
 

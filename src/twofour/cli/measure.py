@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ..errors import TwofourError
-from ..report import Column
 from ..workflows import compress, measure
 from . import models
 from .inputs import one_batch
@@ -49,8 +48,13 @@ def run(
     require_page(html)
     sizes, wanted = parse_counts(batch, "--batch"), parse_dtype(dtype)
     set_threads(threads)
-    if against is not None and against.is_dir() != model.is_dir():
-        raise TwofourError(f"{model} and {against} are not of one kind: compare two folders, or leave out --against.")
+    models.require_model(model)
+    if against is not None:
+        models.require_model(against)
+        if against.is_dir() != model.is_dir():
+            raise TwofourError(
+                f"{model} and {against} are not of one kind: compare two folders, or leave out --against."
+            )
     loaded = models.open_model(model, wanted)
     if not model.is_dir():
         if against is not None or text is not None or backward:
@@ -65,8 +69,5 @@ def run(
     else:
         dense = models.open_model(against, wanted) if against is not None else None
         inputs = [one_batch(model, loaded, size, length, text) for size in sizes]
-        found = measure(loaded, inputs, against=dense, backward=backward, repeats=repeats)
-        rows = tuple({**row, "batch": f"{size}x{length}"} for row, size in zip(found.rows, sizes, strict=True))
-        columns = (Column("batch", "batch x length"), *found.columns[1:])
-        report = replace(found, columns=columns, rows=rows)
+        report = measure(loaded, inputs, against=dense, backward=backward, repeats=repeats)
     show(models.with_guess(report, model), json, html)

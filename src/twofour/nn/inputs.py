@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ModelError
+from ..errors import CalibrationError, DeviceError, ModelError
 
 Batch = Any
 """One call's arguments: a tensor (one argument), a tuple (positional), a mapping (by name)."""
@@ -45,6 +45,39 @@ def call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, tuple):
         return model(*batch)
     return model(batch)
+
+
+def tensors_in(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch, in order; dicts and tuples are looked into."""
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def accepting(
+    model: nn.Module,
+    batch: Batch,
+    what: str = "inputs",
+    error: type[ModelError | CalibrationError] = ModelError,
+    who: str = "the model",
+) -> Iterator[None]:
+    """Inside, `model` is called with `batch`, one of its `what`: where it fails, an `error` tells what it got."""
+    try:
+        yield
+    except (CalibrationError, DeviceError):
+        raise
+    except Exception as reason:
+        given = ", ".join(f"{list(x.shape)} {_name(x.dtype)} on {x.device}" for x in tensors_in(batch)) or "no tensor"
+        own = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
+        weights = "" if own is None else f"; the weights are {_name(own.dtype)} on {own.device}"
+        raise error(
+            f"{who} fails on the {what}: {type(reason).__name__}: {str(reason).rstrip('.')}. It got {given}{weights}."
+            " Pass what the model can be called with. Nothing was changed."
+        ) from reason
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def real_tokens(batch: Batch) -> dict[str, Tensor]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UnsupportedError
 from ..format import SparseMatrix
-from ..format.pack import VALUE_DTYPES
+from ..format.pack import why_not_stored
 from ..kernels import KERNELS, LinearSpec
 from ..masks import check_pattern
 from ..nn import WEIGHTS, QuantizedSparseLinear, SparseLinear
 from ..nn.fused import unfuse
-from ..nn.inputs import Batch, batches, call, evaluating
-from ..nn.survey import Layer, dtype_name, is_linear_like, sharing, survey, weight_key
+from ..nn.inputs import Batch, accepting, batches, call, evaluating
+from ..nn.survey import Layer, is_linear_like, sharing, survey, weight_key
 from ..nn.swap import replace_module
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -94,7 +94,8 @@ def compress(
         the sparse kernel over torch's Linear and the best dense), bytes before and after, reason; with
         `weights`, weight_error (|W - rounded W| / |W|, in the Frobenius norm).
     Raises:
-        ModelError: no layer holds the pattern, or none that does can be compressed. Nothing is changed then.
+        ModelError: no layer holds the pattern, none that does can be compressed, or the model fails on `inputs`. Nothing is
+            changed then.
     Cost: a run of the model per batch, about 20 runs of each distinct layer that was not timed before, and the packing.
     """
     pattern = Pattern.parse(pattern)
@@ -102,7 +103,8 @@ def compress(
         raise ModelError("inputs= and tokens= both say what to measure at: pass one of them.")
     if weights not in (None, "bfloat16", *WEIGHTS):
         raise ModelError(
-            f"weights={weights!r}: pass {', '.join(map(repr, WEIGHTS))} or 'bfloat16', or None to keep every value as it is."
+            f"weights={weights!r}: it is {', '.join(map(repr, WEIGHTS))} or 'bfloat16'. Leave it out to keep every value as"
+            " it is."
         )
     tokens = (tokens,) if isinstance(tokens, int) else tokens
     if tokens is not None and not all(isinstance(count, int) for count in tokens):
@@ -115,12 +117,12 @@ def compress(
     if not candidates:
         raise ModelError(_why_nothing(list(rows.values()), pattern))
     notes: list[str] = []
-    if not dry_run and unfuse(model):
-        notes.append("activations that were fused stand alone again: call twofour.fuse(model) after this")
     if force:
         notes.append("force: every layer that can be was compressed, without timing")
     else:
         _collect_tokens(model, candidates, inputs, tokens, notes)
+    if not dry_run and unfuse(model):
+        notes.append("activations that were fused stand alone again: call twofour.fuse(model) after this")
     comparison = None if force else Comparison(remeasure=remeasure)
     for candidate in track(candidates, "compress", progress):
         _decide(candidate, pattern, comparison, weights)
@@ -187,8 +189,8 @@ def _candidates(
         elif isinstance(layer.module, SparseLinear):
             key = ("compressed", layer.module.values.data_ptr() or id(layer.module))
             by_weight.setdefault(key, _Candidate([])).layers.append(layer)
-        elif layer.weight.dtype not in VALUE_DTYPES:
-            row["reason"] = f"{dtype_name(layer.weight.dtype)} weights cannot be stored compressed"
+        elif (why := why_not_stored(layer.weight.dtype)) is not None:
+            row["reason"] = f"weights of {why}; convert the model first, as model.float() does"
         else:
             found = check_pattern(layer.weight, pattern)
             if found.holds:
@@ -200,13 +202,16 @@ def _candidates(
 
 def _why_nothing(rows: list[dict[str, Any]], pattern: Pattern) -> str:
     tried = [row for row in rows if row["action"] == "dense"] or rows
-    reasons = sorted({str(row.get("reason")) for row in tried})
-    detail = "; ".join(reasons[:3]) if reasons else "the model has no layer with a weight matrix"
-    if any(reason.endswith(_PRUNE_FIRST) for reason in reasons):
+    unpruned = [row for row in tried if str(row.get("reason")).endswith(_PRUNE_FIRST)]
+    if unpruned:
+        fault = str(unpruned[0]["reason"]).removesuffix(f": {_PRUNE_FIRST}")
+        others = f", nor are {len(unpruned) - 1} more layers" if len(unpruned) > 1 else ""
         return (
-            f"no layer holds {pattern}, so there is nothing to compress ({detail}).\n"
+            f"no layer holds {pattern}, so there is nothing to compress: '{unpruned[0]['layer']}' is {fault}{others}.\n"
             f"  Prune first: twofour.prune(model, '{pattern}')."
         )
+    reasons = sorted({str(row.get("reason")) for row in tried})
+    detail = "; ".join(reasons[:3]) if reasons else "the model has no layer with a weight matrix"
     return f"there is nothing to compress: {detail}."
 
 
@@ -218,6 +223,7 @@ def _collect_tokens(
     notes: list[str],
 ) -> None:
     if inputs is not None:
+        given = batches(inputs)
         seen: dict[nn.Module, list[int]] = {}
 
         def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -229,8 +235,9 @@ def _collect_tokens(
         hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
         try:
             with evaluating(model):
-                for batch in batches(inputs):
-                    call(model, batch)
+                for batch in given:
+                    with accepting(model, batch):
+                        call(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -263,7 +270,7 @@ def _timing_notes(comparison: Comparison, candidates: list[_Candidate]) -> list[
         oldest = min(str(date) for date in dates)[:10]
         notes.append(
             f"{kept} of {now + kept} timings were made before, from {oldest} on, and kept in {comparison.store.file}:"
-            " remeasure=True (--remeasure) times again"
+            " remeasure=True times again"
         )
     disturbed = [c.first.name for c in candidates if c.times is not None and c.times.disturbed]
     if disturbed:

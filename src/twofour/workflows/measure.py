@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..nn import SparseLinear
-from ..nn.inputs import Batch, batches, call, evaluating, output_tensors
+from ..nn.inputs import Batch, accepting, batches, call, evaluating, output_tensors, tensors_in
 from ..nn.swap import to_dense_modules
 from ..report import Column, Report, environment
 from .progress import track
@@ -45,11 +45,12 @@ def measure(
         repeats: runs of each model per batch.
         progress: a progress bar; None shows one on a terminal only.
     Returns:
-        Report with a row per batch (dense_us, sparse_us, quartiles, speedup, largest and mean absolute error of the
-        outputs, and their error relative to the dense outputs' root mean square) and a summary (total speedup, bytes).
+        Report with a row per batch (batch: the shape of its first tensor, as in "8x256"; dense_us, sparse_us, quartiles,
+        speedup, largest and mean absolute error of the outputs, and their error relative to the dense outputs' root mean
+        square) and a summary (total speedup, bytes).
     Raises:
-        ModelError: no inputs, a model without floating point outputs, or outputs of different shapes; with `backward`,
-            outputs that no parameter has a gradient of.
+        ModelError: no inputs, or some that a model fails on, a model without floating point outputs, or outputs of different
+            shapes; with `backward`, outputs that no parameter has a gradient of.
     """
     work = batches(inputs)
     if repeats < 1:
@@ -59,11 +60,16 @@ def measure(
     unusual: list[str] = []
     with evaluating(model, dense):
         for index, batch in enumerate(track(work, "measure", progress)):
-            dense_output, sparse_output = call(dense, batch), call(model, batch)
+            with accepting(model, batch):
+                sparse_output = call(model, batch)
+            with accepting(dense, batch, who="the model" if against is None else "the model of against="):
+                dense_output = call(dense, batch)
             error = _error(dense_output, sparse_output)
             if math.isnan(error["largest_error"]):
                 unusual.append(f"batch {index} ({_who_is_not_finite(dense_output, sparse_output)})")
-            rows.append({"batch": index, **error, **_speed(model, dense, batch, repeats, backward)})
+            rows.append(
+                {"batch": _shape(batch) or str(index), **error, **_speed(model, dense, batch, repeats, backward)}
+            )
     dense_us, sparse_us = sum(row["dense_us"] for row in rows), sum(row["sparse_us"] for row in rows)
     dense_bytes, sparse_bytes = model_bytes(dense), model_bytes(model)
     summary = {
@@ -90,7 +96,7 @@ def measure(
     elif not any(isinstance(module, SparseLinear) for module in model.modules()):
         notes.append("no layer of the model is compressed: twofour.compress(model) makes it fast")
     columns = (
-        Column("batch", "batch", "count"),
+        Column("batch", "batch"),
         Column("dense_us", "dense µs", "us"),
         Column("dense_spread", "±", "share"),
         Column("sparse_us", "sparse µs", "us"),
@@ -101,6 +107,10 @@ def measure(
         Column("relative_error", "relative", "error"),
     )
     return Report("measure", columns, tuple(rows), summary, tuple(notes), environment())
+
+
+def _shape(batch: Batch) -> str | None:
+    return next(("x".join(map(str, x.shape)) or "1" for x in tensors_in(batch)), None)
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, ModelError
 from ..format.pack import numbers
 from ..nn import observe
-from ..nn.inputs import Batch
-from ..nn.survey import Layer, dtype_name, weight_key
+from ..nn.inputs import Batch, accepting
+from ..nn.survey import Layer, weight_key
 from ..pattern import Pattern
 from ..report import Report
 from ..solvers import Hessian, Recipe, Solution, solve
@@ -101,22 +100,11 @@ class OneShot:
         self.seconds = time.perf_counter() - began
 
     def _replay(self) -> Replay:
-        try:
-            limit = self.memory_limit
-            if limit is not None and self.recipe.targets == "dense":
-                limit //= 2  # two of them
+        limit = self.memory_limit
+        if limit is not None and self.recipe.targets == "dense":
+            limit //= 2  # two of them
+        with accepting(self.model, self.batches[0], "calibration inputs", CalibrationError):
             return Replay(self.model, self.layers, self.batches, limit)
-        except CalibrationError:
-            raise
-        except Exception as error:
-            leaves = [leaf for leaf in tree_leaves(self.batches[0]) if isinstance(leaf, Tensor)]
-            given = ", ".join(f"{list(leaf.shape)} {dtype_name(leaf.dtype)} on {leaf.device}" for leaf in leaves)
-            weight = self.layers[0].weight
-            raise CalibrationError(
-                f"the model fails on the calibration inputs: {type(error).__name__}: {error}. The first batch is {given}; the"
-                f" weights are {dtype_name(weight.dtype)} on {weight.device}. Pass what the model can be called with. Nothing"
-                " was changed."
-            ) from error
 
     def _skip_unreached(self, layers: Sequence[Layer]) -> None:
         for layer in layers:

@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from ..errors import ModelError, UnsupportedError
 from ..masks import magnitude
 from ..masks.permute import free_score, improve, kept_score
-from ..nn.inputs import Batch, batches, call, evaluating, output_tensors
+from ..nn.inputs import Batch, accepting, batches, call, evaluating, output_tensors
 from ..nn.survey import Layer, survey, weight_key
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -102,6 +102,8 @@ def permute(
         raise ModelError(
             "there is nothing to permute for: no layer can be pruned (twofour.prune(dry_run=True) says why)."
         )
+    with evaluating(model), accepting(model, given[0]):
+        call(model, given[0])
     if scores == "inputs":
         axes = {layer.name: layer.input_axis for layer in layers}
         scores = _squared_outputs(input_norms(model, layers, given), axes)

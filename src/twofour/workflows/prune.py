@@ -104,8 +104,8 @@ def prune(
     inputs = None if calibration is None else _calibration(calibration)
     if inputs is None and random_tokens:
         raise UnsupportedError(
-            f"random_tokens={random_tokens} draws some of the calibration's token ids, and there is no calibration: pass it"
-            " too, or leave random_tokens out."
+            f"random_tokens={random_tokens} draws some of the calibration's token ids, and there is no calibration: pass"
+            " calibration= too, or leave this out."
         )
     layers = survey_for(model, pattern, include, exclude)
     work = [layer for layer in layers if layer.skip is None and not layer.is_compressed]

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..errors import ModelError, PatternError
 from ..format.pack import numbers
 from ..nn import observe
-from ..nn.inputs import Batch, batches, call, evaluating, output_tensors
+from ..nn.inputs import Batch, accepting, batches, call, evaluating, output_tensors
 from ..nn.survey import Layer, weight_key
 from ..pattern import Pattern
 from ..report import Column, Report, environment
@@ -73,7 +73,8 @@ def sensitivity(
     measure = evaluate if evaluate is not None else _own_loss(model, data)
     dense = _number(measure, model, "the dense model")
     rows: dict[str, dict[str, Any]] = {}
-    replay = Replay(model, work, data)
+    with accepting(model, data[0]):
+        replay = Replay(model, work, data)
     try:
         seen: set[Any] = set()
         bar = tqdm(total=len(work) * len(patterns), desc="sensitivity", leave=False, unit="layer",
@@ -127,7 +128,7 @@ def _try(
 
 def _own_loss(model: nn.Module, data: Sequence[Batch]) -> Evaluate:
     """The mean of `.loss` over the batches, or the squared change of the outputs where there is none."""
-    with evaluating(model):
+    with evaluating(model), accepting(model, data[0]):
         first = call(model, data[0])
     if isinstance(getattr(first, "loss", None), Tensor):
 
