@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import twofour
+from twofour.cli import check, compress, finetune, measure, options, prune
 from twofour.workflows.timing import Timing
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (twofour[transformers])")
@@ -164,11 +166,27 @@ def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Any], fol
         ),
         (["check", "{tmp}/bad.safetensors"], r"bad.safetensors is not a safetensors file, or is damaged: "),
         (["check", "{folder}", "-p", "2-4"], r"unknown pattern '2-4': write KEEP:GROUP"),
-        (["prune", "{folder}", "{tmp}/out", "--exclude", "nope*"], r"exclude='nope\*' matches no layer"),
+        (["prune", "{folder}", "{tmp}/out", "--exclude", "nope*"], r"error: --exclude 'nope\*' matches no layer"),
         (["prune", "{folder}", "{tmp}/out", "--method", "magic"], r"unknown method 'magic'"),
         (["prune", "{folder}", "{tmp}/no/such/out"], r"no/such: no such folder\. Make it first\."),
         (["prune", "{weights}", "{tmp}/out"], r"the result of a .safetensors file is one too"),
-        (["compress", "{folder}", "{tmp}/out"], r"no layer holds 2:4, so there is nothing to compress"),
+        (["prune", "{tmp}/text.txt", "{tmp}/out"], r"text.txt is not a model: give a folder with config.json"),
+        (["prune", "{tmp}/nothing", "{tmp}/out"], r"nothing: no such file or folder\."),
+        (["prune", "{folder}", "{tmp}/out", "--method", "wanda"], r"inputs: pass --calibration, a few hundred inputs"),
+        (
+            ["prune", "{folder}", "{tmp}/out", "--random-tokens", "0.2"],
+            r"error: --random-tokens 0\.2 draws .* pass --calibration too, or leave this out\.",
+        ),
+        (
+            ["compress", "{folder}", "{tmp}/out"],
+            r"nothing to compress: 'encoder\S*query' is not 2:4 \(256 of 256 groups\), nor are 12 more layers\. Prune first:"
+            r" twofour prune --pattern 2:4\.$",
+        ),
+        (
+            ["compress", "{folder}", "{tmp}/out", "--weights", "int4"],
+            r"error: --weights int4: it is 'int8', 'float8' or 'bfloat16'\. Leave it out",
+        ),
+        (["prune", "{folder}", "{tmp}/out", "--threads", "3000000000"], r"--threads 3000000000: give 1 up to 1024\."),
         (
             ["compress", "{folder}", "{tmp}/out", "--tokens", "1,x"],
             r"--tokens '1,x' is not a list of positive whole numbers",
@@ -188,6 +206,10 @@ def test_overwrite_replaces_and_its_absence_refuses(run: Callable[..., Any], fol
         (["measure", "{folder}", "--batch", "0"], r"--batch '0' is not a list of positive"),
         (["measure", "{folder}", "--length", "9999"], r"--length 9999 is more than the 512 positions the model has"),
         (["measure", "{folder}", "--against", "{weights}"], r"are not of one kind"),
+        (["measure", "{folder}", "--against", "{tmp}/nope"], r"nope: no such file or folder\."),
+        (["measure", "{tmp}/nope", "--against", "{folder}"], r"nope: no such file or folder\."),
+        (["sensitivity", "{weights}"], r"is not a model folder: sensitivity runs the model\. Give a folder"),
+        (["permute", "{weights}", "{tmp}/out"], r"is not a model folder: permute runs the model\. Give a folder"),
         (["measure", "{folder}", "--text", "{tmp}/text.txt"], r"has no tokenizer, so --text cannot be used"),
     ],
 )
@@ -205,6 +227,72 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert re.search(message, result.err)
     assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_float64_weights_are_told_what_helps_and_it_does(run: Callable[..., Any], tmp_path: Path) -> None:
+    source, pruned, small = (tmp_path / f"{name}.safetensors" for name in ("wide", "pruned", "small"))
+    save_file({"fc.weight": torch.randn(16, 16, dtype=torch.float64)}, source)
+    assert run("prune", source, pruned).code == 0
+    done = run("compress", pruned, small, "--force")
+    assert done.code == 2
+    assert "weights of float64 cannot be stored as N:M: the format knows float32" in done.err
+    assert done.err.endswith("convert the model first, as --dtype float32 does.\n")
+    assert run("compress", pruned, small, "--force", "--dtype", "float32").code == 0
+
+
+def test_more_threads_than_cores_are_noted(
+    run: Callable[..., Any], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    for cores, words in ((1, "1 core here"), (2, "2 cores here")):
+        monkeypatch.setattr(options, "_cores", lambda cores=cores: cores)
+        many = run("prune", weights, tmp_path / "out.safetensors", "--dry-run", "--threads", 3, "--json")
+        assert many.code == 0
+        assert many.err == f"note: --threads 3 is more than the {words}: threads wait for each other.\n"
+        assert json.loads(many.out)["verb"] == "prune"
+        assert run("check", weights, "--json").err.startswith("no: ")
+        assert run("prune", weights, tmp_path / "out.safetensors", "--dry-run", "--threads", cores).err == ""
+    assert told == [3, 1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("include='a b' and exclude=[\"*.x\", 'y']", "--include 'a b' and --exclude '*.x' --exclude y"),
+        ("lr=0.0: a number", "--lr 0.0: a number"),
+        ("pass against= to compare", "pass --against to compare"),
+        ("remeasure=True times again", "--remeasure times again"),
+        ("leave it out with exclude=.", "leave it out with --exclude."),
+        ("twofour.prune(model, '1:4'), then", "twofour prune --pattern 1:4, then"),
+        ("twofour.compress(model) makes", "twofour compress makes"),
+        ("(twofour.prune(dry_run=True) says why)", "(twofour prune --dry-run says why)"),
+        ("from Python, twofour.measure().", "from Python, twofour.measure()."),
+        ("a file 'include=x' of backend='cpu', strict=False", "a file 'include=x' of backend='cpu', strict=False"),
+    ],
+)
+def test_arguments_of_python_are_told_as_they_are_typed(text: str, typed: str) -> None:
+    assert options.as_typed(text) == typed
+
+
+def test_what_is_told_as_typed_are_options() -> None:
+    """Or messages would name options that there are not."""
+    taken = {
+        name for module in (check, compress, finetune, measure, prune) for name in signature(module.run).parameters
+    }
+    assert set(options._ARGUMENTS) <= taken
+    for name in ("include", "exclude", "calibration", "method", "random_tokens", "weights", "against"):
+        assert name in options._ARGUMENTS
+
+
+def test_reports_name_options_too(run: Callable[..., Any], folder: Path, weights: Path, tmp_path: Path) -> None:
+    record = json.loads(run("prune", weights, tmp_path / "out.safetensors", "--dry-run", "--json").out)
+    reasons = {row["layer"]: row.get("reason") for row in record["rows"]}
+    assert reasons["lm_head"] == "output head (name it in --include to prune it)"
+    quick = ("--length", 4, "--batch", 1, "--repeats", 1, "--json")
+    notes = json.loads(run("measure", folder, *quick).out)["notes"]
+    assert "compared with a dense copy of the same weights; pass --against to compare with the original model" in notes
+    assert "no layer of the model is compressed: twofour compress makes it fast" in notes
 
 
 def test_wrong_usage_has_exit_code_2(run: Callable[..., Any]) -> None:

@@ -11,6 +11,7 @@ import typer
 from ..errors import TwofourError
 from . import check, compress, demo, explain, finetune, info, measure, permute, prune, sensitivity
 from .interrupted import EXIT_CODE, Interrupted
+from .options import as_typed
 
 app = typer.Typer(
     name="twofour",
@@ -49,5 +50,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(as_typed(message).split())}", file=sys.stderr)
     sys.exit(2)

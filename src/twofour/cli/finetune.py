@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,13 @@ CHECKPOINT = "finetune.pt"
 
 RECOVER = "recover"
 _ROWS_SHOWN = 20
+
+_DEVICES: dict[str, Callable[[], bool]] = {
+    "cpu": lambda: True,
+    "cuda": torch.cuda.is_available,
+    "mps": torch.backends.mps.is_available,
+}
+"""Kinds of device that a model can be trained on, and whether there is one here."""
 
 
 def run(
@@ -74,7 +81,7 @@ def run(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. Default: once through the text.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Time; of --steps and --minutes, what comes first.")
+        float | None, typer.Option(help="Time, above 0; of --steps and --minutes, what comes first.")
     ] = None,
     lr: Annotated[
         float | None,
@@ -129,8 +136,13 @@ def run(
     phases = _phases(method, schedule, steps, minutes)
     if products not in get_args(Wanted):
         raise TwofourError(f"unknown --products {products!r}: it is {', '.join(get_args(Wanted))}.")
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise TwofourError(f"--minutes {minutes:g}: a time above 0, as in 10 or 0.5.")
     _require_page(report, out)
     target = _device(device)
+    models.require_folder(model, "finetune runs the model")
+    if teacher is not None:
+        models.require_folder(teacher, "finetune runs the teacher")
     _claim(model, out, resume, overwrite)
     set_threads(threads)
     loaded = models.open_model(model)
@@ -234,12 +246,17 @@ def _require_page(page: Path | None, out: Path) -> None:
 
 
 def _device(text: str) -> torch.device:
+    why = ""
     try:
         device = torch.device(text)
-        torch.empty(1, device=device)
+        if device.type in _DEVICES:
+            torch.empty(1, device=device)
+            return device
     except (RuntimeError, AssertionError) as error:
-        raise TwofourError(f"--device {text} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+        if text.partition(":")[0] in _DEVICES:
+            why = f" ({str(error).splitlines()[0]})"
+    here = " or ".join(kind for kind, is_here in _DEVICES.items() if is_here())
+    raise TwofourError(f"--device {text} cannot be used here{why}: give {here}.")
 
 
 def _claim(model: Path, out: Path, resume: bool, overwrite: bool) -> None:

@@ -41,15 +41,25 @@ def open_model(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
         TwofourError: missing path, neither folder with config.json nor .safetensors, transformers not installed, an
             architecture transformers does not know, a damaged file.
     """
+    require_model(path)
+    model = _open_folder(path) if path.is_dir() else _open_file(path)
+    return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+def require_model(path: Path) -> None:
+    """Checks that there is something at `path`, and that it looks like a model."""
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder.")
-    if path.is_dir():
-        model = _open_folder(path)
-    elif path.suffix == ".safetensors":
-        model = _open_file(path)
-    else:
+    if not path.is_dir() and path.suffix != ".safetensors":
         raise ModelError(f"{path} is not a model: give a folder with config.json, or a .safetensors file.")
-    return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+def require_folder(path: Path, why: str) -> None:
+    """Checks that `path` is a folder: a .safetensors file has weights, and no model to run. `why` tells who runs it."""
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder.")
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a model folder: {why}. Give a folder with config.json.")
 
 
 def with_guess(report: Report, path: Path) -> Report:
@@ -93,7 +103,8 @@ def write_compressed(model: nn.Module, source: Path, target: Path, overwrite: bo
 
 
 def require_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Checks, before any work is done, that the result can go to `target`."""
+    """Checks, before any work is done, that `source` can be a model and that the result can go to `target`."""
+    require_model(source)
     require_apart(source, target)
     _require_free(target, overwrite)
     if source.is_dir() and target.is_file():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,15 +41,86 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done;
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result if it is there already.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write the report as one self-contained HTML page.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: what torch uses.")]
+
+
+_MOST_THREADS = 1024
+"""Of many more the system makes none, and ends the process."""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(count: int | None) -> int | None:
+    """The option's value; told where it is more than cores: results are the same bits, and come later."""
+    if count is None:
+        return None
+    if not 1 <= count <= _MOST_THREADS:
+        raise TwofourError(f"--threads {count}: give 1 up to {_MOST_THREADS}.")
+    if count > (cores := _cores()):
+        here = f"{cores} core{'' if cores == 1 else 's'} here"
+        typer.echo(f"note: --threads {count} is more than the {here}: threads wait for each other.", err=True)
+    return count
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", callback=_threads, help="CPU threads; default: what torch uses."),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="Convert the weights first: float32, float16 or bfloat16; default: as they are."),
 ]
 
 
+_ARGUMENTS = (
+    *("against", "calibration", "checkpoint", "dry_run", "exclude", "force", "include", "lr", "method", "pattern"),
+    *("random_tokens", "remeasure", "steps", "targets", "teacher", "tokens", "weights"),
+)
+"""Arguments of Python's verbs that are options here, under the same name with dashes."""
+
+_VERBS = ("check", "compress", "explain", "measure", "permute", "prune", "sensitivity")
+_VALUE = r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|-?\w(?:[\w.+-]*\w)?)?"""
+_ARGUMENT = re.compile(rf"(?<![\w.'\"-])({'|'.join(_ARGUMENTS)})=({_VALUE})")
+_CALL = re.compile(rf"twofour\.({'|'.join(_VERBS)})\((?:model)?(?:, )?(?:'([^']*)')?(?:, )?([^()]*)\)")
+
+
+def as_typed(text: str) -> str:
+    """The text of an error or report, with options and subcommands in place of Python's arguments and calls.
+
+    >>> as_typed("include='*.h' matches no layer. Try twofour.prune(model, '1:4'), or pass calibration=.")
+    "--include '*.h' matches no layer. Try twofour prune --pattern 1:4, or pass --calibration."
+    """
+    text = text.replace("model.float()", "--dtype float32")
+    return _ARGUMENT.sub(_option, _CALL.sub(_subcommand, text))
+
+
+def _option(found: re.Match[str]) -> str:
+    name, value = "--" + found[1].replace("_", "-"), found[2]
+    if value in ("", "True"):
+        return name
+    if value.startswith("["):
+        values = [part.strip(" '\"") for part in value[1:-1].split(",")]
+    else:
+        values = [value.strip("'\"")]
+    return " ".join(f"{name} {shlex.quote(each)}" for each in values)
+
+
+def _subcommand(found: re.Match[str]) -> str:
+    verb, pattern, rest = found.groups()
+    if not pattern and not rest and "model" not in found[0]:
+        return found[0]  # twofour.measure(): Python is meant
+    return " ".join(filter(None, ("twofour", verb, f"--pattern {pattern}" if pattern else "", rest.replace(", ", " "))))
+
+
+def _report_as_typed(report: Report) -> Report:
+    rows = tuple({**row, "reason": as_typed(row["reason"])} if row.get("reason") else row for row in report.rows)
+    return replace(report, rows=rows, notes=tuple(map(as_typed, report.notes)))
+
+
 def show(report: Report, json: bool, html: Path | None = None) -> None:
     """Prints the report, as a table or as JSON, and writes the page if asked."""
+    report = _report_as_typed(report)
     if html is not None:
         report.to_html(html)
     width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns)) if sys.stdout.isatty() else 100

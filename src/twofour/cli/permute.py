@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import TwofourError
 from ..workflows import permute
 from . import models
 from .inputs import PYTHON, calibration_batches
@@ -61,8 +60,7 @@ def run(
     """
     require_page(html)
     wanted = parse_dtype(dtype)
-    if not model.is_dir():
-        raise TwofourError(f"{model} is not a model folder: permute runs the model.")
+    models.require_folder(model, "permute runs the model")
     models.require_target(model, output, overwrite or dry_run)
     set_threads(threads)
     loaded = models.open_model(model, wanted)

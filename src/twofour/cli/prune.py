@@ -104,8 +104,7 @@ def run(
     set_threads(threads)
     inputs = None
     if calibration is not None:
-        if not model.is_dir():
-            raise TwofourError(f"{model} is a file without a model to run: --calibration needs a folder.")
+        models.require_folder(model, "--calibration runs the model")
         inputs = calibration_batches(model, loaded, calibration, samples, length, batch)
     kept = "nothing was written; with --checkpoint FOLDER, finished layers are kept for the next run."
     if checkpoint is not None:

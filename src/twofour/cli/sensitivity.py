@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import TwofourError
 from ..workflows import sensitivity
 from . import models
 from .inputs import PYTHON, calibration_batches
@@ -54,8 +53,7 @@ def run(
     """
     require_page(html)
     wanted = parse_dtype(dtype)
-    if not model.is_dir():
-        raise TwofourError(f"{model} is not a model folder: sensitivity runs the model.")
+    models.require_folder(model, "sensitivity runs the model")
     set_threads(threads)
     loaded = models.open_model(model, wanted)
     inputs = calibration_batches(model, loaded, calibration, samples, length, batch)

@@ -84,17 +84,11 @@ def texts(folder: Path, model: nn.Module, path: Path, context: int, size: int, s
     text = read_text(path)
     if not text.strip():
         raise TrainingError(f"{path} is empty: there is nothing to learn from.")
-    samples, kind = (
-        (_pieces(tokenizer, text, context), f"pieces of {context} tokens")
-        if is_causal(model)
-        else (_lines(tokenizer, text, context), "lines")
-    )
+    causal = is_causal(model)
+    samples = _pieces(tokenizer, text, context) if causal else _lines(tokenizer, text, context)
     held = max(1, round(share * len(samples))) if share else 0
     if len(samples) - held < 1:
-        needed = "one to learn from and one to hold out" if held else "one to learn from"
-        raise TrainingError(
-            f"{path} has {len(samples)} {kind}, and {needed} are needed: give more text, or a smaller --context."
-        )
+        raise TrainingError(f"{path} has {_too_few(tokenizer, text, context if causal else None, len(samples), held)}.")
     largest = max(max(sample) for sample in samples)
     words = getattr(config, "vocab_size", None)
     if words is not None and largest >= words:
@@ -107,9 +101,27 @@ def texts(folder: Path, model: nn.Module, path: Path, context: int, size: int, s
     return Texts(train, batches, len(samples) - held, held)
 
 
-def _pieces(tokenizer: Any, text: str, context: int) -> list[list[int]]:
+def _too_few(tokenizer: Any, text: str, context: int | None, count: int, held: int) -> str:
+    """How many samples there are, how many it takes, and what helps; `context` is None where samples are lines."""
+    what = "line" if context is None else "piece"
+    given = f"{count} {what}{'' if count == 1 else 's'}" + ("" if context is None else f" of {context} tokens")
+    needed = "one to learn from and one to hold out are needed" if held else "one to learn from is needed"
+    ways = ["give more text"]
+    shorter = 0 if context is None else len(_ids(tokenizer, text)) // (2 if held else 1)
+    if shorter > 1:
+        ways.append(f"--context {shorter} or less")
+    if held and count:
+        ways.append("--validation 0, which holds none out")
+    return f"{given}, and {needed}: {', or '.join(ways)}"
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
     rows = tokenizer(text.splitlines(keepends=True), add_special_tokens=False)["input_ids"]
-    ids = [token for row in rows for token in row]
+    return [token for row in rows for token in row]
+
+
+def _pieces(tokenizer: Any, text: str, context: int) -> list[list[int]]:
+    ids = _ids(tokenizer, text)
     return [ids[first : first + context] for first in range(0, len(ids) - context + 1, context)]
 
 
