@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -16,17 +15,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.browser import FLAGS, ask, find
 
 from twofour.demo import DemoResult, run
 
 pytestmark = pytest.mark.slow  # the model and its libraries take seconds to load
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --no-default-browser-check"
-    " --disable-background-networking --disable-component-update --disable-sync --disable-extensions"
-    " --disable-default-apps --disable-dev-shm-usage --hide-scrollbars --enable-logging=stderr --allow-file-access-from-files"
-)
 OWN_HOSTS = re.compile(r"(.+\.)?(google\.com|googleapis\.com|gvt1\.com|gstatic\.com)")
 """What the browser asks on its own account, also for an empty page (updates, the time, accounts)."""
 
@@ -166,13 +160,7 @@ def test_page_says_its_numbers(demo: Demo) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        message = f"no browser: none of {', '.join(BROWSERS)} is installed (for instance: apt-get install chromium)"
-        if os.environ.get("TWOFOUR_REQUIRE_BROWSER") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
+    return find()
 
 
 @dataclass(frozen=True)
@@ -237,12 +225,7 @@ def test_page_renders_without_errors_or_requests(browser: str, demo: Demo, tmp_p
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_page_fits_the_width_of_the_window(browser: str, demo: Demo, tmp_path: Path, width: int) -> None:
     shutil.copy(demo.result.html_path, tmp_path / "index.html")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f"<iframe id=f src=index.html width={width} height=800 style='border:0'></iframe><p id=answer></p><script>"
-        "onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
-        " document.getElementById('answer').textContent = d.scrollWidth + ' of ' + d.clientWidth; }</script>",
-        encoding="utf-8",
+    found = ask(
+        browser, tmp_path / "index.html", width, "const e = d.documentElement; return [e.scrollWidth, e.clientWidth];"
     )
-    visited = visit(browser, frame, tmp_path)
-    assert re.search(rf'<p id="answer">{width} of {width}</p>', visited.dom), visited.dom[-300:]
+    assert found == [width, width]

@@ -27,6 +27,8 @@ _SVG_PAINTS = {"linearGradient", "radialGradient", "stop"}
 _SVG_TAGS = _SVG_SHAPES | _SVG_FRAMES | _SVG_PAINTS
 _MOST_BARS = 48
 _MOST_ROWS = 200
+_LINE = 28
+"""Letters of a cell that are not broken."""
 _LABEL = 36
 """Letters of a name that fit beside a plot."""
 
@@ -85,6 +87,10 @@ class Table:
             return "plain"
         shown = round(float(value), 2)
         return "plain" if shown == 1 else "good" if shown >= self.even else "bad" if shown <= 1 / self.even else "plain"
+
+    def has_sentences(self, column: Column) -> bool:
+        """True for a column of texts too long for one line each."""
+        return not column.is_number and any(len(str(row.get(column.key) or "")) > _LINE for row in self.rows)
 
     @property
     def shown(self) -> tuple[Column, ...]:
