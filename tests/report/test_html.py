@@ -189,6 +189,16 @@ def test_a_plot_is_one_image_with_a_name() -> None:
 def test_a_plot_that_could_run_or_fetch_something_is_refused(svg: str, fault: str) -> None:
     with pytest.raises(FormatError, match=re.escape(fault)):
         page("t", "", [Section("s", (Plot(svg, "alt"),))])
+    with pytest.raises(FormatError, match=re.escape(fault)):
+        page("t", "", [Section("s", (Plot(SVG, "alt", wide=True, narrow=svg),))])
+
+
+def test_small_windows_have_a_picture_of_their_own() -> None:
+    text = page("t", "", [Section("s", (Plot(SVG, "said", wide=True, narrow=SVG),))])
+    found = Reader(text)
+    assert found.tags.count("svg") == 2
+    assert len(found.ids) == len(set(found.ids)) == 4  # of the content, the section, and a shape of each
+    assert "<svg" in text[text.index('<div class="large">') : text.index('<div class="small">')]
 
 
 def report() -> Report:

@@ -9,6 +9,7 @@ import pytest
 from tests.browser import ask, find
 
 from twofour.report import Column, Report
+from twofour.report.plots import VERMILION
 
 pytestmark = pytest.mark.browser
 
@@ -75,3 +76,60 @@ def test_on_a_phone_a_wide_table_scrolls_and_the_page_does_not(browser: str, tmp
     assert found["hidden"] > 0
     assert found["leaves"] == 0
     assert found["left"] == pytest.approx(found["page"][0], abs=0.5)
+
+
+def sensitive() -> Report:
+    """Two losses of each layer."""
+    losses = [Column(pattern, f"loss +, {pattern}", "loss") for pattern in ("2:4", "2:4x4")]
+    rows = tuple({"layer": name, "2:4": 0.01 * i, "2:4x4": 0.02 * i} for i, name in enumerate(LAYERS))
+    return Report("sensitivity", (Column("layer", "layer"), *losses), rows)
+
+
+def trained() -> Report:
+    """The terms of a loss, whose names are long."""
+    names = ("loss", "blocks", "last_hidden_state", "validation loss")
+    columns = (Column("step", "step", "count"), *(Column(name, name, "loss") for name in names))
+    rows = tuple({"step": i, **dict.fromkeys(names, 1 / i)} for i in range(1, 11))
+    return Report(
+        "finetune", (*columns, Column("lr", "learning rate", "error")), tuple({**r, "lr": 1e-3} for r in rows)
+    )
+
+
+FIGURES = """
+const seen = [...d.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().width);
+const page = d.querySelector('h2').getBoundingClientRect();
+return seen.map(svg => {
+  const box = svg.getBoundingClientRect(), words = [...svg.querySelectorAll('text')].map(t => t.getBoundingClientRect());
+  return {left: Math.min(...words.map(w => w.left)) - box.left, right: box.right - Math.max(...words.map(w => w.right)),
+          share: box.width / page.width, size: Math.min(...words.map(w => w.height))};
+});
+"""
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+@pytest.mark.parametrize("report", [compressed, sensitive, trained])
+def test_no_word_leaves_its_picture(browser: str, tmp_path: Path, report: Any, width: int) -> None:
+    pytest.importorskip("altair", reason="needs altair (twofour[report])")
+    pytest.importorskip("vl_convert", reason="needs vl-convert (twofour[report])")
+    figures = laid_out(browser, report(), tmp_path, width, FIGURES)
+    assert len(figures) == (2 if report is trained else 1)
+    for figure in figures:
+        assert figure["left"] >= 0
+        assert figure["right"] >= -4  # half of the number at the end of an axis
+        assert figure["size"] >= 9
+        assert figure["share"] >= (0.4 if report is trained and width > 420 else 0.95)
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_no_bar_reaches_the_numbers(browser: str, tmp_path: Path, width: int) -> None:
+    pytest.importorskip("altair", reason="needs altair (twofour[report])")
+    pytest.importorskip("vl_convert", reason="needs vl-convert (twofour[report])")
+    script = f"""
+    const svg = [...d.querySelectorAll('figure svg')].find(svg => svg.getBoundingClientRect().width);
+    const numbers = [...svg.querySelectorAll('text')].filter(t => /^\\d\\.\\d\\dx$/.test(t.textContent));
+    return [Math.max(...[...svg.querySelectorAll('path[fill="{VERMILION}"]')].map(p => p.getBoundingClientRect().right)),
+            Math.min(...numbers.map(t => t.getBoundingClientRect().left)), numbers.length];
+    """
+    bar, number, count = laid_out(browser, compressed(), tmp_path, width, script)
+    assert count == len(LAYERS)
+    assert bar < number

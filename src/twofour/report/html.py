@@ -107,6 +107,7 @@ class Plot:
         alt: what the picture says.
         caption: shown below.
         wide: takes the whole width of the page; otherwise two plots that follow each other stand side by side.
+        narrow: of a wide one, what small windows show instead.
     """
 
     kind: ClassVar[str] = "plot"
@@ -114,6 +115,7 @@ class Plot:
     alt: str
     caption: str = ""
     wide: bool = False
+    narrow: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,13 +281,12 @@ def _ratio_plot(report: Report) -> Plot | None:
     caption += without
     low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     alt = f"{ratio.title} of {len(ratios)} rows: from {ratios[low]:.2f}x ({low}) to {ratios[high]:.2f}x ({high})."
+    bars = dict(zip(labels, ratios.values(), strict=True))
     try:
-        return Plot(
-            plots.ratio_bars(dict(zip(labels, ratios.values(), strict=True)), x_title=ratio.title),
-            alt,
-            caption,
-            wide=True,
+        wide, narrow = (
+            plots.ratio_bars(bars, x_title=ratio.title, width=width) for width in (plots.WIDE, plots.NARROW)
         )
+        return Plot(wide, alt, caption, wide=True, narrow=narrow)
     except UnsupportedError:  # installed, but it cannot be imported
         return None
 
@@ -309,14 +310,18 @@ def _loss_plot(report: Report) -> Plot | None:
     }
     alt = f"Loss increase of {len(values)} layers."
     try:
-        svg = plots.grouped_bars(
-            values,
-            value_title="loss +",
-            label=lambda value: f"{value:.2g}",
-            colours=plots.LINE_PALETTE,
-            horizontal=True,
+        wide, narrow = (
+            plots.grouped_bars(
+                values,
+                value_title="loss +",
+                label=lambda value: f"{value:.2g}",
+                colours=plots.LINE_PALETTE,
+                horizontal=True,
+                width=width,
+            )
+            for width in (plots.WIDE, plots.NARROW)
         )
-        return Plot(svg, alt, caption, wide=True)
+        return Plot(wide, alt, caption, wide=True, narrow=narrow)
     except UnsupportedError:  # installed, but it cannot be imported
         return None
 
@@ -390,7 +395,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["shown"] = format_value
     environment.globals["short"] = lambda name, value: _short(str(name), value)
-    environment.globals["svg"] = lambda plot, prefix: Markup(safe_svg(plot.svg, prefix, plot.alt))
+    environment.globals["svg"] = lambda text, prefix, alt: Markup(safe_svg(text, prefix, alt))
     return environment
 
 

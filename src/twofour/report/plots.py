@@ -30,7 +30,15 @@ _INK = "currentColor"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _POINTS, _DOTS = 300, 40
 """The most points of a curve, and the most that are marked each."""
-_WIDTH = 400  # axis and words included; narrow, so that text stays readable on a phone
+NARROW, WIDE = 400, 830
+"""Widths of plots, axis and words included: text stays readable on a phone, or fills the column of a page."""
+_FEW_BARS = 16
+"""So many are thick."""
+_SIZE = 11.5
+"""Of letters, in pixels."""
+_AXIS, _KEY, _KEY_GAP, _LONGEST, _NUMBER = 60, 18, 26, 250, 44
+"""Pixels of an axis of numbers, of the symbol of a key, between two of them, of the longest name and number of a bar."""
+_THIN, _BROAD = frozenset("iljtfrI.,:;'|!()[]/ -"), frozenset("mwMW%@…")
 
 
 def grouped_bars(
@@ -42,6 +50,7 @@ def grouped_bars(
     label: Callable[[float], str] = lambda value: f"{value:,.0f}",
     colours: Sequence[str] = PALETTE,
     horizontal: bool = False,
+    width: int = NARROW,
 ) -> str:
     """SVG text: bars side by side, for instance sentences per second by batch size for two rivals and one sparse model.
 
@@ -52,6 +61,7 @@ def grouped_bars(
         label: how a value is written at its bar.
         colours: one for each series, in order.
         horizontal: groups from top to bottom instead of left to right.
+        width: `NARROW` or `WIDE`.
     Raises:
         UnsupportedError: altair or vl-convert is not installed.
         TwofourError: there is nothing to draw.
@@ -74,15 +84,16 @@ def grouped_bars(
     ]
     _require(rows)
     top = max([row["value"] for row in rows] + [row["high"] for row in rows if row["high"] is not None])
-    band = alt.Axis(
-        labelAngle=0, ticks=False, domain=not horizontal, labelLimit=240 if horizontal else 150, labelPadding=6
+    room = width - (_extent(groups) + 12 if horizontal else _AXIS)
+    band = (
+        _names_axis(alt, groups) if horizontal else alt.Axis(labelAngle=0, ticks=False, labelLimit=150, labelPadding=6)
     )
     number = alt.Axis(tickCount=4, labelExpr="format(datum.value, ',.5~r')") if not horizontal else None
     sort = {"sort": groups, "title": group_title or None}
     scale = alt.Scale(domain=[0, top * (1.3 if horizontal else 1.08)], nice=False)
     offset_scale = alt.Scale(paddingInner=0.12)
     chart = alt.Chart(alt.Data(values=rows))
-    legend = alt.Legend(orient="top", title=None, columns=_legend_columns(series), symbolType="square")
+    legend = alt.Legend(orient="top", title=None, columns=_legend_columns(series, room), symbolType="square")
     colour = alt.Color(
         "series:N", sort=series, scale=alt.Scale(domain=series, range=list(colours)[: len(series)]), legend=legend
     )
@@ -112,8 +123,8 @@ def grouped_bars(
         .mark_text(color=_INK, fontSize=11, **words)
         .encode(text="label:N", **place, **anchor)
     )
-    height = 26 * len(rows) + 14 * len(groups) if horizontal else 220
-    return _svg(alt.layer(*layers), height)
+    bar, gap = (26, 14) if len(rows) <= _FEW_BARS else (15, 8)
+    return _svg(alt.layer(*layers), bar * len(rows) + gap * len(groups) if horizontal else 220, width)
 
 
 def ratio_lines(
@@ -200,6 +211,7 @@ def ratio_bars(
     x_title: str = "speed against dense",
     ideal: float | None = COMPUTE_BOUND,
     label: Callable[[float], str] = lambda ratio: format_value(ratio, "ratio"),
+    width: int = NARROW,
 ) -> str:
     """SVG text: one horizontal bar for each layer, with a full line at 1x and a dashed one at the ideal.
 
@@ -208,6 +220,7 @@ def ratio_bars(
     Args:
         ratios: {layer: ratio or None}, drawn from top to bottom in this order.
         ideal: where to draw the dashed line; None draws none.
+        width: `NARROW` or `WIDE`.
     Raises:
         UnsupportedError: altair or vl-convert is not installed.
         TwofourError: there is nothing to draw.
@@ -222,13 +235,14 @@ def ratio_bars(
     ]
     numbers = [row["ratio"] for row in rows if isinstance(row["ratio"], float | int)]
     _require(numbers)
-    high = max([*numbers, ideal or 1]) * 1.2
+    room = width - _extent(names) - 12
+    high = max([*numbers, ideal or 1]) / (1 - max(_NUMBER, room / 6) / room)
     place = alt.Y(
         "name:N",
         sort=names,
         title=None,
         scale=alt.Scale(paddingInner=0.25),
-        axis=alt.Axis(ticks=False, domain=False, labelLimit=240, labelPadding=6),
+        axis=_names_axis(alt, names),
     )
     length = alt.X(
         "ratio:Q",
@@ -251,7 +265,7 @@ def ratio_bars(
         .transform_calculate(end=str(high))
         .encode(y=place, x=alt.X("end:Q", title=x_title), text="label:N"),
     ]
-    return _svg(alt.layer(*layers), 18 * len(rows))
+    return _svg(alt.layer(*layers), 18 * len(rows), width)
 
 
 def curves(
@@ -334,11 +348,11 @@ def _altair() -> Any:
     return altair
 
 
-def _svg(chart: Any, height: int) -> str:
+def _svg(chart: Any, height: int, width: int = NARROW) -> str:
     import vl_convert
 
     chart = (
-        chart.properties(width=_WIDTH, height=height, autosize={"type": "fit-x", "contains": "padding"})
+        chart.properties(width=width, height=height, autosize={"type": "fit-x", "contains": "padding"})
         .configure(background="transparent", font=_FONT, padding=6)
         .configure_view(stroke=None)
         .configure_axis(
@@ -350,13 +364,13 @@ def _svg(chart: Any, height: int) -> str:
             gridOpacity=0.13,
             tickOpacity=0.5,
             domainOpacity=0.5,
-            labelFontSize=11.5,
-            titleFontSize=11.5,
+            labelFontSize=_SIZE,
+            titleFontSize=_SIZE,
             titleFontWeight="normal",
             titlePadding=8,
         )
         .configure_legend(
-            labelColor=_INK, labelFontSize=11.5, labelLimit=300, symbolSize=90, columnPadding=26, offset=8
+            labelColor=_INK, labelFontSize=_SIZE, labelLimit=300, symbolSize=90, columnPadding=_KEY_GAP, offset=8
         )
     )
     svg: str = vl_convert.vegalite_to_svg(chart.to_dict())
@@ -384,9 +398,26 @@ def _cycle(items: Sequence[str], names: Sequence[str]) -> list[str]:
     return [items[index % len(items)] for index in range(len(names))]
 
 
-def _legend_columns(names: Sequence[str]) -> int:
-    letters = sum(len(name) + 4 for name in names)
-    return len(names) if letters <= 58 else 2 if max(map(len, names)) < 28 else 1
+def _legend_columns(names: Sequence[str], room: int = NARROW - _AXIS) -> int:
+    """How many of a key stand side by side above a plot so wide: all, two or one."""
+    widths = [_room(name) + _KEY for name in names]
+    if sum(widths) + _KEY_GAP * (len(names) - 1) <= room:
+        return len(names)
+    return 2 if max(widths[::2]) + max(widths[1::2]) + _KEY_GAP <= room else 1
+
+
+def _names_axis(alt: Any, names: Sequence[str]) -> Any:
+    """Of names from top to bottom, with room for them in the font of the reader, which may be broader than the one here."""
+    return alt.Axis(ticks=False, domain=False, labelLimit=_LONGEST, labelPadding=6, minExtent=_extent(names))
+
+
+def _extent(names: Sequence[str]) -> int:
+    return 6 + math.ceil(min(_LONGEST, max(map(_room, names))))
+
+
+def _room(text: str) -> float:
+    """Pixels of a text in a broad font (DejaVu Sans, Verdana), at least."""
+    return _SIZE * sum(0.38 if letter in _THIN else 0.98 if letter in _BROAD else 0.62 for letter in text)
 
 
 def _require(rows: Sequence[object]) -> None:
