@@ -287,8 +287,29 @@ def test_a_table_of_many_steps_has_every_nth(monkeypatch: pytest.MonkeyPatch) ->
     text = report_page(run_of(1001))
     assert text.count("<tr>") <= 203
     assert "one of 6 rows, and the last" in text
-    assert '<th scope="row">1,001</th>' in text
+    assert '<th scope="row" class="number">1,001</th>' in text
     assert "row by row" in report_page(run_of(200))
+
+
+def test_a_heading_stands_above_its_numbers() -> None:
+    text = table_html(run_of(3))
+    assert '<th scope="col" class="number">step</th>' in text
+    assert '<th scope="row" class="number">3</th>' in text
+    assert '<th scope="row">encoder.0</th>' in table_html(report())
+
+
+def test_a_page_says_how_much_it_tells_of_what() -> None:
+    every_tenth = Report("finetune", run_of(1).columns, tuple({"step": 10 * i, "loss": 1.0} for i in range(1, 101)))
+    batches = Report("measure", (Column("batch", "batch", "count"),), ({"batch": 1},))
+    for told, words in (
+        (report(), "3 layers"),
+        (run_of(10), "10 steps"),
+        (run_of(1), "1 step"),
+        (every_tenth, "1,000 steps in 100 rows"),
+        (batches, "1 row"),
+        (Report("finetune", run_of(1).columns, ()), "0 rows"),
+    ):
+        assert f'<p class="lead">{words}</p>' in report_page(told)
 
 
 def test_a_page_of_a_report_that_grows_loads_itself_anew() -> None:

@@ -206,12 +206,12 @@ def report_page(report: Report, *, refresh: int | None = None) -> str:
         sections.append(Section("Curves", tuple(curves)))
     if report.rows:
         layers.append(_row_table(report))
-        sections.append(Section("Layers" if report.columns[0].key == "layer" else "Rows", tuple(layers)))
+        sections.append(Section({"layer": "Layers", "step": "Steps"}.get(report.columns[0].key, "Rows"), tuple(layers)))
     if report.environment:
         sections.append(Section("Where this was made", (Facts(report.environment),)))
     version = report.environment.get("twofour")
     footer = f"Made by twofour {version}." if version else "Made by twofour."
-    subtitle = _count(len(report.rows), "row")
+    subtitle = _told(report)
     if refresh is not None:
         subtitle += f". Still running: the page loads itself anew every {_count(refresh, 'second')}."
     return page(f"twofour {report.verb}", subtitle, sections, footer=footer, refresh=refresh)
@@ -378,6 +378,17 @@ def _labels(names: Sequence[str]) -> tuple[list[str], str]:
     if len(set(labels)) != len(set(names)):
         return list(names), ""
     return labels, f" Names begin with {'.'.join(parts[0][:shared])}." if shared else ""
+
+
+def _told(report: Report) -> str:
+    """How much the rows tell of what: '40 layers', '1,000 steps in 100 rows'."""
+    key, count = report.columns[0].key if report.columns else "", len(report.rows)
+    if key == "layer":
+        return _count(len({row.get(key) for row in report.rows}), "layer")
+    if key != "step" or not count:
+        return _count(count, "row")
+    steps = _count(report.rows[-1]["step"], "step")
+    return steps if report.rows[-1]["step"] == count else f"{steps} in {_count(count, 'row')}"
 
 
 def _count(number: int, noun: str) -> str:
