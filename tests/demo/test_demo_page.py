@@ -225,7 +225,12 @@ def test_page_renders_without_errors_or_requests(browser: str, demo: Demo, tmp_p
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_page_fits_the_width_of_the_window(browser: str, demo: Demo, tmp_path: Path, width: int) -> None:
     shutil.copy(demo.result.html_path, tmp_path / "index.html")
-    found = ask(
-        browser, tmp_path / "index.html", width, "const e = d.documentElement; return [e.scrollWidth, e.clientWidth];"
-    )
-    assert found == [width, width]
+    script = """
+    const e = d.documentElement, boxes = [...d.querySelectorAll('.scroll')];
+    return [e.scrollWidth, e.clientWidth, boxes.length, boxes.filter(b => b.scrollWidth > b.clientWidth).length];
+    """
+    scrolled, seen, tables, cut = ask(browser, tmp_path / "index.html", width, script)
+    assert scrolled == seen == width
+    assert tables >= 4
+    if width == 1280:
+        assert cut == 0

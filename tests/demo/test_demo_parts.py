@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
 import pytest
 import torch
 
-from twofour.demo import noise, search, text, words
+from twofour.demo import noise, page, search, text, words
 from twofour.demo.findings import Findings
 from twofour.demo.model import is_encoder_weight, model_folder, short_name
 from twofour.demo.noise import Quiet
@@ -139,6 +140,26 @@ def test_words_about_kernels_give_the_reason() -> None:
         "float32: 1 of 2 encoder layers run on a sparse kernel (cpu avx2); 1 stay dense, for instance"
         " because cpu avx2 would run at 0.9x of dense."
     ]
+
+
+def measured(rounds: int, disturbed: bool = False) -> dict[str, Any]:
+    found = {**row(1.25, disturbed=disturbed), "rounds": rounds, "tokens": 128, "layer": "0 query", "shape": "384x384"}
+    return found | {f"{name}_{end}": found[name] for name in ("torch", "onednn", "sparse") for end in ("low", "high")}
+
+
+@pytest.mark.parametrize(("rounds", "said"), [((5, 5), "5 rounds"), ((20, 7), "7 to 20 rounds")])
+def test_a_span_of_one_number_is_that_number(rounds: tuple[int, int], said: str) -> None:
+    pytest.importorskip("altair", reason="needs altair (twofour[report])")
+    pytest.importorskip("vl_convert", reason="needs vl-convert (twofour[report])")
+    html = page.render(Findings(timed=["float32"], speed=[measured(count) for count in rounds]), {})
+    assert f"Medians of {said} in turns" in html
+
+
+def test_layers_that_all_were_disturbed_leave_no_empty_list() -> None:
+    html = page.render(Findings(timed=["float32"], layers=[measured(5, disturbed=True)]), {})
+    assert "Every layer: times, kernel, reason" in html
+    assert html.count('<ul class="notes">') == 1  # at a glance
+    assert re.search(r"<ul[^>]*>\s*</ul>", html) is None
 
 
 def test_bytes_that_do_not_shrink_are_said_so() -> None:

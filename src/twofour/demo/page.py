@@ -139,6 +139,7 @@ def _speed(findings: Findings) -> list[Block]:
             f"batch {row['batch']}: " + ", ".join(f"{NAMES[key]} {words.rate(row[key])}" for key in NAMES if key in row)
             for row in rows
         )
+        counts = [row["rounds"] for row in rows]
         svg = plots.grouped_bars(
             values,
             spread=spread,
@@ -146,7 +147,7 @@ def _speed(findings: Findings) -> list[Block]:
             value_title="sentences per second",
             label=words.rate,
         )
-        rounds = f"{min(row['rounds'] for row in rows)} to {max(row['rounds'] for row in rows)}"
+        rounds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         caption = f"{dtype}. Medians of {rounds} rounds in turns; thin lines join the quartiles. Higher is better."
         blocks.append(Plot(svg, f"Sentences per second, {dtype}: {said}.", caption))
     if not blocks:
