@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,15 +251,15 @@ class Killed(Exception):
 class Killing:
     """Batches, and a kill when that many were given."""
 
-    def __init__(self, data: Any, after: int | None = None) -> None:
-        self.data, self.left = data, after
+    def __init__(self, data: Any, after: int | None = None, by: type[BaseException] = Killed) -> None:
+        self.data, self.left, self.by = data, after, by
 
     def __iter__(self) -> Iterator[Any]:
         order = torch.randperm(len(self.data)).tolist()
         for i in order:
             if self.left is not None:
                 if not self.left:
-                    raise Killed
+                    raise self.by
                 self.left -= 1
             yield self.data[i]
 
@@ -350,6 +351,38 @@ def test_the_page_of_a_run_that_failed_stands_still_and_says_so(tmp_path: Path) 
     html = path.read_text(encoding="utf-8")
     assert "refresh" not in html
     assert "Killed" in html
+
+
+def facts(html: str) -> dict[str, str]:
+    return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+
+
+def test_the_page_of_an_interrupted_run_says_so_and_of_which_step_it_knows_the_loss(tmp_path: Path) -> None:
+    path, held = tmp_path / "page.html", {"validation": batches(1), "validate_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pruned(), Killing(batches(8), 5, KeyboardInterrupt), steps=6, log_every=1, page=path, **held)
+    html = path.read_text(encoding="utf-8")
+    found = facts(html)
+    assert "refresh" not in html
+    assert "KeyboardInterrupt" not in html
+    assert found["stopped by"] == "interrupted"
+    assert found["steps"] == "5"
+    assert float(found["validation loss at step 4"]) > 0
+    assert "validation loss after" not in found
+    report = finetune(pruned(), batches(8), steps=6, log_every=1, page=path, **held)
+    assert (
+        facts(path.read_text(encoding="utf-8"))["validation loss after"] == f"{report.rows[-1]['validation_loss']:.4g}"
+    )
+
+
+def test_the_page_of_a_run_that_goes_on_has_no_result_yet(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pruned(), Killing(batches(8), 3, KeyboardInterrupt), steps=6, log_every=1, page=path)
+    found = facts(path.read_text(encoding="utf-8"))
+    assert float(found["loss before"]) > 0
+    assert "loss after" not in found
+    assert "None" not in found.values()
 
 
 def test_a_page_that_cannot_be_written_for_a_while_stops_nothing_but_the_end(tmp_path: Path) -> None:

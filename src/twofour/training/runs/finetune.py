@@ -95,7 +95,7 @@ def finetune(
     Returns:
         Report: rows of step, seconds, lr, loss and its terms, validation_loss where it was taken, flip_rate (moving masks),
         density, tokens_per_second. The summary has the validation loss before (with moving masks: of the model as pruning by
-        magnitude would leave it) and after.
+        magnitude would leave it) and after; the page of a run that is not over tells of which step.
     Raises:
         ModelError: nothing to train, keep or move; settings that contradict each other; a checkpoint of other settings.
         TrainingError: no batches, or a loss or gradient that is not finite.

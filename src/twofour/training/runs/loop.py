@@ -26,7 +26,7 @@ from .budget import Budget
 from .masking import density, flip_rate
 from .restart import Checkpoint, Interruption, LastGood, Stream, random_state, set_random_state
 
-DATA_ENDED = "data ended"
+DATA_ENDED, INTERRUPTED = "data ended", "interrupted"
 _VALIDATION_SHARE = 0.1
 """Of the time, where nothing else is asked for."""
 
@@ -141,7 +141,7 @@ class Loop:
             self._go(file, peaks, progress, settings)
         except BaseException as error:
             if self._plan.page is not None:
-                self._stopped = type(error).__name__
+                self._stopped = INTERRUPTED if isinstance(error, KeyboardInterrupt) else type(error).__name__
                 with suppress(TwofourError):
                     self._plan.page.show(self.report, running=False)
             raise
@@ -396,10 +396,18 @@ class Loop:
         summary: dict[str, Any] = {"steps": self._step, "seconds": round(seconds, 3)}
         if self._plan.validation:
             columns.append(Column("validation_loss", "validation loss", "loss"))
-            summary |= {"validation loss before": self._validation_before, "validation loss after": self._validation}
+            at = next((row["step"] for row in reversed(self._rows) if "validation_loss" in row), None)
+            summary["validation loss before"] = self._validation_before
+            if at is not None:
+                name = f"at step {at:,}" if self._ended is None else "after"
+                summary[f"validation loss {name}"] = self._validation
         else:
-            summary |= {"loss before": self._before, "loss after": self._after}
-        summary["stopped by"] = self._stopped
+            summary["loss before"] = self._before
+            if self._ended is not None:
+                summary["loss after"] = self._after
+        if self._stopped is not None:
+            summary["stopped by"] = self._stopped
+        summary = {name: value for name, value in summary.items() if value is not None}
         if isinstance(self._masks, MovingMasks):
             about = self._masks.report.summary
             summary |= {key: about[key] for key in ("pattern", "schedule", "phase", "layers made sparse")}
