@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser import ask, find
+from tests.browser import answer, ask, find
 
 from twofour.report import Column, Report
+from twofour.report.live import LivePage
 from twofour.report.plots import VERMILION
 
 pytestmark = pytest.mark.browser
@@ -133,3 +134,16 @@ def test_no_bar_reaches_the_numbers(browser: str, tmp_path: Path, width: int) ->
     bar, number, count = laid_out(browser, compressed(), tmp_path, width, script)
     assert count == len(LAYERS)
     assert bar < number
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_page_loads_itself_anew_until_the_end(browser: str, tmp_path: Path, running: bool) -> None:
+    LivePage(tmp_path / "page.html", every=2).show(lambda: Report("finetune", (), ()), running=running)
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<iframe id=f src=page.html></iframe><p id=answer>0</p><script>let loads = 0;"
+        " document.getElementById('f').onload = () => document.getElementById('answer').textContent = ++loads;</script>",
+        encoding="utf-8",
+    )
+    loads = int(answer(browser, frame, seconds=9))
+    assert loads >= 3 if running else loads == 1
