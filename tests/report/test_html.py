@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -306,6 +307,7 @@ def test_a_page_says_how_much_it_tells_of_what() -> None:
         (run_of(10), "10 steps"),
         (run_of(1), "1 step"),
         (every_tenth, "1,000 steps in 100 rows"),
+        (replace(every_tenth, summary={"steps": 1005}), "1,005 steps in 100 rows"),
         (batches, "1 row"),
         (Report("finetune", run_of(1).columns, ()), "0 rows"),
     ):

@@ -387,8 +387,8 @@ def _told(report: Report) -> str:
         return _count(len({row.get(key) for row in report.rows}), "layer")
     if key != "step" or not count:
         return _count(count, "row")
-    steps = _count(report.rows[-1]["step"], "step")
-    return steps if report.rows[-1]["step"] == count else f"{steps} in {_count(count, 'row')}"
+    done = report.summary.get("steps", report.rows[-1]["step"])  # the last may be in no row yet
+    return _count(done, "step") if done == count else f"{_count(done, 'step')} in {_count(count, 'row')}"
 
 
 def _count(number: int, noun: str) -> str:
