@@ -334,3 +334,12 @@ def test_notebooks_get_a_fragment() -> None:
     assert "<html" not in text
     assert "total speed" in text
     assert text == report()._repr_html_()
+
+
+def test_columns_without_a_word_are_left_out() -> None:
+    columns = (Column("layer", "layer"), Column("reason", "why"), Column("gain", "speed", "ratio"))
+    text = report_page(Report("t", columns, ({"layer": "a", "reason": "", "gain": None},)))
+    assert "<th" in text
+    assert ">layer<" in text
+    assert ">why<" not in text
+    assert ">speed<" not in text

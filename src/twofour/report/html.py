@@ -95,7 +95,9 @@ class Table:
     @property
     def shown(self) -> tuple[Column, ...]:
         """The columns that hold something."""
-        return tuple(column for column in self.columns if any(row.get(column.key) is not None for row in self.rows))
+        return tuple(
+            column for column in self.columns if any(row.get(column.key) not in (None, "") for row in self.rows)
+        )
 
 
 @dataclass(frozen=True, slots=True)
