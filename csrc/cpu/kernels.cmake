@@ -32,13 +32,8 @@ target_include_directories(kernels PUBLIC ${csrc})
 if(TWOFOUR_SANITIZE)  # -O1: a third of the time to compile, and every intrinsic still runs
   # Null pointers and sizes of objects are AddressSanitizer's to find; asked for twice they cost a quarter of the compiling.
   set(sanitizers -fsanitize=${TWOFOUR_SANITIZE} -fno-sanitize-recover=all -fno-sanitize=null,object-size)
-  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND TWOFOUR_SANITIZE MATCHES "address")
-    list(APPEND sanitizers --param=asan-instrumentation-with-call-threshold=0)  # checks are calls: half the time to compile
-  endif()
   target_compile_options(kernels PUBLIC -O1 -g1 -fno-omit-frame-pointer ${sanitizers})
   target_link_options(kernels PUBLIC ${sanitizers})
-elseif(TWOFOUR_EMULATE_AVX512)  # plain C of each intrinsic: at -O3 it takes minutes to compile
-  target_compile_options(kernels PUBLIC -O1)
 else()
   target_compile_options(kernels PUBLIC -O3)
 endif()
@@ -54,7 +49,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
   set(avx512bf16 ${avx512} -mavx512bf16)
   set(avx512vnni ${avx512} -mavx512vnni)
   if(TWOFOUR_EMULATE_AVX512)
-    set(avx512 ${avx2} -Wno-psabi -I${csrc}/../tests/native/emulated)
+    set(avx512 ${avx2} -O1 -Wno-psabi -I${csrc}/../tests/native/emulated)
     set(avx512bf16 ${avx512})
     set(avx512vnni ${avx512})
     target_compile_definitions(kernels PUBLIC TWOFOUR_EMULATED_AVX512)
