@@ -198,6 +198,7 @@ TWOFOUR_DEVICE void decode(const DecodeArgs& args, const Epilogue& epilogue) {
   constexpr int kFoursOfPass = S::kSumTokens * kFours, kHolders = smaller(kDecodeThreads, kFoursOfPass);
   constexpr int kHeld = kFoursOfPass / kHolders;  // by a thread, of a pass
   static_assert(kFoursOfPass % kHolders == 0 && kHolders % kWarp == 0 && kHolders % kFours == 0, "a thread keeps to its rows");
+  static_assert(S::kPasses == 1 || kHolders == kDecodeThreads, "finish() takes a sum by the thread that has it");
   sync_sharers<kDown>(across);
   const int thread = thread_again(), four = thread % kFours, g = thread % kWarp / 4, q = thread % 4;
   const auto sums_of = [&](int a, int d) { return reinterpret_cast<Sum*>(memory + a * S::kBytes) + d * S::kSums; };

@@ -133,43 +133,28 @@ TWOFOUR_DEVICE void prefetch(const void*, uint32_t) {}
 TWOFOUR_DEVICE void or_into(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 TWOFOUR_DEVICE void max_into(uint32_t* word, uint32_t value) { atomicMax(word, value); }
 
+#define TWOFOUR_LOADS(name, how)                                                                                          \
+  TWOFOUR_DEVICE uint4 name(const uint4* from) {                                                                          \
+    uint4 v;                                                                                                              \
+    asm volatile("ld.global" how ".v4.u32 {%0, %1, %2, %3}, [%4];"                                                        \
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)                                                             \
+                 : "l"(from));                                                                                            \
+    return v;                                                                                                             \
+  }                                                                                                                       \
+  TWOFOUR_DEVICE uint2 name(const uint2* from) {                                                                          \
+    uint2 v;                                                                                                              \
+    asm volatile("ld.global" how ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));                           \
+    return v;                                                                                                             \
+  }                                                                                                                       \
+  TWOFOUR_DEVICE uint32_t name(const uint32_t* from) {                                                                    \
+    uint32_t v;                                                                                                           \
+    asm volatile("ld.global" how ".u32 %0, [%1];" : "=r"(v) : "l"(from));                                                 \
+    return v;                                                                                                             \
+  }
 // Read once: past the first cache.
-TWOFOUR_DEVICE uint2 load_stream(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-  return v;
-}
-TWOFOUR_DEVICE uint4 load_stream(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-TWOFOUR_DEVICE uint32_t load_stream(const uint32_t* from) {
-  uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
-  return v;
-}
-
+TWOFOUR_LOADS(load_stream, ".nc.L1::no_allocate")
 // Likewise, where the kernel before this one may have written it while this one had begun: not by the way of constants.
-TWOFOUR_DEVICE uint4 load_written(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-TWOFOUR_DEVICE uint2 load_written(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-  return v;
-}
-TWOFOUR_DEVICE uint32_t load_written(const uint32_t* from) {
-  uint32_t v;
-  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
-  return v;
-}
+TWOFOUR_LOADS(load_written, ".L1::no_allocate")
 
 // Read again soon: kept in the last cache.
 TWOFOUR_DEVICE uint4 load_kept(const uint4* from) {
