@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from twofour import DeviceError, UnsupportedError
-from twofour.kernels.cuda import driver, table
+from twofour.kernels.cuda import driver, resources, table
 
 HERE = Path(__file__).parent
 
@@ -181,15 +181,16 @@ def test_a_launch_is_on_the_device_and_its_stream_whichever_is_current(
 
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(resources, "_GET_DEVICE", None)
     monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x100 * device.index + at[0])
+        torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=0x100 * number + at[0])
     )
     monkeypatch.setattr(table, "_loaded", lambda name, device: 0x2000 + device.index)
     monkeypatch.setattr(driver, "driver", lambda: own)
     noted = library.fake_noted()
     for raw in (None, lambda number: 0x100 * number + at[0]):
         noted[10] = noted[11] = noted[18] = 0
-        monkeypatch.setattr(table, "_RAW_STREAM", raw)
+        monkeypatch.setattr(resources, "_GET_STREAM", raw)
         table.launch("take_half", (3,), torch.device("cuda", 1), 1, 2, 3)
         assert (noted[10], noted[11], noted[18]) == (0x2001, 3, 0x101)  # kernel, blocks, stream: of device 1, entered
         assert at == [current]

@@ -67,6 +67,7 @@ def test_a_capture_is_looked_for_on_the_device_of_the_launch(current: int, monke
 
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(resources, "_GET_DEVICE", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: at[0] == 1)
     assert resources._captures(torch.device("cuda", 1))
     assert not resources._captures(torch.device("cuda", 0))

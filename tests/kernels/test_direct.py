@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twofour import SparseLinear, SparseMatrix
+from twofour import QuantizedSparseLinear, SparseLinear, SparseMatrix
 from twofour.kernels import direct, ops
 
 pytestmark = pytest.mark.of_cpu
@@ -89,6 +89,38 @@ def test_transforms_and_tracers_take_the_dispatcher(backend: str, calls: list[st
         graph = torch.fx.experimental.proxy_tensor.make_fx(sparse)(x)
         assert f"linear_{backend}" in str(graph.graph)
     assert calls == []
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_layers_with_scales_skip_the_dispatcher_too(
+    backend: str, weights: str, native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = SparseMatrix.from_dense(torch.randn(16, 32), prune=True)
+    sparse = QuantizedSparseLinear.from_matrix(matrix, torch.ones(16), backend=backend, weights=weights)
+    calls: list[str] = []
+    original = sparse.kind._direct[backend]
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(backend)
+        return original(*arguments)
+
+    monkeypatch.setitem(sparse.kind._direct, backend, counted)
+    x = torch.randn(3, 32)
+    expected = sparse(x)
+    assert expected.requires_grad  # the bias wants one
+    assert calls == []
+    with torch.no_grad():
+        assert torch.equal(sparse(x), expected)
+        assert torch.equal(sparse(x[None]), expected[None])
+        assert len(calls) == 2
+        with torch.profiler.profile() as profile:
+            sparse(x)
+        assert f"twofour::linear_{weights}_{backend}" in {event.key for event in profile.key_averages()}
+        assert f"linear_{weights}_{backend}" in str(torch.fx.experimental.proxy_tensor.make_fx(sparse)(x).graph)
+        assert not direct.applies(x, sparse.values, sparse.bias, torch._neg_view(sparse.scales))
+    assert sparse(x.requires_grad_()).requires_grad
+    assert len(calls) == 2
 
 
 plain = torch.ones(2)

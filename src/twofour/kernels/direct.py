@@ -44,23 +44,33 @@ def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
 _PLAIN_TENSORS, _PLAIN_THREADS = _plain_sets()
 
 
-def applies(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> bool:
-    """True where calling the kernel itself does all that calling the operation would."""
+_keys_of = torch._C._dispatch_keys  # names of this file: to look them up in torch._C takes as long as to call them
+_keys_of_thread = torch._C._dispatch_tls_local_include_set
+_profiled = torch._C._autograd._profiler_enabled
+_grad_enabled = torch.is_grad_enabled
+
+
+def applies(x: Tensor, values: Tensor, bias: Tensor | None, other: Tensor | None = None) -> bool:
+    """True where calling the kernel itself does all that calling the operation would.
+
+    Args:
+        other: one more tensor that the operation takes: a residual, or scales.
+    """
     return (
-        torch._C._dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
-        and torch._C._dispatch_keys(values).raw_repr() in _PLAIN_TENSORS
-        and (bias is None or torch._C._dispatch_keys(bias).raw_repr() in _PLAIN_TENSORS)
-        and (residual is None or torch._C._dispatch_keys(residual).raw_repr() in _PLAIN_TENSORS)
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_THREADS
+        _keys_of(x).raw_repr() in _PLAIN_TENSORS
+        and _keys_of(values).raw_repr() in _PLAIN_TENSORS
+        and (bias is None or _keys_of(bias).raw_repr() in _PLAIN_TENSORS)
+        and (other is None or _keys_of(other).raw_repr() in _PLAIN_TENSORS)
+        and _keys_of_thread().raw_repr() in _PLAIN_THREADS
         and not (
-            torch.is_grad_enabled()
+            _grad_enabled()
             and (
                 x.requires_grad
                 or values.requires_grad
                 or (bias is not None and bias.requires_grad)
-                or (residual is not None and residual.requires_grad)
+                or (other is not None and other.requires_grad)
             )
         )
         and forward_ad._current_level < 0
-        and not torch._C._autograd._profiler_enabled()  # profilers show operations by name
+        and not _profiled()  # profilers show operations by name
     )

@@ -44,12 +44,13 @@ def _linear_cpu(
     if x.dtype == torch.float64:
         canonical = cpu.unpack(values, metadata, out_features, in_features)
         return _linear_reference(x, *canonical, scales, bias, pattern, out_features, in_features)
-    rows = x.reshape(-1, in_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     rows = rows if x.dtype in (torch.float32, torch.bfloat16) else rows.to(torch.float32)
     if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
         bias = bias.to(torch.float32)
     y = cpu.linear(rows, values, metadata, bias, out_features, in_features, scales=scales)
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:

@@ -143,7 +143,8 @@ def linear_cpu(
         and (bias is None or (bias.is_cpu and bias.numel() == out_features and bias.dtype in _DTYPES))
     ):
         _explain(x, values, metadata, scales, bias, out_features, in_features)
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    if bias is not None and not (bias.dtype == torch.float32 and bias.is_contiguous()):
+        bias = bias.to(torch.float32).contiguous()
     scales = scales.contiguous()
     tokens = x.shape[0]
     x_stride, inner = x.stride()
@@ -242,13 +243,14 @@ def _linear_cpu(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    rows = x.reshape(-1, in_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if x.dtype not in _DTYPES:  # float16, float64: computed in float32 as the reference does
         rows = rows.to(torch.float32)
     if bias is not None and bias.dtype not in _DTYPES:
         bias = bias.to(torch.float32)
     y = linear_cpu(rows, values, metadata, scales, bias, out_features, in_features)
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _to_dense_cpu(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
 from ..pattern import Pattern
-from . import reference
+from . import direct, reference
 from .cuda import backend as cuda
 from .cuda import layout
 from .registry import Kernel, LinearSpec
@@ -87,6 +87,7 @@ class Kind:
         self.quantize = quantize
         self.kernels = kernels
         self._linear = {backend: _register(name, backend, row) for backend, row in backends.items()}
+        self._direct = {backend: row.linear for backend, row in backends.items()}
 
     def linear(
         self,
@@ -115,7 +116,9 @@ class Kind:
         require_input(x, scales, bias, out_features, in_features)
         if operands[0].device != x.device:
             raise UnsupportedError(f"x is on {x.device} and the weight on {operands[0].device}: move one of them.")
-        return cast(Tensor, self._linear[backend](x, *operands, scales, bias, pattern, out_features, in_features))
+        direct_here = not torch.compiler.is_compiling() and direct.applies(x, operands[0], bias, scales)
+        run = self._direct[backend] if direct_here else self._linear[backend]
+        return cast(Tensor, run(x, *operands, scales, bias, pattern, out_features, in_features))
 
 
 def require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:

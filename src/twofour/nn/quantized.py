@@ -192,9 +192,17 @@ class QuantizedSparseLinear(SparseLinear):
         return y.to(torch.get_autocast_dtype(x.device.type))
 
     def _run(self, x: Tensor) -> Tensor:
-        operands = (self.values, self.metadata)
-        shape = (self.out_features, self.in_features)
-        return self.kind.linear(self.backend, x, operands, self.scales, self.bias, self._pattern_text, *shape)
+        held = self._buffers  # as in SparseLinear
+        return self.kind.linear(
+            self.backend,
+            x,
+            (held["values"], held["metadata"]),  # type: ignore[arg-type]
+            held["scales"],  # type: ignore[arg-type]
+            self._parameters["bias"],
+            self._pattern_text,
+            self.out_features,
+            self.in_features,
+        )
 
     def extra_repr(self) -> str:
         dtype = str(self.values.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What the products on a GPU take: checked in one place, and brought into the order in which their kernels take it."""
+"""What the products on a GPU take, checked in one place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ MOST_COLUMNS = {
 }
 """Of x: kernels count the bytes of a token, as 16 bits each, in an int32, and one has the sum of so many products of int8."""
 _MOST_ITEMS = 2**31 - 1
-_ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
 
 
 class Arguments(NamedTuple):
@@ -62,34 +61,11 @@ class Arguments(NamedTuple):
         values, metadata = layout.widen(self.packed.values, self.packed.metadata, x.dtype)
         return self._replace(x=x, packed=PackedMatrix(values, metadata, self.packed.shape))
 
-    def of_product(self, first: int, tokens: int) -> tuple[int, ...]:
-        """For `tokens` tokens from `first` on: values, metadata, x, its stride in bytes, tokens, rows, columns."""
-        weight, x = self.packed, self.x
-        stride = x.stride(0) * x.itemsize if x.shape[0] > 1 else 0  # that of a single row may be no multiple of 16
-        return (
-            weight.values.data_ptr(),
-            weight.metadata.data_ptr(),
-            x.data_ptr() + first * stride,
-            stride,
-            tokens,
-            *weight.shape,
-        )
-
-    def of_epilogue(self, first: int) -> tuple[int, ...]:
-        """TWOFOUR_EPILOGUE_PARAMETERS, for tokens from `first` on."""
-        residual = self.residual
-        stride = 0 if residual is None else residual.stride(0)
-        return (
-            _address(self.bias),
-            _address(self.row_scale),
-            _address(self.token_scale, first),
-            _address(residual, first * stride),
-            stride,
-            _ACTIVATIONS[self.activation],
-            _address(self.y, first * self.y.stride(0)),
-            self.y.stride(0),
-            ITEMS.index(self.y.dtype),
-        )
+    def operands(
+        self,
+    ) -> tuple[Tensor, PackedMatrix, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """x, weight, bias, row_scale, token_scale, residual."""
+        return self.x, self.packed, self.bias, self.row_scale, self.token_scale, self.residual
 
     def without_kernels(self) -> Tensor | None:
         """y where there is nothing to multiply; None where there is."""
@@ -199,10 +175,6 @@ def _aligned(x: Tensor) -> Tensor:
         return x
     wide = x.new_empty(x.shape[0], -(-x.shape[1] // items) * items)
     return wide[:, : x.shape[1]].copy_(x)
-
-
-def _address(tensor: Tensor | None, item: int = 0) -> int:
-    return 0 if tensor is None else tensor.data_ptr() + item * tensor.itemsize
 
 
 def _of(dtypes: Iterable[torch.dtype]) -> str:

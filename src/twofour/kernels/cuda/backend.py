@@ -84,7 +84,7 @@ def linear(
     packed = PackedMatrix(values, metadata, (out_features, in_features))
     rows = x
     if x.ndim != 2:
-        rows = x.reshape(-1, in_features)
+        rows = x if x.ndim == 2 else x.reshape(-1, in_features)
         residual = None if residual is None else residual.reshape(-1, out_features)
     if bias is None or bias.dtype == x.dtype:
         y = products.linear(
@@ -108,7 +108,7 @@ def linear_int8(
 ) -> Tensor:
     """`reference.linear_int8`, the same bits."""
     packed = PackedMatrix(values, metadata, (out_features, in_features))
-    rows = x.reshape(-1, in_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     q, x_scales = tokens.quantize(rows.float() if x.dtype == torch.float64 else rows)
     fits = x.dtype in arguments.ITEMS and (bias is None or bias.dtype == x.dtype)
     y = products.linear(
@@ -119,7 +119,8 @@ def linear_int8(
         token_scale=x_scales,
         out_dtype=x.dtype if fits else torch.float32,
     )
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def linear_float8(
@@ -138,7 +139,7 @@ def linear_float8(
     finite in such x reaches every output of its token.
     """
     packed = PackedMatrix(values, metadata, (out_features, in_features))
-    rows = x.reshape(-1, in_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if x.dtype in DTYPES:
         fits = bias is None or bias.dtype == x.dtype
         y = products.linear(
@@ -151,7 +152,8 @@ def linear_float8(
     else:
         y = rows @ packing.expand(packed).to(x.dtype).t() * scales.to(x.dtype)
         y = y if bias is None else y + bias.to(x.dtype)
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def to_dense(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import arguments, layout, resources, table
+from . import arguments, layout, prepared, resources, table
 
 MOST_TOKENS = 64
 """Of a launch; more take several."""
@@ -81,33 +79,6 @@ def _blocks_in_clusters(slices: int, clusters: tuple[int, ...]) -> int:
     return dict(zip(table.CLUSTERS, clusters, strict=False)).get(slices, 0) * slices
 
 
-class _Launch(NamedTuple):
-    """Of a kernel, and what it takes of the GPU beside its arguments."""
-
-    kernel: str
-    grid: tuple[int, int]
-    slice: int
-    sums: int
-    """Items of memory in which slices leave their sums; 0 for one slice, and for a cluster."""
-    cluster: int
-    """Blocks that share columns in a cluster; 1 for none."""
-
-
-@lru_cache(maxsize=4096)
-def _launch(
-    kernel: str, rows: int, columns: int, processors: int, clusters: tuple[int, ...], slices: int | None
-) -> _Launch:
-    share = plan(kernel, rows, columns, processors, clusters)
-    if slices is not None:
-        chunks = -(-columns // layout.COLUMNS)
-        each = -(-chunks // slices)
-        slices = -(-chunks // each)
-        share = Plan(share.blocks, slices, each, _blocks_in_clusters(slices, clusters) > 0)
-    text = table.KERNEL_TEXTS[kernel]
-    sums = share.slices * share.blocks * text.tokens * text.rows if share.slices > 1 and not share.cluster else 0
-    return _Launch(kernel, (share.blocks, share.slices), share.slice, sums, share.slices if share.cluster else 1)
-
-
 def kernel_for(name: str, tokens: int) -> str:
     """The kernel for so many tokens, MOST_TOKENS at most.
 
@@ -115,6 +86,57 @@ def kernel_for(name: str, tokens: int) -> str:
         name: of the dtypes, as `Arguments.name`.
     """
     return f"decode_{name}_{next(size for size in TOKENS if size >= tokens)}"
+
+
+def launches(
+    call: arguments.Arguments,
+    kernel: str | None = None,
+    slices: int | None = None,
+    *,
+    clusters: bool = True,
+    early: bool = False,
+) -> list[prepared.Launch]:
+    """For arguments that have something to multiply.
+
+    Args:
+        kernel: another one than that for the tokens, which must be no more than it takes; to compare them.
+        slices: of the columns, other than the plan's; likewise.
+        clusters: may blocks that share columns be one? Likewise.
+        early: lets it begin while the kernel before it in the stream ends (programmatic dependent launch), where
+            `table.knows_clusters`; likewise.
+    """
+    tokens, device, shape = call.x.shape[0], call.x.device, call.packed.shape
+    found = []
+    for first in range(0, tokens, MOST_TOKENS):
+        count = min(tokens - first, MOST_TOKENS)
+        chosen = kernel or kernel_for(call.name, count)
+        text = table.KERNEL_TEXTS[chosen]
+        at_once = table.most_clusters(chosen, device) if clusters else ()
+        share = plan(chosen, *shape, resources.processors(device), at_once)
+        if slices is not None:
+            share = _shared(share.blocks, -(-shape[1] // layout.COLUMNS), slices, at_once)
+        apart = share.slices > 1 and not share.cluster
+        found.append(
+            prepared.Launch(
+                chosen,
+                (share.blocks, share.slices),
+                first,
+                count,
+                share.slice,
+                share.slices * share.blocks * text.tokens * text.rows if apart else 0,
+                (int(early),),
+                share.slices if share.cluster else 1,
+                early,
+            )
+        )
+    return found
+
+
+def _shared(blocks: int, chunks: int, slices: int, clusters: tuple[int, ...]) -> Plan:
+    """With so many slices, or as many as there are chunks for."""
+    each = -(-chunks // slices)
+    slices = -(-chunks // each)
+    return Plan(blocks, slices, each, _blocks_in_clusters(slices, clusters) > 0)
 
 
 def multiplied(
@@ -125,40 +147,5 @@ def multiplied(
     clusters: bool = True,
     early: bool = False,
 ) -> Tensor:
-    """y of arguments that have something to multiply.
-
-    Args:
-        kernel: another one than that for the tokens, which must be no more than it takes; to compare them.
-        slices: of the columns, other than the plan's; likewise.
-        clusters: may blocks that share columns be one? Likewise.
-        early: lets it begin while the kernel before it in the stream ends (programmatic dependent launch), where
-            `table.knows_clusters`; likewise.
-    """
-    tokens, device = call.x.shape[0], call.x.device
-    name, (rows, columns), processors = call.name, call.packed.shape, resources.processors(device)
-    pieces = [(first, min(tokens - first, MOST_TOKENS)) for first in range(0, tokens, MOST_TOKENS)]
-    launches = []
-    for _, count in pieces:
-        chosen = kernel or kernel_for(name, count)
-        at_once = table.most_clusters(chosen, device) if clusters else ()
-        launches.append(_launch(chosen, rows, columns, processors, at_once, slices))
-    partial = counters = 0
-    if sums := max([launch.sums for launch in launches]):
-        memory = torch.empty(sums, dtype=call.sums, device=device)
-        counted = resources.counters(device, max(launch.grid[0] for launch in launches))
-        partial, counters = memory.data_ptr(), counted.data_ptr()
-    for (first, count), launch in zip(pieces, launches, strict=True):
-        table.launch(
-            launch.kernel,
-            launch.grid,
-            device,
-            *call.of_product(first, count),
-            launch.slice,
-            partial if launch.sums else 0,
-            counters,
-            int(early),
-            *call.of_epilogue(first),
-            cluster=launch.cluster,
-            early=early,
-        )
-    return call.y
+    """y of arguments that have something to multiply, by `launches` of the same arguments."""
+    return prepared.multiplied(call, launches(call, kernel, slices, clusters=clusters, early=early))

@@ -10,7 +10,6 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
 
 from ... import native
 from ...errors import DeviceError, UnsupportedError
@@ -138,12 +137,14 @@ class Driver:
         Raises:
             DeviceError: the driver refuses; nothing was started.
         """
-        sizes = (*(*grid, 1, 1)[:3], threads, shared_bytes)
-        everything: tuple[Any, ...] = (kernel, *sizes, stream, tuple(arguments), cluster, early)
-        status = self._start(*everything)
+        x, y, z = (*grid, 1, 1)[:3]
+        arguments = tuple(arguments)
+        status = self._start(kernel, x, y, z, threads, shared_bytes, stream, arguments, cluster, early)
+        if status == 0:
+            return
         if status in _NO_CONTEXT:
             self._enter(device)
-            status = self._start(*everything)
+            status = self._start(kernel, x, y, z, threads, shared_bytes, stream, arguments, cluster, early)
         self._check(status, "a launch")
 
     def _launch(

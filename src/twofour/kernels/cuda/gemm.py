@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
-from . import arguments, resources, table
+from . import arguments, prepared, resources
 from .tiles import STAGE_BYTES, TILES
 
 _MOST_SLICES = 16
@@ -70,29 +69,21 @@ def plan(
     return best
 
 
+def launches(call: arguments.Arguments, tiles: tuple[str, ...] = tuple(TILES)) -> list[prepared.Launch]:
+    """For arguments that have something to multiply and no e4m3 weight; the weight is read about once for all tokens."""
+    (rows, columns), tokens, device = call.packed.shape, call.x.shape[0], call.x.device
+    processors, room = resources.processors(device), resources.shared_bytes(device)
+    share = plan(rows, columns, tokens, call.x.itemsize, processors, room, tiles)
+    tile = TILES[share.tile]
+    sums = share.slices * share.blocks * tile.tokens * tile.rows if share.slices > 1 else 0
+    name = f"gemm_{call.name}_{share.tile}"
+    return [prepared.Launch(name, (share.blocks, share.slices), 0, tokens, share.slice, sums)]
+
+
 def multiplied(call: arguments.Arguments, tiles: tuple[str, ...] = tuple(TILES)) -> Tensor:
-    """y of arguments that have something to multiply; the weight is read about once for all tokens.
+    """y of arguments that have something to multiply.
 
     An e4m3 weight is widened to the dtype of x first, x to float16 where it is e4m3: memory that lasts as long as the call.
     """
     call = call.widened() if call.is_e4m3 else call
-    (rows, columns), tokens, device = call.packed.shape, call.x.shape[0], call.x.device
-    processors, room = resources.processors(device), resources.shared_bytes(device)
-    share = plan(rows, columns, tokens, call.x.itemsize, processors, room, tiles)
-    partial = counters = None
-    if share.slices > 1:
-        tile = TILES[share.tile]
-        shape = (share.slices, share.blocks, tile.tokens, tile.rows)
-        partial = torch.empty(shape, dtype=call.sums, device=device)
-        counters = resources.counters(device, share.blocks)
-    table.launch(
-        f"gemm_{call.name}_{share.tile}",
-        (share.blocks, share.slices),
-        device,
-        *call.of_product(0, tokens),
-        share.slice,
-        0 if partial is None else partial.data_ptr(),
-        0 if counters is None else counters.data_ptr(),
-        *call.of_epilogue(0),
-    )
-    return call.y
+    return prepared.multiplied(call, launches(call, tiles))

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from . import arguments, decode, gemm
+from . import arguments, decode, gemm, prepared
 from .packing import PackedMatrix
 
 Kernels = Literal["decode", "gemm"]
-_MULTIPLIED: dict[str, Callable[[arguments.Arguments], Tensor]] = {
-    "decode": decode.multiplied,
-    "gemm": gemm.multiplied,
-}
-
+_KINDS = ("decode", "gemm")
 MOST_DECODED = decode.MOST_TOKENS
 """Tokens that one reading of the weight serves without a tile of the product."""
 MOST_DECODED_E4M3 = 4 * decode.MOST_TOKENS
 """Likewise, in four readings, of an e4m3 weight. A reading is 0.625 bytes of each place of the
 weight, four are 2.5. As 16 bits it costs 2.875: 0.625 read and 1.125 written to widen it, and those read again. A fifth
 reading would make 3.125."""
+
+_MOST_PREPARED = 4096
+_prepared: dict[tuple[object, ...], prepared.Product] = {}
+"""By what `linear` looks for; products of the shapes that came last."""
 
 
 def linear(
@@ -60,12 +59,25 @@ def linear(
         ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
         torch.OutOfMemoryError, DeviceError: no memory, for torch or for the driver; nothing is kept of the call.
     """
+    key = (x.shape, x.dtype, x.get_device(), packed.values.dtype, packed.shape, activation, out_dtype, kernels)
+    product = _prepared.get(key)
+    if product is not None:
+        y = product.multiplied(x, packed, bias, row_scale, token_scale, residual)
+        if y is not None:
+            return y
     call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
     done = call.without_kernels()
     if done is not None:
         return done
     if kernels is None:
         kernels = "decode" if x.shape[0] <= (MOST_DECODED_E4M3 if call.is_e4m3 else MOST_DECODED) else "gemm"
-    if kernels not in _MULTIPLIED:
-        raise UnsupportedError(f"kernels is {kernels!r}: it must be {' or '.join(map(repr, _MULTIPLIED))}, or None.")
-    return _MULTIPLIED[kernels](call)
+    if kernels not in _KINDS:
+        raise UnsupportedError(f"kernels is {kernels!r}: it must be {' or '.join(map(repr, _KINDS))}, or None.")
+    if kernels == "gemm" and call.is_e4m3:  # its weight is made anew for each call
+        return gemm.multiplied(call)
+    product = prepared.Product(call, decode.launches(call) if kernels == "decode" else gemm.launches(call))
+    product.start(*call.operands(), call.y)
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    _prepared[key] = product
+    return call.y

@@ -1,4 +1,6 @@
-"""What launches take of a GPU: multiprocessors, and memory in which blocks that share columns leave their sums."""
+"""What launches take of a GPU: where it stands, multiprocessors, and memory: for results, and for sums of blocks that share
+columns.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,34 @@ _LEAST_COUNTERS = 4096
 _RESERVE = 1 << 18
 _LEAST_SHARED_BYTES = 99 << 10
 _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (11, 0): 227 << 10}
+# What code that torch compiles asks too: without making objects, and without a look at what is certain by now.
+_GET_DEVICE = getattr(torch._C, "_cuda_getDevice", None)
+_GET_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_EMPTY = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _lock = threading.Lock()
 _of_streams: dict[tuple[torch.device, int], Tensor] = {}
 _kept: list[Tensor] = []
 _reserves: dict[torch.device, Tensor] = {}
+
+
+def current_device() -> int:
+    """The number of torch's."""
+    number: int = torch.cuda.current_device() if _GET_DEVICE is None else _GET_DEVICE()
+    return number
+
+
+def current_stream(number: int) -> int:
+    """torch's of a device, as the driver knows it."""
+    stream: int = torch.cuda.current_stream(number).cuda_stream if _GET_STREAM is None else _GET_STREAM(number)
+    return stream
+
+
+def empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor. torch.empty takes twice the time."""
+    if _EMPTY is not None and device.index is not None and device.index == current_device():
+        made: Tensor = _EMPTY(shape, (shape[1], 1), dtype)
+        return made
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @cache
@@ -55,7 +81,7 @@ def counters(device: torch.device, count: int) -> Tensor:
                 _reserves[device] = reserve[count:]
                 return reserve[:count]
         return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = current_stream(device.index or 0) if device.type == "cuda" else 0
     found = _of_streams.get((device, stream))
     if found is None or len(found) < count:
         found = _lasting_zeros(max(count, _LEAST_COUNTERS), device)
@@ -91,7 +117,7 @@ def _captures(device: torch.device) -> bool:
     """Is the current stream of `device` being captured? torch answers for the current device."""
     if device.type != "cuda":
         return False
-    if device.index is None or device.index == torch.cuda.current_device():
+    if device.index is None or device.index == current_device():
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

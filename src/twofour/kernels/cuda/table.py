@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from ...errors import UnsupportedError
-from . import compiler, driver, tiles
+from . import compiler, driver, resources, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +200,6 @@ _TEXTS = (
 KERNEL_TEXTS = {text.name: text for text in _TEXTS}
 
 
-_RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-"""What code that torch compiles asks too, without making a Stream each time."""
 CLUSTERS = (2, 4, 8)
 """Blocks of a cluster: sizes that every GPU with clusters knows."""
 
@@ -217,7 +215,8 @@ def launch(
         UnsupportedError: no driver, no NVRTC, or a device without sparse tensor cores.
         DeviceError: the driver refuses.
     """
-    if device.index is None or device.index == torch.cuda.current_device():
+    number = device.index
+    if number is None or number == resources.current_device():
         _launch(name, grid, device, arguments, cluster, early)
     else:
         with torch.cuda.device(device):  # 3 us, and seldom needed
@@ -227,11 +226,9 @@ def launch(
 def _launch(
     name: str, grid: Sequence[int], device: torch.device, arguments: Sequence[int], cluster: int, early: bool
 ) -> None:
-    text = KERNEL_TEXTS[name]
-    number = device.index or 0
-    stream = _RAW_STREAM(number) if _RAW_STREAM is not None else torch.cuda.current_stream(device).cuda_stream
-    loaded, shared_bytes = _loaded(name, device), text.dynamic_bytes
-    driver.driver().launch(loaded, grid, text.threads, arguments, stream, shared_bytes, number, cluster, early)
+    text, number = KERNEL_TEXTS[name], device.index or 0
+    loaded, stream = _loaded(name, device), resources.current_stream(number)
+    driver.driver().launch(loaded, grid, text.threads, arguments, stream, text.dynamic_bytes, number, cluster, early)
 
 
 @cache
