@@ -260,14 +260,30 @@ def test_nothing_is_packed_of_nothing(launched: list[str]) -> None:
 
 
 @way
-def test_x_of_three_axes_is_told_how_to_lose_one(linear: Callable[..., Tensor], launched: list[str]) -> None:
+def test_the_leading_axes_of_x_are_those_of_y(linear: Callable[..., Tensor], launched: list[str]) -> None:
+    packed, dense = packed_of((20, 64), torch.bfloat16)
+    for shape in ((2, 3, 64), (64,), (1, 1, 5, 64), (2, 0, 64), (2, 3, 64)):
+        x, residual = numbers(shape, torch.bfloat16, 4), numbers((*shape[:-1], 20), torch.bfloat16, 9)
+        for given in (x, x.flip(0), x.transpose(0, -2) if len(shape) > 1 else x):
+            added = residual if given.shape == x.shape else None
+            y = linear(given, packed, residual=added)
+            assert torch.equal(y, (right(given, dense).double() + (0 if added is None else added.double())).bfloat16())
+            assert y.is_contiguous()
+
+
+@way
+def test_x_with_other_columns_is_refused(linear: Callable[..., Tensor], launched: list[str]) -> None:
     packed, _ = packed_of((20, 64), torch.bfloat16)
-    ways = {(2, 3, 64): r" Flatten it with x\.flatten\(0, -2\)\.", (64,): r" Pass x\[None\]\.", (): ""}
-    for shape, way in ways.items():
-        x = torch.zeros(shape).bfloat16()
-        message = rf"x is {re.escape(str(list(shape)))}: a weight of \[20, 64\] takes \[tokens, 64\]\.{way}$"
+    for shape in ((), (32,), (2, 3, 32), (64, 2)):
+        message = rf"x is {re.escape(str(list(shape)))}: a weight of \[20, 64\] takes \[\.\.\., 64\]\.$"
         with pytest.raises(ShapeError, match=message):
-            linear(x, packed)
+            linear(torch.zeros(shape).bfloat16(), packed)
+    x = torch.zeros(2, 3, 64).bfloat16()
+    for other in ((2, 3, 19), (3, 2, 20), (6, 20), (20,)):
+        with pytest.raises(ShapeError, match=r"residual is .*: it must be \[2, 3, 20\], as y"):
+            linear(x, packed, residual=torch.zeros(other).bfloat16())
+        linear(x, packed)
+        launched.clear()
     for shape in ((2, 3, 64), (64,)):
         with pytest.raises(ShapeError, match=r"is no matrix whose rows come in groups of 4"):
             packing.prune(torch.zeros(shape).bfloat16())
@@ -584,7 +600,7 @@ class Memory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
         self.left = left
         self.made: list[weakref.ref[Tensor]] = []
-        for name in ("empty", "zeros", "empty_like"):
+        for name in ("empty", "zeros", "empty_like", "empty_strided"):
             monkeypatch.setattr(torch, name, self._giving(getattr(torch, name)))
 
     def _giving(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -624,6 +640,7 @@ def test_products_without_memory_leave_nothing_and_run_again(
     packed, dense = packed_of((36, 2200), torch.bfloat16)
     x = numbers((65, 2200), torch.bfloat16, 4)
     assert tensors_that_it_takes(lambda: linear(x, packed), monkeypatch) == 4  # y, sums, counters and their reserve
+    assert tensors_that_it_takes(lambda: linear(x, packed), monkeypatch) == 2
     assert torch.equal(linear(x, packed), right(x, dense))
     assert not any(bool(each.any()) for each in resources._of_streams.values())
 

@@ -102,7 +102,7 @@ def test_nothing_is_launched_for_nothing_or_for_what_does_not_fit(launched: list
         nothing, _ = packed_of((20, 0), torch.bfloat16)
         bias = numbers((20,), torch.bfloat16, 9)
         assert torch.equal(linear(torch.zeros(70, 0, dtype=torch.bfloat16), nothing, bias), bias.expand(70, 20))
-        with pytest.raises(ShapeError, match=r"x is \[70, 32\]: a weight of \[20, 64\] takes \[tokens, 64\]"):
+        with pytest.raises(ShapeError, match=r"x is \[70, 32\]: a weight of \[20, 64\] takes \[\.\.\., 64\]"):
             linear(torch.zeros(70, 32, dtype=torch.bfloat16), packed)
         with pytest.raises(UnsupportedError, match="activation 'tanh' is unknown"):
             linear(torch.zeros(70, 64, dtype=torch.bfloat16), packed, activation="tanh")

@@ -144,6 +144,28 @@ def test_inputs_that_kernels_cannot_read_are_copied_as_at_first(launched: list[s
     assert len(checks) == 6
 
 
+@pytest.mark.parametrize("leading", [(), (1, 1), (2, 3), (3, 1), (1, 70), (2, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_leading_axes_are_kept_without_views(
+    leading: tuple[int, ...], dtype: torch.dtype, launched: list[str], checks: list[int]
+) -> None:
+    packed, dense = packed_of((ROWS, 120), dtype)  # rows of int8 begin at no multiples of 16 bytes
+    for turn in range(3):
+        x = numbers((*leading, 120), dtype, 4, turn)
+        residual = numbers((*leading, ROWS), torch.bfloat16, 9, turn)
+        y = products.linear(x, packed, residual=residual, activation="relu")
+        wanted = (x.double() @ dense.double().T).relu() + residual.double()
+        assert torch.equal(y, wanted.bfloat16())
+        assert y.is_contiguous()
+        apart = numbers((*leading, ROWS + 1), torch.bfloat16, 9, turn)[..., :ROWS]
+        y = products.linear(x, packed, residual=apart, activation="relu")
+        assert torch.equal(y, (wanted - residual.double() + apart.double()).bfloat16())
+    tokens = y[..., 0].numel()
+    readable = tokens > 0 and (tokens == 1 or dtype == torch.bfloat16)
+    copied = 3 if tokens > 1 else 0  # residuals whose rows are apart
+    assert len(checks) == (1 + copied if readable else 6)
+
+
 def test_a_single_row_may_lie_anywhere_that_is_aligned(launched: list[str], checks: list[int]) -> None:
     packed, dense = packed_of((ROWS, COLUMNS), torch.bfloat16)
     many = numbers((3, COLUMNS + 1), torch.bfloat16, 4)
@@ -180,13 +202,13 @@ def test_results_are_made_on_the_device_of_the_call(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(resources, "_EMPTY", fast)
     monkeypatch.setattr(resources, "_GET_DEVICE", lambda: 1)
-    y = resources.empty((3, 5), torch.float16, torch.device("cuda", 1))
+    y = resources.empty((3, 5), (5, 1), torch.float16, torch.device("cuda", 1))
     assert (y.shape, y.stride(), y.dtype) == ((3, 5), (5, 1), torch.float16)
     assert made == [((3, 5), (5, 1), torch.float16)]
-    assert resources.empty((3, 5), torch.float16, torch.device("meta")).is_meta
+    assert resources.empty((3, 5), (5, 1), torch.float16, torch.device("meta")).is_meta
     elsewhere: list[Any] = []
-    monkeypatch.setattr(torch, "empty", lambda shape, **how: elsewhere.append(how["device"]))
-    resources.empty((3, 5), torch.float16, torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "empty_strided", lambda shape, strides, **how: elsewhere.append(how["device"]))
+    resources.empty((3, 5), (5, 1), torch.float16, torch.device("cuda", 0))
     assert elsewhere == [torch.device("cuda", 0)]
     assert len(made) == 1
     assert prepared.ALIGNED == 16

@@ -18,6 +18,7 @@ from ..errors import ShapeError, UnsupportedError
 from ..pattern import Pattern
 from . import cpu, direct, epilogue, onednn, reference, vendor
 from .cuda import backend as cuda
+from .cuda import products as cuda_products
 from .ops_grad import GRAD_INPUT, GRAD_VALUES
 
 _LIBRARY = torch.library.Library("twofour", "DEF")  # kept alive: operations vanish with it
@@ -274,12 +275,18 @@ def linear(
         ShapeError, UnsupportedError: an input that does not fit.
     """
     values, metadata = operands
+    unheard = not torch.compiler.is_compiling() and direct.applies(x, values, bias, residual)
+    if unheard and backend == "cuda":
+        y = cuda_products.again(x, values, metadata, out_features, in_features, bias, activation, residual)
+        if y is not None:
+            return y
     _require_input(backend, x, values, bias, out_features, in_features)
     if activation != "none" or residual is not None:
         epilogue.require(x, activation, residual, out_features)
+    if unheard:
+        return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features, activation, residual)
+    if activation != "none" or residual is not None:
         return _finished(backend, x, operands, bias, pattern, out_features, in_features, activation, residual)
-    if not torch.compiler.is_compiling() and direct.applies(x, values, bias):
-        return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features)
     run = _LINEAR[backend]
     if forward_ad._current_level >= 0:  # operations of a Library would drop tangents without a word
         (x, tangent), (bias, bias_tangent) = forward_ad.unpack_dual(x), _unpack_dual(bias)
@@ -307,8 +314,6 @@ def _finished(
     residual: Tensor | None,
 ) -> Tensor:
     values, metadata = operands
-    if not torch.compiler.is_compiling() and direct.applies(x, values, bias, residual):
-        return _DIRECT[backend](x, values, metadata, bias, pattern, out_features, in_features, activation, residual)
     differentiated = forward_ad._current_level >= 0 or (
         torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in (x, values, bias, residual))

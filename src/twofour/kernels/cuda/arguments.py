@@ -63,9 +63,11 @@ class Arguments(NamedTuple):
 
     def operands(
         self,
-    ) -> tuple[Tensor, PackedMatrix, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """x, weight, bias, row_scale, token_scale, residual."""
-        return self.x, self.packed, self.bias, self.row_scale, self.token_scale, self.residual
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """x, values, metadata, bias, row_scale, token_scale, residual."""
+        packed = self.packed
+        scales = self.row_scale, self.token_scale
+        return self.x, packed.values, packed.metadata, self.bias, *scales, self.residual
 
     def without_kernels(self) -> Tensor | None:
         """y where there is nothing to multiply; None where there is."""
@@ -101,8 +103,7 @@ def check(
         )
     require_layout(packed)
     if x.ndim != 2 or x.shape[1] != columns:
-        way = "" if x.ndim in (0, 2) else " Pass x[None]." if x.ndim == 1 else " Flatten it with x.flatten(0, -2)."
-        raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [tokens, {columns}].{way}")
+        raise ShapeError(f"x is {list(x.shape)}: a weight of [{rows}, {columns}] takes [..., {columns}].")
     tokens = x.shape[0]  # len(x) takes a microsecond
     if columns > MOST_COLUMNS[x.dtype] or rows > _MOST_ITEMS or tokens > _MOST_ITEMS:
         raise ShapeError(

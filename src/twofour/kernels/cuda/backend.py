@@ -82,18 +82,12 @@ def linear(
 ) -> Tensor:
     """activation(x @ W.T + bias) + residual, as `ops.linear` says."""
     packed = PackedMatrix(values, metadata, (out_features, in_features))
-    rows = x
-    if x.ndim != 2:
-        rows = x if x.ndim == 2 else x.reshape(-1, in_features)
-        residual = None if residual is None else residual.reshape(-1, out_features)
     if bias is None or bias.dtype == x.dtype:
-        y = products.linear(
-            rows, packed, None if bias is None else bias.contiguous(), activation=activation, residual=residual
-        )
-    else:  # a bias that x's dtype cannot hold is added before anything is rounded
-        y = products.linear(rows, packed, out_dtype=torch.float32) + bias.float()
-        y = epilogue.finish(y, activation, None if residual is None else residual.float()).to(x.dtype)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+        bias = None if bias is None else bias.contiguous()
+        return products.linear(x, packed, bias, activation=activation, residual=residual)
+    # A bias that x's dtype cannot hold is added before anything is rounded.
+    y = products.linear(x, packed, out_dtype=torch.float32) + bias.float()
+    return epilogue.finish(y, activation, None if residual is None else residual.float()).to(x.dtype)
 
 
 def linear_int8(
@@ -139,21 +133,19 @@ def linear_float8(
     finite in such x reaches every output of its token.
     """
     packed = PackedMatrix(values, metadata, (out_features, in_features))
-    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if x.dtype in DTYPES:
         fits = bias is None or bias.dtype == x.dtype
         y = products.linear(
-            rows,
+            x,
             packed,
             None if bias is None else (bias if fits else bias.float()).contiguous(),
             row_scale=scales.contiguous(),
             out_dtype=x.dtype if fits else torch.float32,
         )
     else:
-        y = rows @ packing.expand(packed).to(x.dtype).t() * scales.to(x.dtype)
+        y = x @ packing.expand(packed).to(x.dtype).t() * scales.to(x.dtype)
         y = y if bias is None else y + bias.to(x.dtype)
-    y = y if y.dtype == x.dtype else y.to(x.dtype)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def to_dense(values: Tensor, metadata: Tensor, pattern: str, out_features: int, in_features: int) -> Tensor:

@@ -7,6 +7,8 @@ that the checks of `arguments.check` and the choice of kernels take: with a few 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from .. import epilogue
 from . import arguments, layout, packing, resources, table
-from .packing import PackedMatrix
 
 ALIGNED = 16  # bytes that kernels read at a time
 _ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
@@ -45,6 +46,7 @@ class Product:
     Args:
         call: arguments like those that will come.
         launches: for its tokens.
+        leading: the axes of x before the last, where they are not tokens alone: x and residual must be contiguous then.
     """
 
     __slots__ = (
@@ -56,21 +58,27 @@ class Product:
         "_dtype_of_sums",
         "_items_of_x",
         "_launches",
+        "_nested",
         "_number",
         "_out",
         "_out_number",
         "_rows",
         "_shape",
+        "_strides",
         "_sums",
         "_tokens",
         "_words",
     )
 
-    def __init__(self, call: arguments.Arguments, launches: Sequence[Launch]) -> None:
+    def __init__(
+        self, call: arguments.Arguments, launches: Sequence[Launch], leading: tuple[int, ...] | None = None
+    ) -> None:
         self._tokens, (self._rows, self._columns) = call.x.shape[0], call.packed.shape
         self._device, self._number = call.x.device, call.x.get_device()
         self._out, self._out_number = call.y.dtype, arguments.ITEMS.index(call.y.dtype)
-        self._shape = (self._tokens, self._rows)
+        self._nested = leading is not None
+        self._shape = (self._tokens, self._rows) if leading is None else (*leading, self._rows)
+        self._strides = tuple(accumulate((1, *self._shape[:0:-1]), mul))[::-1]
         self._words = -(-self._rows // layout.TILE) * -(-self._columns // layout.COLUMNS) * layout.LANES
         self._bytes_of_item, self._items_of_x = call.x.itemsize, ALIGNED // call.x.itemsize
         self._activation = _ACTIVATIONS[call.activation]
@@ -82,7 +90,8 @@ class Product:
     def multiplied(
         self,
         x: Tensor,
-        packed: PackedMatrix,
+        values: Tensor,
+        metadata: Tensor,
         bias: Tensor | None,
         row_scale: Tensor | None,
         token_scale: Tensor | None,
@@ -92,12 +101,11 @@ class Product:
 
         Shapes and dtypes of x and the weight are those of the product, and so is x's device.
         """
-        values, metadata, (to_next, step) = packed.values, packed.metadata, x.stride()
-        rows, number = self._rows, self._number
+        rows, number, strides = self._rows, self._number, x.stride()
         if not (
             packing._on_gpu(x)
-            and step == 1
-            and (to_next % self._items_of_x == 0 or self._tokens == 1)
+            and (x.is_contiguous() if self._nested else strides[1] == 1)
+            and (self._tokens == 1 or (self._columns if self._nested else strides[0]) % self._items_of_x == 0)
             and x.data_ptr() % ALIGNED == 0
             and metadata.numel() == self._words
             and values.numel() == 16 * self._words
@@ -115,20 +123,21 @@ class Product:
                 or (
                     residual.shape == self._shape
                     and residual.dtype == self._out
-                    and residual.stride(1) == 1
+                    and (residual.is_contiguous() if self._nested else residual.stride(1) == 1)
                     and residual.get_device() == number
                 )
             )
         ):
             return None
-        y = resources.empty(self._shape, self._out, self._device)
-        self.start(x, packed, bias, row_scale, token_scale, residual, y)
+        y = resources.empty(self._shape, self._strides, self._out, self._device)
+        self.start(x, values, metadata, bias, row_scale, token_scale, residual, y)
         return y
 
     def start(
         self,
         x: Tensor,
-        packed: PackedMatrix,
+        values: Tensor,
+        metadata: Tensor,
         bias: Tensor | None,
         row_scale: Tensor | None,
         token_scale: Tensor | None,
@@ -144,18 +153,18 @@ class Product:
             counters = resources.counters(device, self._counters).data_ptr()
         at_x, at_y, bytes_of_y = x.data_ptr(), y.data_ptr(), self._out.itemsize
         # A single row may lie at no multiple of 16 bytes from the next.
-        to_next = x.stride(0) * self._bytes_of_item if self._tokens > 1 else 0
+        to_next = self._bytes_of_item * (self._columns if self._nested else x.stride(0)) if self._tokens > 1 else 0
         at_tokens = 0 if token_scale is None else token_scale.data_ptr()
         at_residual = residual_items = 0
         if residual is not None:
-            at_residual, residual_items = residual.data_ptr(), residual.stride(0)
+            at_residual, residual_items = residual.data_ptr(), rows if self._nested else residual.stride(0)
         for kernel, grid, first, tokens, each, sums, more, cluster, early in self._launches:
             table.launch(
                 kernel,
                 grid,
                 device,
-                packed.values.data_ptr(),
-                packed.metadata.data_ptr(),
+                values.data_ptr(),
+                metadata.data_ptr(),
                 at_x + first * to_next,
                 to_next,
                 tokens,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedError
+from ...errors import ShapeError, UnsupportedError
 from . import arguments, decode, gemm, prepared
 from .packing import PackedMatrix
 
@@ -42,41 +42,75 @@ def linear(
     Results do not depend on which block ran first.
 
     Args:
-        x: [tokens, columns] bfloat16, float16, int8, or where the GPU multiplies it float8_e4m3fn, on the GPU of `packed`;
-            only rows that begin at multiples of 16 bytes avoid a copy.
+        x: [..., columns] bfloat16, float16, int8, or where the GPU multiplies it float8_e4m3fn, on the GPU of `packed`;
+            tokens are all that its leading axes hold; only rows that begin at multiples of 16 bytes avoid a copy.
         packed: of a [rows, columns] weight of x's dtype; or of float8_e4m3fn, whose numbers 16 bits hold exactly, where x
             has 16: `packing.quantize` makes one, and its row_scale.
         bias: [rows] of the dtype of the result, or None.
         row_scale, token_scale: [rows] and [tokens] float32 that sums are multiplied with, or None.
         activation: a name of `epilogue.ACTIVATIONS`.
-        residual: [tokens, rows] of the dtype of the result, rows any distance apart; or None.
+        residual: [..., rows] of the dtype of the result, rows any distance apart; or None.
         out_dtype: of the result, one of `arguments.ITEMS`; None for that of x, bfloat16 for 8 bits.
         kernels: "decode", made for few tokens: 64 at a time, each time reading the weight. "gemm", which reads it about once
             for all of them. None: decode up to MOST_DECODED tokens (MOST_DECODED_E4M3 for e4m3 weights), gemm above.
     Returns:
-        [tokens, rows], contiguous.
+        [..., rows], contiguous.
     Raises:
         ShapeError, UnsupportedError: as the arguments say; no driver or compiler.
         torch.OutOfMemoryError, DeviceError: no memory, for torch or for the driver; nothing is kept of the call.
     """
-    key = (x.shape, x.dtype, x.get_device(), packed.values.dtype, packed.shape, activation, out_dtype, kernels)
+    values, metadata, (rows, columns) = packed.values, packed.metadata, packed.shape
+    key = (x.shape, x.dtype, x.get_device(), values.dtype, rows, columns, activation, out_dtype, kernels)
     product = _prepared.get(key)
     if product is not None:
-        y = product.multiplied(x, packed, bias, row_scale, token_scale, residual)
+        y = product.multiplied(x, values, metadata, bias, row_scale, token_scale, residual)
         if y is not None:
             return y
-    call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
+    leading = None if x.ndim == 2 or x.ndim == 0 or x.shape[-1] != columns else x.shape[:-1]
+    flat = x if leading is None else x.reshape(-1, columns)
+    if leading is not None and residual is not None:
+        if residual.shape != (*leading, rows):
+            raise ShapeError(f"residual is {list(residual.shape)}: it must be {[*leading, rows]}, as y.")
+        residual = residual.reshape(-1, rows)
+    call = arguments.check(flat, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
+    y = _multiplied(call, kernels, key, leading)
+    return y if leading is None else y.view(*leading, rows)
+
+
+def again(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """`linear` where one of these shapes and dtypes was before, and kernels can read what is given; otherwise None.
+
+    Nothing else needs to be checked of the arguments, but that the weight is one of [rows, columns].
+    """
+    key = (x.shape, x.dtype, x.get_device(), values.dtype, rows, columns, activation, None, None)
+    product = _prepared.get(key)
+    return None if product is None else product.multiplied(x, values, metadata, bias, None, None, residual)
+
+
+def _multiplied(
+    call: arguments.Arguments, kernels: Kernels | None, key: tuple[object, ...], leading: tuple[int, ...] | None
+) -> Tensor:
     done = call.without_kernels()
     if done is not None:
         return done
     if kernels is None:
-        kernels = "decode" if x.shape[0] <= (MOST_DECODED_E4M3 if call.is_e4m3 else MOST_DECODED) else "gemm"
+        kernels = "decode" if call.x.shape[0] <= (MOST_DECODED_E4M3 if call.is_e4m3 else MOST_DECODED) else "gemm"
     if kernels not in _KINDS:
         raise UnsupportedError(f"kernels is {kernels!r}: it must be {' or '.join(map(repr, _KINDS))}, or None.")
     if kernels == "gemm" and call.is_e4m3:  # its weight is made anew for each call
         return gemm.multiplied(call)
-    product = prepared.Product(call, decode.launches(call) if kernels == "decode" else gemm.launches(call))
-    product.start(*call.operands(), call.y)
+    launches = decode.launches(call) if kernels == "decode" else gemm.launches(call)
+    product = prepared.Product(call, launches, leading)
+    prepared.Product(call, launches).start(*call.operands(), call.y)
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
     _prepared[key] = product
