@@ -72,6 +72,9 @@ def test_few_tokens_are_fresh_where_the_plan_is_that_of_the_shape(run: Run) -> N
     ran = {"decode_bf16_8", "decode_e4m3_bf16_8", "decode_fp16_32", "decode_int8_32"}
     assert {name for row in rows for name in row["kernels"]} == ran
     assert any("torch._scaled_mm" in {*row["us"], *row["missing"]} for row in rows)
+    *rows, layer = rows
+    assert layer["what"] == "layer"  # of the CPU here: a layer asks where its weight is
+    assert layer["host_us"].keys() == {"twofour", "nn.Linear"}
     for row in rows:
         assert row["errors"]["twofour"]["of_bound"] <= 1
         assert len(row["grids"]) == 1

@@ -7,6 +7,9 @@ measured its algorithms ("searched"). "fp8" are bfloat16 inputs and e4m3 weights
 same weights as bfloat16, and torch._scaled_mm as e4m3, with inputs that are e4m3 before the clock starts. "twofour, early"
 are calls that begin while the kernel before them ends, which here is another of them. Every result is compared with float64
 in the same run.
+
+"layer" is a SparseLinear as a model calls it, beside an nn.Linear: there `host_us` tells whether Python or the GPU is what a
+model waits for that no graph captured.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import cases, record, timing
 
+from twofour import SparseLinear, SparseMatrix
 from twofour.kernels.cuda import packing
 
 SHAPES = ((8192, 8192), (28672, 8192))
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 FEWER = (1, 16, 64)
+LAYERS = ((1024, 1024), (4096, 4096))
 MOST_COPIES = 8
 SCALED = "torch._scaled_mm"
 STARTED_EARLY = ("bf16", "fp8")
@@ -131,6 +136,33 @@ class ScaledLayer(Layer):
         )
 
 
+def layer_row(shape: tuple[int, int], tokens: int, device: torch.device, rounds: int) -> record.Row:
+    """Layers of a bfloat16 weight that stays in the cache."""
+    weight = cases.pruned(cases.normal(shape, torch.bfloat16, device))
+    x = cases.normal((tokens, shape[1]), torch.bfloat16, device, tokens)
+    dense = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+    backend = "cuda" if weight.is_cuda else None
+    sparse = SparseLinear(SparseMatrix.from_dense(weight), backend=backend)
+    kernels: dict[str, Sequence[timing.Call]] = {"twofour": [partial(sparse, x)], "nn.Linear": [partial(dense, x)]}
+    errors, right = checked(kernels, x, weight)
+    return cases.measured(
+        kernels,
+        device,
+        rounds=rounds,
+        calls=32,
+        bench="decode",
+        what="layer",
+        out_features=shape[0],
+        in_features=shape[1],
+        dtype="bf16",
+        tokens=tokens,
+        missing={},
+        errors=errors,
+        right=right,
+    )
+
+
 def cslt(
     x: Tensor, compressed: Sequence[Tensor], features: int, missing: dict[str, str]
 ) -> dict[str, Sequence[timing.Call]]:
@@ -182,6 +214,8 @@ def main(
             for count in counts:
                 name = f"few tokens {shape} {dtype} {count}"
                 todo.append((name, lambda layer=layer, count=count: layer().row(count, rounds)))
+    for shape in shapes if smallest else LAYERS:
+        todo.append((f"layer {shape}", lambda shape=shape: layer_row(shape, 1, chosen, rounds)))
     cases.measure_all("decode", json_path, todo)
 
 
