@@ -284,3 +284,25 @@ def test_inputs_at_dropped_places_never_reach_the_output(
         x[:, 0::4], x[:, 3::4] = float("inf"), float("nan")
         y = kernels.linear(x, matrix, backend=backend)
         assert torch.equal(y, torch.zeros(tokens, 64, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize("leading", [(1,), (3,), (1, 1), (2, 3), (1, 70), ()], ids=str)
+def test_calls_like_the_last_one_give_its_bits(leading: tuple[int, ...], gpu: torch.device) -> None:
+    """The first is checked and plans, the others are started straight away, on results made without torch.empty."""
+    _, matrix, bias = case(torch.bfloat16, 1, (256, 512), gpu)
+    layer = SparseLinear(matrix, bias, backend="cuda")
+    x = torch.randn(*leading, 512).to(gpu, torch.bfloat16)
+    with torch.no_grad():
+        once = layer(x)
+        again = [layer(x.clone()) for _ in range(3)]
+    with torch.inference_mode():
+        inferred = layer(x)
+    assert inferred.is_inference()
+    assert not once.is_inference()
+    assert once.shape == (*leading, 256)
+    for y in (*again, inferred):
+        assert y.device == gpu
+        assert (y.shape, y.stride()) == (once.shape, once.stride())
+        assert_same_bits(y, once)
+    assert len({y.data_ptr() for y in (once, *again, inferred)}) == 5
+    assert layer(x.clone().requires_grad_()).requires_grad
