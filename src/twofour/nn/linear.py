@@ -209,7 +209,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of x's dtype; under autocast of its dtype, computed in the weight's."""
-        if not torch.is_autocast_enabled(x.device.type):
+        if not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):  # the type costs 0.2 us
             return self._run(x)
         if not x.dtype.is_floating_point or x.dtype == torch.float64:  # autocast leaves these alone
             return self._run(x)

@@ -187,7 +187,7 @@ class QuantizedSparseLinear(SparseLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of x's dtype; under autocast of its dtype."""
         y = self._run(x)
-        if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        if not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type) or x.dtype == torch.float64:
             return y
         return y.to(torch.get_autocast_dtype(x.device.type))
 
