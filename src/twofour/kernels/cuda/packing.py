@@ -7,7 +7,7 @@ not apply, `layout.pack` does the same in plain torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ def mask_both(weight: Tensor) -> Tensor:
         ShapeError, UnsupportedError: as the argument says; no driver or compiler.
     """
     weight = _matrix(weight, MASK_NAMES)
-    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    mask = resources.empty(weight.shape, resources.strides_of(weight.shape), torch.bool, weight.device)
     _require_transposable(weight, mask)
     if weight.numel():
         table.launch(
@@ -225,20 +225,21 @@ def quantize(weight: Tensor) -> tuple[PackedMatrix, Tensor]:
     weight = _matrix(weight, _HALF_NAMES)
     rows, columns = weight.shape
     found = _empty(rows, columns, weight, torch.float8_e4m3fn)
-    scales = torch.zeros(rows, dtype=torch.float32, device=weight.device)
-    if weight.numel():
-        table.launch(
-            f"quantize_{_HALF_NAMES[weight.dtype]}",
-            (found.metadata.shape[0],),
-            weight.device,
-            weight.data_ptr(),
-            weight.stride(0),
-            rows,
-            columns,
-            found.values.data_ptr(),
-            found.metadata.data_ptr(),
-            scales.data_ptr(),
-        )
+    if weight.numel() == 0:
+        return found, torch.zeros(rows, dtype=torch.float32, device=weight.device)
+    scales = resources.empty((rows,), (1,), torch.float32, weight.device)
+    table.launch(
+        f"quantize_{_HALF_NAMES[weight.dtype]}",
+        (found.metadata.shape[0],),
+        weight.device,
+        weight.data_ptr(),
+        weight.stride(0),
+        rows,
+        columns,
+        found.values.data_ptr(),
+        found.metadata.data_ptr(),
+        scales.data_ptr(),
+    )
     return found, scales
 
 
@@ -271,7 +272,7 @@ def take(matrix: Tensor, packed: PackedMatrix) -> Tensor:
             f"matrix is {list(matrix.shape)} {matrix.dtype} on {matrix.device}, what is packed {list(packed.shape)}"
             f" {packed.values.dtype} on {packed.metadata.device}: they must agree."
         )
-    values = torch.empty_like(packed.values)
+    values = resources.empty(packed.values.shape, packed.values.stride(), packed.values.dtype, matrix.device)
     if values.numel():
         table.launch(
             f"take_{'half' if matrix.itemsize == 2 else 'byte'}",
@@ -295,7 +296,7 @@ def expand(packed: PackedMatrix) -> Tensor:
     _require_gpu(packed.values)
     require_layout(packed)
     rows, columns = packed.shape
-    matrix = torch.empty(rows, columns, dtype=packed.values.dtype, device=packed.values.device)
+    matrix = resources.empty((rows, columns), (max(columns, 1), 1), packed.values.dtype, packed.values.device)
     if matrix.numel():
         table.launch(
             f"expand_{'half' if matrix.itemsize == 2 else 'byte'}",
@@ -383,10 +384,17 @@ def _empty_both(weight: Tensor) -> tuple[PackedMatrix, PackedMatrix]:
 
 
 def _empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> PackedMatrix:
-    dtype = like.dtype if dtype is None else dtype
+    dtype, device = like.dtype if dtype is None else dtype, like.device
+    shape, strides, meta_shape, meta_strides = _sizes(rows, columns, dtype)
+    values = resources.empty(shape, strides, dtype, device)
+    return PackedMatrix(values, resources.empty(meta_shape, meta_strides, torch.int32, device), (rows, columns))
+
+
+@lru_cache(maxsize=1024)
+def _sizes(rows: int, columns: int, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
+    """Shape and strides of values, and of metadata."""
     shape, meta_shape = layout.packed_shapes(rows, columns, dtype)
-    values = torch.empty(shape, dtype=dtype, device=like.device)
-    return PackedMatrix(values, torch.empty(meta_shape, dtype=torch.int32, device=like.device), (rows, columns))
+    return shape, resources.strides_of(shape), meta_shape, resources.strides_of(meta_shape)
 
 
 def _matrix(matrix: Tensor, names: dict[torch.dtype, str]) -> Tensor:
@@ -403,7 +411,7 @@ def _matrix(matrix: Tensor, names: dict[torch.dtype, str]) -> Tensor:
         raise ShapeError(
             f"the matrix is {list(matrix.shape)}: a side has less than {_MOST_ITEMS + 1} items. Pack it part by part."
         )
-    matrix = matrix.detach()
+    matrix = matrix.detach() if matrix.requires_grad else matrix
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 

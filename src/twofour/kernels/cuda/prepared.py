@@ -7,8 +7,6 @@ that the checks of `arguments.check` and the choice of kernels take: with a few 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -78,7 +76,7 @@ class Product:
         self._out, self._out_number = call.y.dtype, arguments.ITEMS.index(call.y.dtype)
         self._nested = leading is not None
         self._shape = (self._tokens, self._rows) if leading is None else (*leading, self._rows)
-        self._strides = tuple(accumulate((1, *self._shape[:0:-1]), mul))[::-1]
+        self._strides = resources.strides_of(self._shape)
         self._words = -(-self._rows // layout.TILE) * -(-self._columns // layout.COLUMNS) * layout.LANES
         self._bytes_of_item, self._items_of_x = call.x.itemsize, ALIGNED // call.x.itemsize
         self._activation = _ACTIVATIONS[call.activation]

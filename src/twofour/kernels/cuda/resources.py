@@ -7,6 +7,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -45,6 +47,11 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, 
         made: Tensor = _EMPTY(shape, strides, dtype)
         return made
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(accumulate((1, *(max(size, 1) for size in shape[:0:-1])), mul))[::-1]
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
-from . import packing, table
+from . import packing, resources, table
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = 16  # bytes that products read at a time
@@ -35,11 +35,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ShapeError(
             f"x is {list(x.shape)}: at most {_MOST_TOKENS} tokens are quantized at once. Do it part by part."
         )
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     x = x if columns < 2 or x.stride(1) == 1 else x.contiguous()
     wide = -(-columns // _ALIGNED) * _ALIGNED
-    q = torch.empty(tokens, wide, dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    q = resources.empty((tokens, wide), (max(wide, 1), 1), torch.int8, x.device)
+    scales = resources.empty((tokens,), (1,), torch.float32, x.device)
     if columns == 0:
         scales.zero_()
     elif tokens:
@@ -54,4 +54,4 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
             wide,
             scales.data_ptr(),
         )
-    return q[:, :columns], scales
+    return q if wide == columns else q[:, :columns], scales
