@@ -17,7 +17,7 @@ from torch import Tensor
 from twofour import SparseMatrix
 from twofour.errors import UnsupportedError
 from twofour.kernels import reference, vendor
-from twofour.kernels.cuda import arguments, decode, layout, packing, products, resources, table
+from twofour.kernels.cuda import arguments, decode, layout, packing, prepared, products, resources, table
 from twofour.masks import nm_mask
 from twofour.testing import tolerances
 
@@ -148,7 +148,7 @@ def few_tokens_early(x: Tensor, packed: packing.PackedMatrix, row_scale: Tensor 
     if x.is_cuda and not table.knows_clusters(x.device):
         raise Missing("kernels start early from capability 9.0 on")
     given = arguments.check(x, packed, None, row_scale, None, "none", None, None)
-    return partial(decode.multiplied, given, early=True)
+    return partial(prepared.Product(given, decode.launches(given, early=True)).run, given)
 
 
 _PATTERN = SparseMatrix.from_dense(torch.zeros(1, 4)).pattern

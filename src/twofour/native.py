@@ -7,6 +7,7 @@ takes addresses.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -34,7 +35,16 @@ def module() -> ModuleType:
     return LOADED
 
 
-_EMPTY = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)  # half a microsecond less than torch.empty
+def fast_empty_strided(device: str) -> Callable[..., Tensor] | None:
+    """What code that torch compiles calls for torch.empty_strided(size, stride, dtype=) on "cpu" or the current "cuda".
+
+    It takes half a microsecond less. None where this torch has it not.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(guards, f"_empty_strided_{device}", None)
+
+
+_EMPTY = fast_empty_strided("cpu")
 _HUGE_BYTES = 4 << 20  # below, hardly a whole huge page lies inside
 
 
@@ -45,7 +55,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     And large memory is often fresh, for malloc gives it back to the system: 64 MiB of results at each call.
     """
     if _EMPTY is not None and len(shape) == 2:
-        tensor: Tensor = _EMPTY(shape, (shape[1] or 1, 1), dtype)
+        tensor = _EMPTY(shape, (shape[1] or 1, 1), dtype)
     else:
         tensor = torch.empty(shape, dtype=dtype)
     if tensor.nbytes >= _HUGE_BYTES:

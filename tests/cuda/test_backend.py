@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tests.cuda import emulation
+from tests.cuda.products import packed_of
 from torch import Tensor, nn
 
 import twofour
 from twofour import Pattern, QuantizedSparseLinear, ShapeError, SparseLinear, SparseMatrix, UnsupportedError, explain
-from twofour.kernels import KERNELS, SCALED, LinearSpec, choose, linear, products, registry
+from twofour.kernels import KERNELS, SCALED, LinearSpec, choose, linear, ops, products, registry
 from twofour.kernels.cuda import arguments, backend, compiler, driver, packing, table
+from twofour.kernels.cuda import products as products_of_gpu
 from twofour.kernels.vendor import support, torch_operations
 from twofour.masks import nm_mask
 from twofour.testing import assert_same_bits
@@ -124,6 +127,48 @@ def test_gradients_are_those_of_the_reference(dtype: torch.dtype, gpu: list[str]
         found[name] = (x.grad, values, layer.bias.grad)
     for mine, right in zip(found["cuda"], found["reference"], strict=True):
         assert torch.equal(mine, right)
+
+
+def test_a_call_like_the_last_one_is_not_checked_again(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    require: Callable[..., None] = ops._require_input
+
+    def noted(backend: str, *rest: Any) -> None:
+        checked.append(backend)
+        require(backend, *rest)
+
+    monkeypatch.setattr(ops, "_require_input", noted)
+    held, x = matrix((40, 128), torch.bfloat16), inputs(2, 3, 128).bfloat16()
+    layer = SparseLinear(held, torch.ones(40).bfloat16(), backend="cuda")
+    with torch.no_grad():
+        first = layer(x)
+        assert checked == ["cuda"]
+        for _ in range(3):
+            assert torch.equal(layer(x.clone()), first)
+        assert checked == ["cuda"]
+        with torch.profiler.profile():
+            assert torch.equal(layer(x), first)
+        assert checked == ["cuda"] * 2
+        for wrong in (x.half(), x[..., :96]):
+            with pytest.raises((ShapeError, UnsupportedError), match="x is "):
+                layer(wrong)
+        slower = SparseLinear(held, torch.ones(40).bfloat16(), backend="reference")
+        gpu.clear()
+        assert torch.equal(slower(x), first)
+        assert gpu == []
+    assert torch.equal(layer(x.requires_grad_()), first)
+    assert checked == ["cuda"] * 4 + ["reference", "cuda"]
+
+
+def test_what_was_multiplied_before_makes_nothing_right_that_is_wrong(gpu: list[str]) -> None:
+    x = inputs(3, 64).bfloat16()
+    for dtype, given in ((torch.float8_e4m3fn, x), (torch.int8, x.to(torch.int8))):
+        packed, _ = packed_of((32, 64), dtype)
+        residual = torch.zeros(3, 32, dtype=torch.bfloat16)
+        products_of_gpu.linear(given, packed, residual=residual)
+        operands = packed.values, packed.metadata
+        with torch.no_grad(), pytest.raises(UnsupportedError, match="(x|residual) is "):
+            ops.linear("cuda", given, operands, None, "2:4", 32, 64, residual=residual)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])

@@ -272,6 +272,18 @@ def test_the_leading_axes_of_x_are_those_of_y(linear: Callable[..., Tensor], lau
 
 
 @way
+def test_nothing_with_leading_axes_is_nothing(linear: Callable[..., Tensor], launched: list[str]) -> None:
+    bias = numbers((20,), torch.bfloat16, 9)
+    for shape, leading in (((20, 0), (2, 3)), ((20, 64), (2, 0)), ((20, 0), (0, 3))):
+        packed, _ = packed_of(shape, torch.bfloat16)
+        x = torch.zeros(*leading, shape[1], dtype=torch.bfloat16)
+        residual = numbers((*leading, shape[0]), torch.bfloat16, 9)
+        y = linear(x, packed, bias[: shape[0]], residual=residual)
+        assert torch.equal(y, bias[: shape[0]] + residual)
+    assert launched == []
+
+
+@way
 def test_x_with_other_columns_is_refused(linear: Callable[..., Tensor], launched: list[str]) -> None:
     packed, _ = packed_of((20, 64), torch.bfloat16)
     for shape in ((), (32,), (2, 3, 32), (64, 2)):

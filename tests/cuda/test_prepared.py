@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.cuda.products import E4M3, KINDS, launched, numbers, packed_of, power
 from torch import Tensor
 
 from twofour import ShapeError, UnsupportedError
-from twofour.kernels.cuda import arguments, packing, prepared, products, resources
+from twofour.kernels.cuda import arguments, packing, products, resources, table
 from twofour.kernels.cuda.packing import PackedMatrix
 
 __all__ = ["launched"]
@@ -160,10 +161,73 @@ def test_leading_axes_are_kept_without_views(
         apart = numbers((*leading, ROWS + 1), torch.bfloat16, 9, turn)[..., :ROWS]
         y = products.linear(x, packed, residual=apart, activation="relu")
         assert torch.equal(y, (wanted - residual.double() + apart.double()).bfloat16())
-    tokens = y[..., 0].numel()
+    tokens, turned = y[..., 0].numel(), leading in ((2, 0), (2, 3))
+    if turned:
+        x = numbers((leading[1], leading[0], 120), dtype, 4).transpose(0, 1)  # no kernel reads it as it is
+        for _ in range(3):
+            assert torch.equal(products.linear(x, packed).double(), (x.double() @ dense.double().T).bfloat16().double())
     readable = tokens > 0 and (tokens == 1 or dtype == torch.bfloat16)
-    copied = 3 if tokens > 1 else 0  # residuals whose rows are apart
-    assert len(checks) == (1 + copied if readable else 6)
+    assert len(checks) == (1 + turned if readable else 6 + 3 * turned)
+
+
+def test_the_last_token_of_each_text_is_read_where_it_lies(launched: list[str], checks: list[int]) -> None:
+    packed, dense = packed_of((ROWS, COLUMNS), torch.bfloat16)
+    for turn in range(3):
+        hidden = numbers((2, 7, COLUMNS), torch.bfloat16, 4, turn)
+        y = products.linear(hidden[:, -1:], packed)
+        assert torch.equal(y.double(), (hidden[:, -1:].double() @ dense.double().T).bfloat16().double())
+        assert y.shape == (2, 1, ROWS)
+    assert checks == [2]
+
+
+def test_calls_that_differ_in_anything_that_kernels_know_are_told_apart(launched: list[str]) -> None:
+    wide, dense = packed_of((ROWS, COLUMNS), torch.bfloat16)
+    narrow, numbers_of_narrow = packed_of((ROWS, COLUMNS), E4M3)
+    other, dense_of_other = packed_of((ROWS - 4, COLUMNS), torch.bfloat16)
+    for turn in range(2):
+        for tokens in (3, 70):
+            x = numbers((tokens, COLUMNS), torch.bfloat16, 4, turn)
+            for packed, weight in ((wide, dense), (narrow, numbers_of_narrow), (other, dense_of_other)):
+                right = x.double() @ weight.double().T
+                for out in (None, torch.float16, torch.float32):
+                    for activation, wanted in (("none", right), ("relu", right.relu())):
+                        for kernels in (None, "decode", "gemm"):
+                            launched.clear()
+                            y = products.linear(x, packed, activation=activation, out_dtype=out, kernels=kernels)
+                            assert y.dtype == (out or torch.bfloat16)
+                            assert torch.equal(y, wanted.to(y.dtype))
+                            of_decode = (
+                                tokens <= (256 if packed is narrow else 64) if kernels is None else kernels == "decode"
+                            )
+                            dtype = "e4m3_bf16" if packed is narrow else "bf16"
+                            wanted_name = f"decode_{dtype}_" if of_decode else "gemm_bf16_"
+                            assert {name.startswith(wanted_name) for name in launched} == {True}
+
+
+def test_counters_last_until_all_kernels_have_started(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "processors", lambda _: 132)
+    alive: list[bool] = []
+    made: list[weakref.ref[Tensor]] = []
+
+    def counters(device: torch.device, count: int) -> Tensor:
+        found = torch.zeros(count, dtype=torch.int32)
+        made.append(weakref.ref(found))
+        return found
+
+    launch: Callable[..., None] = table.launch
+
+    def noted(*given: Any, **how: Any) -> None:
+        alive.append(made[-1]() is not None)
+        launch(*given, **how)
+
+    monkeypatch.setattr(resources, "counters", counters)
+    monkeypatch.setattr(table, "launch", noted)
+    packed, dense = packed_of((ROWS, 2048), torch.bfloat16)
+    x = numbers((130, 2048), torch.bfloat16, 4)
+    for _ in range(2):
+        y = products.linear(x, packed, kernels="decode")
+        assert torch.equal(y.double(), (x.double() @ dense.double().T).bfloat16().double())
+    assert alive == [True] * 6
 
 
 def test_a_single_row_may_lie_anywhere_that_is_aligned(launched: list[str], checks: list[int]) -> None:
@@ -211,4 +275,3 @@ def test_results_are_made_on_the_device_of_the_call(monkeypatch: pytest.MonkeyPa
     resources.empty((3, 5), (5, 1), torch.float16, torch.device("cuda", 0))
     assert elsewhere == [torch.device("cuda", 0)]
     assert len(made) == 1
-    assert prepared.ALIGNED == 16

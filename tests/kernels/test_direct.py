@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twofour import QuantizedSparseLinear, SparseLinear, SparseMatrix
-from twofour.kernels import direct, ops
+from twofour.kernels import direct, linear, ops
 
 pytestmark = pytest.mark.of_cpu
 
@@ -118,7 +118,10 @@ def test_layers_with_scales_skip_the_dispatcher_too(
             sparse(x)
         assert f"twofour::linear_{weights}_{backend}" in {event.key for event in profile.key_averages()}
         assert f"linear_{weights}_{backend}" in str(torch.fx.experimental.proxy_tensor.make_fx(sparse)(x).graph)
-        assert not direct.applies(x, sparse.values, sparse.bias, torch._neg_view(sparse.scales))
+        lazy = torch._neg_view(-sparse.scales)
+        arguments = (backend, x, (sparse.values, sparse.metadata))
+        y = sparse.kind.linear(*arguments, lazy, sparse.bias, "2:4", 16, 32)
+        assert torch.equal(y, expected)
     assert sparse(x.requires_grad_()).requires_grad
     assert len(calls) == 2
 
@@ -133,6 +136,27 @@ def test_a_lazy_minus_sign_is_not_lost(backend: str) -> None:
     assert not direct.applies(lazy, plain, None)
     with torch.no_grad():
         assert torch.equal(sparse(lazy), sparse(-x))
+
+
+class Named(torch.Tensor):
+    """Of a subclass that hears functions, not operations."""
+
+
+def test_results_of_a_subclass_are_of_it(backend: str, calls: list[str]) -> None:
+    sparse, x = layer(backend), inputs()
+    with torch.no_grad():
+        y = sparse(x.as_subclass(Named))
+        assert type(y) is Named
+        assert torch.equal(y.as_subclass(torch.Tensor), sparse(x))
+    assert len(calls) == 1
+
+
+def test_what_is_no_tensor_is_named(backend: str) -> None:
+    sparse, x = layer(backend), inputs()
+    for name, wrong in (("x", x.numpy()), ("bias", [1.0] * 16), ("residual", 1.0)):
+        given = {"x": x, "bias": None, "residual": None, name: wrong}
+        with pytest.raises(TypeError, match=f"x, bias and residual are tensors, not {type(wrong).__name__}\\."):
+            linear(given["x"], sparse.matrix, given["bias"], residual=given["residual"], backend=backend)
 
 
 def test_subclasses_are_not_plain() -> None:

@@ -10,9 +10,10 @@ import torch
 from tests.on_device import DEVICE
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 import twofour
-from twofour import SparseLinear, SparseMatrix, kernels
+from twofour import QuantizedSparseLinear, SparseLinear, SparseMatrix, kernels
 from twofour.nn.swap import replace_module, to_dense_modules, why_not_swappable
 
 
@@ -186,3 +187,40 @@ def test_a_backend_that_was_asked_for_is_explained(native: None) -> None:
     pinned = SparseLinear(layer().matrix, backend="cpu").half()
     assert pinned.backend == "reference"
     assert pinned.float().backend == "cpu"
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "float8"])
+def test_a_bias_that_others_hold_in_their_way_is_found(weights: str, native: None) -> None:
+    """As an attribute of a replica, computed by a parametrization, or a plain tensor."""
+
+    def made() -> SparseLinear:
+        torch.manual_seed(3)
+        matrix = SparseMatrix.from_dense(torch.randn(16, 32), prune=True)
+        if weights == "float32":
+            return SparseLinear(matrix, torch.randn(16)).requires_grad_values()
+        return QuantizedSparseLinear.from_matrix(matrix, torch.randn(16), weights=weights)
+
+    x = torch.randn(3, 32)
+    layer = made()
+    expected = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    replica.bias = layer.bias.detach().clone().requires_grad_()  # type: ignore[union-attr, assignment]
+    if weights == "float32":
+        replica.values = layer.values.detach().clone()
+    assert torch.equal(replica(x), expected)
+
+    class Doubled(nn.Module):
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            return 2 * bias
+
+    layer = made()
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    with torch.no_grad():
+        wanted = made()
+        wanted.bias.mul_(2)  # type: ignore[union-attr]
+        assert torch.equal(layer(x), wanted(x))
+    layer = made()
+    bias = layer.bias.detach().clone()  # type: ignore[union-attr]
+    del layer.bias
+    layer.bias = bias  # type: ignore[assignment]
+    assert torch.equal(layer(x), expected)

@@ -2,24 +2,21 @@
 
 Everything that must see an operation (autograd, forward-mode AD, vmap, tracers, fake tensors, functionalization, dispatch
 modes, lazy negation) announces itself by a dispatch key, on the tensor or on the thread. So the sets of keys are compared
-with those of plain tensors on a plain thread, as a whole: what is not known here takes the dispatcher.
+with those of plain tensors on a plain thread, as a whole: what is not known here takes the dispatcher. So do inputs of a
+subclass, whose results are of it too; only a TorchFunctionMode does not see these calls.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-
-def _tensor_keys(x: Tensor) -> int:
-    keys: int = torch._C._dispatch_keys(x).raw_repr()
-    return keys
-
-
-def _thread_keys() -> int:
-    keys: int = torch._C._dispatch_tls_local_include_set().raw_repr()
-    return keys
+_keys_of = torch._C._dispatch_keys  # names of this file: to look them up in torch._C takes as long as to call them
+_keys_of_thread = torch._C._dispatch_tls_local_include_set
+_profiled = torch._C._autograd._profiler_enabled
+_grad_enabled = torch.is_grad_enabled
+_TYPES = (Tensor, nn.Parameter)
 
 
 def _keys_on(device: str, inference: bool) -> int:
@@ -34,20 +31,14 @@ def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
     tensors, threads = set(), set()
     for inference in (False, True):
         with torch.inference_mode(inference):
-            tensors.add(_tensor_keys(torch.empty(0)))
-            threads.add(_thread_keys())
+            tensors.add(_keys_of(torch.empty(0)).raw_repr())
+            threads.add(_keys_of_thread().raw_repr())
     if tensors == {_keys_on("CPU", False), _keys_on("CPU", True)}:  # the names mean what they meant
         tensors |= {_keys_on("CUDA", False), _keys_on("CUDA", True)}
     return frozenset(tensors), frozenset(threads)
 
 
 _PLAIN_TENSORS, _PLAIN_THREADS = _plain_sets()
-
-
-_keys_of = torch._C._dispatch_keys  # names of this file: to look them up in torch._C takes as long as to call them
-_keys_of_thread = torch._C._dispatch_tls_local_include_set
-_profiled = torch._C._autograd._profiler_enabled
-_grad_enabled = torch.is_grad_enabled
 
 
 def applies(x: Tensor, values: Tensor, bias: Tensor | None, other: Tensor | None = None) -> bool:
@@ -57,7 +48,8 @@ def applies(x: Tensor, values: Tensor, bias: Tensor | None, other: Tensor | None
         other: one more tensor that the operation takes: a residual, or scales.
     """
     return (
-        _keys_of(x).raw_repr() in _PLAIN_TENSORS
+        type(x) in _TYPES
+        and _keys_of(x).raw_repr() in _PLAIN_TENSORS
         and _keys_of(values).raw_repr() in _PLAIN_TENSORS
         and (bias is None or _keys_of(bias).raw_repr() in _PLAIN_TENSORS)
         and (other is None or _keys_of(other).raw_repr() in _PLAIN_TENSORS)

@@ -275,11 +275,16 @@ def linear(
         ShapeError, UnsupportedError: an input that does not fit.
     """
     values, metadata = operands
-    unheard = not torch.compiler.is_compiling() and direct.applies(x, values, bias, residual)
+    try:
+        unheard = not torch.compiler.is_compiling() and direct.applies(x, values, bias, residual)
+    except TypeError:
+        unheard = False
     if unheard and backend == "cuda":
         y = cuda_products.again(x, values, metadata, out_features, in_features, bias, activation, residual)
         if y is not None:
             return y
+    if not unheard:
+        _require_tensors(x, bias, residual)
     _require_input(backend, x, values, bias, out_features, in_features)
     if activation != "none" or residual is not None:
         epilogue.require(x, activation, residual, out_features)
@@ -334,6 +339,13 @@ def to_dense(
     """
     with torch.no_grad():
         return cast(Tensor, _TO_DENSE[backend](*operands, pattern, out_features, in_features))
+
+
+def _require_tensors(*given: object) -> None:
+    """Raises TypeError unless all that is given is a tensor or None."""
+    others = [type(each).__name__ for each in given if each is not None and not isinstance(each, Tensor)]
+    if others:
+        raise TypeError(f"x, bias and residual are tensors, not {' and '.join(others)}.")
 
 
 def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -198,7 +198,7 @@ class QuantizedSparseLinear(SparseLinear):
             x,
             (held["values"], held["metadata"]),  # type: ignore[arg-type]
             held["scales"],  # type: ignore[arg-type]
-            self._parameters["bias"],
+            self._own("bias"),
             self._pattern_text,
             self.out_features,
             self.in_features,

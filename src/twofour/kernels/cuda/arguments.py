@@ -1,4 +1,7 @@
-"""What the products on a GPU take, checked in one place."""
+"""What the products on a GPU take: all that can be wrong with it is said here.
+
+`prepared.Product` asks again only for what may have changed since, in the words of this file: where they change, it does.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class Arguments(NamedTuple):
 
     def widened(self) -> Arguments:
         """With weight and x of 16 bits."""
-        x = _aligned(self.x.to(torch.float16)) if self.x.dtype == E4M3 else self.x
+        x = _readable(self.x.to(torch.float16)) if self.x.dtype == E4M3 else self.x
         values, metadata = layout.widen(self.packed.values, self.packed.metadata, x.dtype)
         return self._replace(x=x, packed=PackedMatrix(values, metadata, self.packed.shape))
 
@@ -127,7 +130,7 @@ def check(
         residual = residual.contiguous()
     y = torch.empty(tokens, rows, dtype=out_dtype, device=x.device)
     x = x.detach() if x.requires_grad else x
-    return Arguments(_aligned(x), packed, bias, row_scale, token_scale, activation, residual, y)
+    return Arguments(_readable(x), packed, bias, row_scale, token_scale, activation, residual, y)
 
 
 def _require_beside(
@@ -169,11 +172,21 @@ def _name(x: torch.dtype, weight: torch.dtype) -> str | None:
     return NAMES.get(x) if x == weight else None
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """With rows that begin at multiples of 16 bytes; what lies behind their ends is not read."""
-    items = 16 // x.itemsize
-    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (x.stride(0) % items == 0 or x.shape[0] == 1):
+def is_readable(x: Tensor) -> bool:
+    """Can kernels read x [tokens, columns]? Rows begin at multiples of 16 bytes; what lies behind their ends is not read."""
+    to_next, step = x.stride()
+    return (
+        step == 1
+        and x.data_ptr() % layout.ALIGNED == 0
+        and (to_next * x.itemsize % layout.ALIGNED == 0 or x.shape[0] == 1)
+    )
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, or a copy."""
+    if is_readable(x):
         return x
+    items = layout.ALIGNED // x.itemsize
     wide = x.new_empty(x.shape[0], -(-x.shape[1] // items) * items)
     return wide[:, : x.shape[1]].copy_(x)
 

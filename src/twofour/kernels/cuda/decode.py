@@ -148,4 +148,4 @@ def multiplied(
     early: bool = False,
 ) -> Tensor:
     """y of arguments that have something to multiply, by `launches` of the same arguments."""
-    return prepared.multiplied(call, launches(call, kernel, slices, clusters=clusters, early=early))
+    return prepared.Product(call, launches(call, kernel, slices, clusters=clusters, early=early)).run(call)

@@ -86,4 +86,4 @@ def multiplied(call: arguments.Arguments, tiles: tuple[str, ...] = tuple(TILES))
     An e4m3 weight is widened to the dtype of x first, x to float16 where it is e4m3: memory that lasts as long as the call.
     """
     call = call.widened() if call.is_e4m3 else call
-    return prepared.multiplied(call, launches(call, tiles))
+    return prepared.Product(call, launches(call, tiles)).run(call)

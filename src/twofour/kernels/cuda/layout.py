@@ -18,6 +18,8 @@ COLUMNS = 64
 """Of a chunk: a word of metadata for each lane of a warp."""
 GROUPS = COLUMNS // 4
 LANES = 32
+ALIGNED = 16
+"""Bytes that kernels read at a time, at multiples of as many."""
 PADDING_NIBBLE = 0b0100
 DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 

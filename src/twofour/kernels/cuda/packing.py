@@ -32,7 +32,6 @@ _ITEM_NAMES = {
     torch.float8_e5m2: "fp8",
 }
 _WARPS_OF_BLOCK = 8
-_ALIGNED = 16  # bytes, that kernels read at a time
 _SQUARE = 64
 _MOST_BLOCKS_DOWN = 65535
 _MOST_ITEMS = 2**31 - 1  # of a side: kernels count them in 32 bits
@@ -54,34 +53,41 @@ class PackedMatrix:
     shape: tuple[int, int]
 
 
-def require_layout(packed: PackedMatrix) -> None:
-    """Raises ShapeError unless kernels can read it: memory formats and views may have moved what they expect."""
-    values, metadata, (rows, columns) = packed.values, packed.metadata, packed.shape
-    words = -(-rows // layout.TILE) * -(-columns // layout.COLUMNS) * layout.LANES
-    if (
+def words_of(rows: int, columns: int) -> int:
+    """Of metadata."""
+    return -(-rows // layout.TILE) * -(-columns // layout.COLUMNS) * layout.LANES
+
+
+def is_readable(values: Tensor, metadata: Tensor, words: int) -> bool:
+    """Can kernels read them as a packed matrix of so many words of metadata? Of their devices nothing is asked."""
+    return (
         metadata.numel() == words
         and values.numel() == 16 * words
         and metadata.dtype == torch.int32
         and values.is_contiguous()
         and metadata.is_contiguous()
-        and values.data_ptr() % _ALIGNED == 0
-        and metadata.data_ptr() % _ALIGNED == 0
-        and values.get_device() == metadata.get_device()
-    ):
+        and (values.data_ptr() | metadata.data_ptr()) % layout.ALIGNED == 0
+    )
+
+
+def require_layout(packed: PackedMatrix) -> None:
+    """Raises ShapeError unless kernels can read it: memory formats and views may have moved what they expect."""
+    values, metadata, (rows, columns) = packed.values, packed.metadata, packed.shape
+    if is_readable(values, metadata, words_of(rows, columns)) and values.get_device() == metadata.get_device():
         return
     shape, meta_shape = layout.packed_shapes(rows, columns, values.dtype)
     raise ShapeError(
         f"values are {_lies(values)}, metadata {_lies(metadata)}: a matrix of {list(packed.shape)} is packed as"
-        f" {list(shape)} and {list(meta_shape)} int32, contiguous, at multiples of {_ALIGNED} bytes, on one device. Copy"
+        f" {list(shape)} and {list(meta_shape)} int32, contiguous, at multiples of {layout.ALIGNED} bytes, on one device. Copy"
         " them with .contiguous().clone(), or pack it again."
     )
 
 
 def _lies(tensor: Tensor) -> str:
     """Shape, dtype, strides and place of a tensor, in words."""
-    off = tensor.data_ptr() % _ALIGNED
+    off = tensor.data_ptr() % layout.ALIGNED
     return f"{list(tensor.shape)} {tensor.dtype} with strides {tensor.stride()} on {tensor.device}" + (
-        f", {off} bytes behind a multiple of {_ALIGNED}" if off else ""
+        f", {off} bytes behind a multiple of {layout.ALIGNED}" if off else ""
     )
 
 

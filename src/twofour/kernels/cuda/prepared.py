@@ -6,6 +6,7 @@ that the checks of `arguments.check` and the choice of kernels take: with a few 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from .. import epilogue
 from . import arguments, layout, packing, resources, table
 
-ALIGNED = 16  # bytes that kernels read at a time
 _ACTIVATIONS = {name: number for number, name in enumerate(epilogue.ACTIVATIONS)}
 
 
@@ -44,7 +44,6 @@ class Product:
     Args:
         call: arguments like those that will come.
         launches: for its tokens.
-        leading: the axes of x before the last, where they are not tokens alone: x and residual must be contiguous then.
     """
 
     __slots__ = (
@@ -54,7 +53,6 @@ class Product:
         "_counters",
         "_device",
         "_dtype_of_sums",
-        "_items_of_x",
         "_launches",
         "_nested",
         "_number",
@@ -68,22 +66,32 @@ class Product:
         "_words",
     )
 
-    def __init__(
-        self, call: arguments.Arguments, launches: Sequence[Launch], leading: tuple[int, ...] | None = None
-    ) -> None:
+    def __init__(self, call: arguments.Arguments, launches: Sequence[Launch]) -> None:
         self._tokens, (self._rows, self._columns) = call.x.shape[0], call.packed.shape
         self._device, self._number = call.x.device, call.x.get_device()
         self._out, self._out_number = call.y.dtype, arguments.ITEMS.index(call.y.dtype)
-        self._nested = leading is not None
-        self._shape = (self._tokens, self._rows) if leading is None else (*leading, self._rows)
-        self._strides = resources.strides_of(self._shape)
-        self._words = -(-self._rows // layout.TILE) * -(-self._columns // layout.COLUMNS) * layout.LANES
-        self._bytes_of_item, self._items_of_x = call.x.itemsize, ALIGNED // call.x.itemsize
+        self._nested = False
+        self._shape: tuple[int, ...] = (self._tokens, self._rows)
+        self._strides: tuple[int, ...] = (self._rows, 1)
+        self._words = packing.words_of(self._rows, self._columns)
+        self._bytes_of_item = call.x.itemsize
         self._activation = _ACTIVATIONS[call.activation]
         self._launches = tuple(launches)
         self._sums = max(launch.sums for launch in launches)
         self._counters = max(launch.grid[0] for launch in launches)
         self._dtype_of_sums = call.sums
+
+    def nested(self, leading: Sequence[int]) -> Product:
+        """For x and residual with these axes before the last, as many tokens; they must be contiguous."""
+        other = copy.copy(self)
+        other._nested, other._shape = True, (*leading, self._rows)
+        other._strides = resources.strides_of(other._shape)
+        return other
+
+    def run(self, call: arguments.Arguments) -> Tensor:
+        """y of checked arguments."""
+        self.start(*call.operands(), call.y)
+        return call.y
 
     def multiplied(
         self,
@@ -99,18 +107,11 @@ class Product:
 
         Shapes and dtypes of x and the weight are those of the product, and so is x's device.
         """
-        rows, number, strides = self._rows, self._number, x.stride()
+        rows, number = self._rows, self._number
         if not (
             packing._on_gpu(x)
-            and (x.is_contiguous() if self._nested else strides[1] == 1)
-            and (self._tokens == 1 or (self._columns if self._nested else strides[0]) % self._items_of_x == 0)
-            and x.data_ptr() % ALIGNED == 0
-            and metadata.numel() == self._words
-            and values.numel() == 16 * self._words
-            and metadata.dtype == torch.int32
-            and values.is_contiguous()
-            and metadata.is_contiguous()
-            and (values.data_ptr() | metadata.data_ptr()) % ALIGNED == 0
+            and (self._is_readable(x) if self._nested else arguments.is_readable(x))
+            and packing.is_readable(values, metadata, self._words)
             and values.get_device() == number
             and metadata.get_device() == number
             and (bias is None or _is_vector(bias, rows, self._out, number))
@@ -131,6 +132,14 @@ class Product:
         self.start(x, values, metadata, bias, row_scale, token_scale, residual, y)
         return y
 
+    def _is_readable(self, x: Tensor) -> bool:
+        """As `arguments.is_readable`, of x with leading axes."""
+        return (
+            x.is_contiguous()
+            and x.data_ptr() % layout.ALIGNED == 0
+            and (self._columns * self._bytes_of_item % layout.ALIGNED == 0 or self._tokens == 1)
+        )
+
     def start(
         self,
         x: Tensor,
@@ -148,7 +157,8 @@ class Product:
         if self._sums:
             memory = torch.empty(self._sums, dtype=self._dtype_of_sums, device=device)
             partial = memory.data_ptr()
-            counters = resources.counters(device, self._counters).data_ptr()
+            counted = resources.counters(device, self._counters)  # which lasts until all have started
+            counters = counted.data_ptr()
         at_x, at_y, bytes_of_y = x.data_ptr(), y.data_ptr(), self._out.itemsize
         # A single row may lie at no multiple of 16 bytes from the next.
         to_next = self._bytes_of_item * (self._columns if self._nested else x.stride(0)) if self._tokens > 1 else 0
@@ -184,12 +194,6 @@ class Product:
                 cluster=cluster,
                 early=early,
             )
-
-
-def multiplied(call: arguments.Arguments, launches: Sequence[Launch]) -> Tensor:
-    """y of arguments that have something to multiply, by these launches."""
-    Product(call, launches).start(*call.operands(), call.y)
-    return call.y
 
 
 def _is_vector(tensor: Tensor, size: int, dtype: torch.dtype, number: int) -> bool:

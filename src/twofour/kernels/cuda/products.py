@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from . import arguments, decode, gemm, prepared
 from .packing import PackedMatrix
 
 Kernels = Literal["decode", "gemm"]
-_KINDS = ("decode", "gemm")
 MOST_DECODED = decode.MOST_TOKENS
 """Tokens that one reading of the weight serves without a tile of the product."""
 MOST_DECODED_E4M3 = 4 * decode.MOST_TOKENS
@@ -22,7 +22,7 @@ reading would make 3.125."""
 
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[object, ...], prepared.Product] = {}
-"""By what `linear` looks for; products of the shapes that came last."""
+"""By what `linear` looks for. Where there are too many, all go, and those in use come back."""
 
 
 def linear(
@@ -66,15 +66,28 @@ def linear(
         y = product.multiplied(x, values, metadata, bias, row_scale, token_scale, residual)
         if y is not None:
             return y
-    leading = None if x.ndim == 2 or x.ndim == 0 or x.shape[-1] != columns else x.shape[:-1]
-    flat = x if leading is None else x.reshape(-1, columns)
-    if leading is not None and residual is not None:
-        if residual.shape != (*leading, rows):
-            raise ShapeError(f"residual is {list(residual.shape)}: it must be {[*leading, rows]}, as y.")
-        residual = residual.reshape(-1, rows)
-    call = arguments.check(flat, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
-    y = _multiplied(call, kernels, key, leading)
-    return y if leading is None else y.view(*leading, rows)
+    if x.ndim in (0, 2) or x.shape[-1] != columns:
+        call = arguments.check(x, packed, bias, row_scale, token_scale, activation, residual, out_dtype)
+        return _multiplied(call, kernels, key)
+    leading, tokens = x.shape[:-1], math.prod(x.shape[:-1])
+    if residual is not None and residual.shape != (*leading, rows):
+        raise ShapeError(f"residual is {list(residual.shape)}: it must be {[*leading, rows]}, as y.")
+    flat = x.reshape(tokens, columns)
+    y = linear(
+        flat,
+        packed,
+        bias,
+        row_scale=row_scale,
+        token_scale=token_scale,
+        activation=activation,
+        residual=None if residual is None else residual.reshape(tokens, rows),
+        out_dtype=out_dtype,
+        kernels=kernels,
+    )
+    of_flat = _prepared.get((flat.shape, *key[1:]))
+    if product is None and of_flat is not None:
+        _keep(key, of_flat.nested(leading))
+    return y.view(*leading, rows)
 
 
 def again(
@@ -87,31 +100,38 @@ def again(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor | None:
-    """`linear` where one of these shapes and dtypes was before, and kernels can read what is given; otherwise None.
+    """`linear` of 16 bits where one of these shapes and dtypes was before, and kernels can read what is given; None otherwise.
 
     Nothing else needs to be checked of the arguments, but that the weight is one of [rows, columns].
     """
-    key = (x.shape, x.dtype, x.get_device(), values.dtype, rows, columns, activation, None, None)
-    product = _prepared.get(key)
+    dtype = x.dtype
+    if dtype != values.dtype or dtype.itemsize != 2:
+        return None
+    product = _prepared.get((x.shape, dtype, x.get_device(), dtype, rows, columns, activation, None, None))
     return None if product is None else product.multiplied(x, values, metadata, bias, None, None, residual)
 
 
-def _multiplied(
-    call: arguments.Arguments, kernels: Kernels | None, key: tuple[object, ...], leading: tuple[int, ...] | None
-) -> Tensor:
+def _multiplied(call: arguments.Arguments, kernels: Kernels | None, key: tuple[object, ...]) -> Tensor:
     done = call.without_kernels()
     if done is not None:
         return done
     if kernels is None:
         kernels = "decode" if call.x.shape[0] <= (MOST_DECODED_E4M3 if call.is_e4m3 else MOST_DECODED) else "gemm"
-    if kernels not in _KINDS:
-        raise UnsupportedError(f"kernels is {kernels!r}: it must be {' or '.join(map(repr, _KINDS))}, or None.")
+    if kernels not in get_args(Kernels):
+        known = " or ".join(map(repr, get_args(Kernels)))
+        raise UnsupportedError(f"kernels is {kernels!r}: it must be {known}, or None.")
     if kernels == "gemm" and call.is_e4m3:  # its weight is made anew for each call
         return gemm.multiplied(call)
-    launches = decode.launches(call) if kernels == "decode" else gemm.launches(call)
-    product = prepared.Product(call, launches, leading)
-    prepared.Product(call, launches).start(*call.operands(), call.y)
+    product = _prepared.get(key)  # it is there where something had to be copied
+    if product is None:
+        product = prepared.Product(call, decode.launches(call) if kernels == "decode" else gemm.launches(call))
+        product.run(call)
+        _keep(key, product)
+        return call.y
+    return product.run(call)
+
+
+def _keep(key: tuple[object, ...], product: prepared.Product) -> None:
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
     _prepared[key] = product
-    return call.y

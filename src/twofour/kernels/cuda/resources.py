@@ -13,6 +13,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from ... import native
 from . import driver
 
 _LEAST_COUNTERS = 4096
@@ -22,7 +23,7 @@ _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0
 # What code that torch compiles asks too: without making objects, and without a look at what is certain by now.
 _GET_DEVICE = getattr(torch._C, "_cuda_getDevice", None)
 _GET_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_EMPTY = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_EMPTY = native.fast_empty_strided("cuda")
 _lock = threading.Lock()
 _of_streams: dict[tuple[torch.device, int], Tensor] = {}
 _kept: list[Tensor] = []
@@ -44,8 +45,7 @@ def current_stream(number: int) -> int:
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As torch.empty_strided, which takes twice the time."""
     if _EMPTY is not None and device.index is not None and device.index == current_device():
-        made: Tensor = _EMPTY(shape, strides, dtype)
-        return made
+        return _EMPTY(shape, strides, dtype)
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
-from . import packing, resources, table
+from . import layout, packing, resources, table
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_ALIGNED = 16  # bytes that products read at a time
 _MOST_TOKENS = 2**31 - 1  # blocks of a grid
 
 
@@ -37,7 +36,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         )
     x = x.detach() if x.requires_grad else x
     x = x if columns < 2 or x.stride(1) == 1 else x.contiguous()
-    wide = -(-columns // _ALIGNED) * _ALIGNED
+    wide = -(-columns // layout.ALIGNED) * layout.ALIGNED
     q = resources.empty((tokens, wide), (max(wide, 1), 1), torch.int8, x.device)
     scales = resources.empty((tokens,), (1,), torch.float32, x.device)
     if columns == 0:
