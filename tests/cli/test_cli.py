@@ -261,6 +261,13 @@ def test_more_threads_than_cores_are_noted(
     [
         ("include='a b' and exclude=[\"*.x\", 'y']", "--include 'a b' and --exclude '*.x' --exclude y"),
         ("lr=0.0: a number", "--lr 0.0: a number"),
+        ("made with seed=0, this run with seed=1.", "made with --seed 0, this run with --seed 1."),
+        (
+            "made with teacher=None, this run with include=['*.h']",
+            "made with no --teacher, this run with --include '*.h'",
+        ),
+        ("made with seconds=90.0, this run with seconds=None.", "made with --minutes 1.5, this run with no --minutes."),
+        ("no budget: give steps= or seconds=.", "no budget: give --steps or --minutes."),
         ("pass against= to compare", "pass --against to compare"),
         ("remeasure=True times again", "--remeasure times again"),
         ("leave it out with exclude=.", "leave it out with --exclude."),

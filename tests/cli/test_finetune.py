@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert "holds a run that did not end: --resume goes on with it, --overwrite begins anew" in begun.err
     other = run(*command[:-4], *QUICK, "--out", out, "--resume", "--seed", 1)
     assert other.code == 2
-    assert "was made with seed=0, this run has 1" in other.err
+    assert "was made with --seed 0, this run with --seed 1." in other.err
     done = run(*command, "--out", out, "--resume")
     assert done.code in (0, 1), done.err
     assert "Taken up at step" in done.out

@@ -979,8 +979,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     model, dense = pair()
     before = weights(model)
     for settings, words in (
-        ({"steps": 9}, r"was made with steps=8, this run has 9\. Give it another path, or delete it"),
-        ({"lr": 1e-5}, r"was made with lr=\[0\.\d+\], this run has \[1e-05\]"),
+        ({"steps": 9}, r"was made with steps=8, this run with steps=9\. Give it another path, or delete it"),
+        ({"lr": 1e-5}, r"was made with lr=\[0\.\d+\], this run with lr=\[1e-05\]"),
         ({"terms": Outputs("pooled")}, r"was made with terms=\['blocks', 'last_hidden_state'\]"),
         ({"optimizer": torch.optim.SGD(model.parameters(), 0.1)}, r"was made with optimizer='AdamW'"),
     ):

@@ -304,15 +304,15 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         finetune(Net(), Killing(batches(8), 3), schedule="s-ste", settings={"text": "a"}, **options)
     for changed, words in (
-        ({"schedule": "fst"}, r"was made with masks='s-ste', this run has 'fst'"),
-        ({"settings": {"text": "b"}}, r"was made with text='a', this run has 'b'"),
-        ({"pattern": "1:4"}, r"was made with pattern='2:4', this run has '1:4'"),
+        ({"schedule": "fst"}, r"was made with masks='s-ste', this run with masks='fst'"),
+        ({"settings": {"text": "b"}}, r"was made with text='a', this run with text='b'"),
+        ({"pattern": "1:4"}, r"was made with pattern='2:4', this run with pattern='1:4'"),
         ({"train_mode": False}, r"was made with train_mode=True"),
-        ({"steps": 9}, r"was made with steps=8, this run has 9"),
+        ({"steps": 9}, r"was made with steps=8, this run with steps=9"),
     ):
         with pytest.raises(ModelError, match=words):
             finetune(Net(), batches(8), **{"schedule": "s-ste", "settings": {"text": "a"}, **options, **changed})
-    with pytest.raises(ModelError, match=r"was made with verb='finetune', this run has 'distill'"):
+    with pytest.raises(ModelError, match=r"was made with verb='finetune', this run with verb='distill'"):
         twofour.training.distill(pruned(), Net(), [batch["x"] for batch in batches(2)], steps=8, checkpoint=path)
     path.write_bytes(b"no")
     with pytest.raises(TrainingError, match=r"run\.pt is no checkpoint of finetune"):

@@ -74,14 +74,15 @@ Dtype = Annotated[
 
 
 _ARGUMENTS = (
-    *("against", "calibration", "checkpoint", "dry_run", "exclude", "force", "include", "lr", "method", "pattern"),
-    *("random_tokens", "remeasure", "steps", "targets", "teacher", "tokens", "weights"),
+    *("against", "batch", "calibration", "checkpoint", "context", "dry_run", "exclude", "force", "include", "lr"),
+    *("method", "pattern", "products", "random_tokens", "remeasure", "seed", "steps", "targets", "teacher", "tokens"),
+    *("validation", "weights"),
 )
 """Arguments of Python's verbs that are options here, under the same name with dashes."""
 
 _VERBS = ("check", "compress", "explain", "measure", "permute", "prune", "sensitivity")
 _VALUE = r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|-?\w(?:[\w.+-]*\w)?)?"""
-_ARGUMENT = re.compile(rf"(?<![\w.'\"-])({'|'.join(_ARGUMENTS)})=({_VALUE})")
+_ARGUMENT = re.compile(rf"(?<![\w.'\"-])({'|'.join((*_ARGUMENTS, 'seconds'))})=({_VALUE})")
 _CALL = re.compile(rf"twofour\.({'|'.join(_VERBS)})\((?:model)?(?:, )?(?:'([^']*)')?(?:, )?([^()]*)\)")
 
 
@@ -97,8 +98,12 @@ def as_typed(text: str) -> str:
 
 def _option(found: re.Match[str]) -> str:
     name, value = "--" + found[1].replace("_", "-"), found[2]
+    if name == "--seconds":  # a person gives minutes
+        name, value = "--minutes", f"{float(value) / 60:g}" if value[:1].isdigit() else value
     if value in ("", "True"):
         return name
+    if value == "None":
+        return f"no {name}"
     if value.startswith("["):
         values = [part.strip(" '\"") for part in value[1:-1].split(",")]
     else:

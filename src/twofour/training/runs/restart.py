@@ -173,7 +173,8 @@ class Checkpoint:
         for key, value in settings.items():
             if theirs.get(key) != value:
                 raise ModelError(
-                    f"the checkpoint {self.path} was made with {key}={theirs.get(key)!r}, this run has {value!r}. {way_out}"
+                    f"the checkpoint {self.path} was made with {key}={theirs.get(key)!r}, this run with {key}={value!r}."
+                    f" {way_out}"
                 )
         return state
 
