@@ -82,7 +82,7 @@ def test_a_folder_from_prune_to_measure(run: Callable[..., Any], folder: Path, t
         "measure", small, "--against", folder, "--length", 8, "--batch", "1,2", "--repeats", 2, "--dtype", "float32"
     )
     assert result.code == 0
-    assert re.search(r"speedup +\d", result.out)
+    assert re.search(r"speedup, all batches +\d", result.out)
     assert "1x8" in result.out
     assert "2x8" in result.out
 
@@ -110,6 +110,9 @@ def test_a_file_from_prune_to_measure(run: Callable[..., Any], weights: Path, tm
     assert rows["layers.0.up"]["kernel"] != "dense (torch)"
     timed = json.loads(run("measure", small, "--batch", "1", "--length", "4", "--json").out)
     assert timed["summary"]["layers timed"] == 1
+    assert timed["notes"][:1] == ["each layer was timed alone, at 4 tokens"]
+    several = json.loads(run("measure", small, "--batch", "1,8", "--length", "4", "--json").out)
+    assert several["notes"][:1] == ["each layer was timed alone, at 4 and 32 tokens, in sum"]
     assert next(row for row in timed["rows"] if row["layer"] == "layers.0.up")["speedup"] > 0
     assert run("measure", small, "--text", weights).err.startswith("error: ")
 

@@ -49,7 +49,26 @@ def test_faster_layers_are_replaced(mlp: Build, native: None, speeds: Callable[.
     assert kinds(model) == ["SparseLinear", "GELU", "SparseLinear", "LayerNorm", "SparseLinear"]
     assert [row["speedup"] for row in report.rows] == [2, 2, 2]
     assert [row["tokens"] for row in report.rows] == ["5"] * 3
+    assert report.notes == ()
     torch.testing.assert_close(model(x), expected)
+
+
+def test_sums_of_times_are_told_as_sums(mlp: Build, native: None, speeds: Callable[..., None]) -> None:
+    model = mlp()
+    twofour.prune(model)
+    speeds(10, 5)
+    x = torch.randn(5, 64)
+    for given, calls, words in (
+        ({"inputs": [x, x, x]}, 3, ", those with all 3 batches"),
+        ({"inputs": [x]}, 1, None),
+        ({"tokens": [4, 5]}, 2, ", one at each number of tokens"),
+        ({}, 2, ", one at each number of tokens"),
+        ({"tokens": 5}, 1, None),
+    ):
+        report = twofour.compress(model, **given, dry_run=True, remeasure=True)
+        assert report.rows[0]["dense_us"] == pytest.approx(10 * calls)
+        told = [note for note in report.notes if "sums" in note]
+        assert told == ([] if words is None else [f"times are sums over all calls of a layer{words}"])
 
 
 @pytest.mark.parametrize(
@@ -468,8 +487,8 @@ def test_the_second_time_nothing_is_timed(
     assert [row["sparse_us"] for row in second.rows] == [row["sparse_us"] for row in first.rows]
     assert {row["measured"] for row in first.rows} == {"now"}
     assert second.rows[0]["measured"].startswith("20")
-    assert second.notes[0].startswith("6 of 6 timings were made before, from 20")
-    assert "remeasure=True times again" in second.notes[0]
+    assert second.notes[-1].startswith("6 of 6 timings were made before, from 20")
+    assert "remeasure=True times again" in second.notes[-1]
     with pytest.raises(TypeError, match="not callable"):
         twofour.compress(model, tokens=[1, 100], remeasure=True)
     with pytest.raises(TypeError, match="not callable"):

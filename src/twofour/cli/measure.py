@@ -64,8 +64,10 @@ def run(
         found = compress(loaded, tokens=[size * length for size in sizes], dry_run=True, remeasure=True)
         timed = [row for row in found.rows if "speedup" in row]
         dense_us, sparse_us = (sum(row[key] for row in timed) for key in ("dense_us", "sparse_us"))
-        summary = {"layers timed": len(timed), "speedup of their sum": dense_us / sparse_us}
-        report = replace(found, verb="measure", summary=summary, notes=("each layer was timed alone",))
+        summary = {"layers timed": len(timed), "speedup, all layers": dense_us / sparse_us}
+        sums = ", in sum" if len(sizes) > 1 else ""
+        note = f"each layer was timed alone, at {' and '.join(str(size * length) for size in sizes)} tokens{sums}"
+        report = replace(found, verb="measure", summary=summary, notes=(note,))
     else:
         dense = models.open_model(against, wanted) if against is not None else None
         inputs = [one_batch(model, loaded, size, length, text) for size in sizes]

@@ -92,7 +92,8 @@ def compress(
         Report with a row per layer: action ("compressed", "packed" for oneDNN, "dense", "skipped"), kernel, tokens,
         dense_us, onednn_us, sparse_us, gain (of the chosen kernel over torch's Linear), speedup and against_best (of
         the sparse kernel over torch's Linear and the best dense), bytes before and after, reason; with
-        `weights`, weight_error (|W - rounded W| / |W|, in the Frobenius norm).
+        `weights`, weight_error (|W - rounded W| / |W|, in the Frobenius norm). Times are sums over all calls of a layer:
+        those that all `inputs` make, or one at each of `tokens`.
     Raises:
         ModelError: no layer holds the pattern, none that does can be compressed, or the model fails on `inputs`. Nothing is
             changed then.
@@ -222,8 +223,10 @@ def _collect_tokens(
     tokens: Sequence[int] | None,
     notes: list[str],
 ) -> None:
+    calls = ", one at each number of tokens"
     if inputs is not None:
         given = batches(inputs)
+        calls = f", those with all {len(given)} batches" if len(given) > 1 else ""
         seen: dict[nn.Module, list[int]] = {}
 
         def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -253,6 +256,9 @@ def _collect_tokens(
             f"the inputs bring no tokens to {_some(empty)}" if empty else f"tokens={list(tokens or ())} has no tokens"
         )
         notes.append(f"{what}: measured at {DEFAULT_TOKENS} tokens")
+    counts = [candidate.tokens for candidate in candidates] if inputs is not None else [tokens or DEFAULT_TOKENS]
+    if max(map(len, counts)) > 1:
+        notes.append(f"times are sums over all calls of a layer{calls}")
     for candidate in candidates:
         if not any(candidate.tokens):
             candidate.tokens = list(tokens if tokens is not None and any(tokens) else DEFAULT_TOKENS)

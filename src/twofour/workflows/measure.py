@@ -47,7 +47,7 @@ def measure(
     Returns:
         Report with a row per batch (batch: the shape of its first tensor, as in "8x256"; dense_us, sparse_us, quartiles,
         speedup, largest and mean absolute error of the outputs, and their error relative to the dense outputs' root mean
-        square) and a summary (total speedup, bytes).
+        square) and a summary (speedup and times of all batches, one run of each in sum; bytes; the largest errors).
     Raises:
         ModelError: no inputs, or some that a model fails on, a model without floating point outputs, or outputs of different
             shapes; with `backward`, outputs that no parameter has a gradient of.
@@ -73,15 +73,15 @@ def measure(
     dense_us, sparse_us = sum(row["dense_us"] for row in rows), sum(row["sparse_us"] for row in rows)
     dense_bytes, sparse_bytes = model_bytes(dense), model_bytes(model)
     summary = {
-        "speedup": dense_us / sparse_us,
-        "dense ms": dense_us / 1e3,
-        "sparse ms": sparse_us / 1e3,
+        "speedup, all batches": dense_us / sparse_us,
+        "dense ms, all batches": dense_us / 1e3,
+        "sparse ms, all batches": sparse_us / 1e3,
         "dense bytes": dense_bytes,
         "sparse bytes": sparse_bytes,
         "bytes ratio": sparse_bytes / dense_bytes if dense_bytes else 1.0,
         "largest error": _largest(row["largest_error"] for row in rows),
         "mean error": sum(row["mean_error"] for row in rows) / len(rows),
-        "relative error": _largest(row["relative_error"] for row in rows),
+        "largest relative error": _largest(row["relative_error"] for row in rows),
     }
     notes = []
     if unusual:
