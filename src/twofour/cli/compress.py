@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal, cast
 
 import typer
@@ -77,8 +78,7 @@ def run(
         dry_run=dry_run,
     )
     if not dry_run:
-        saved = models.write_compressed(loaded, model, output, overwrite, pattern)
-        report.summary.update(  # type: ignore[attr-defined]
-            {key: value for key, value in saved.summary.items() if key != "file"}
-        )
+        saved = models.write_compressed(loaded, model, output, overwrite, pattern).summary
+        written = {"weights stored compressed": saved["compressed weights"], "file bytes": saved["file bytes"]}
+        report = replace(report, summary={**report.summary, **written})
     show(models.with_guess(report, model), json, html)
