@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from twofour.report import Column, Report
 from twofour.report.html import (
     Facts,
     Folded,
+    Growing,
     Notes,
     Paragraph,
     Plot,
@@ -27,6 +30,7 @@ from twofour.report.html import (
     safe_svg,
     table_html,
 )
+from twofour.report.live import LivePage
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 COLUMNS = (
@@ -87,11 +91,11 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def require_self_contained(text: str) -> Reader:
-    """Nothing in the page points outside, runs, or imports."""
+def require_self_contained(text: str, scripts: int = 0) -> Reader:
+    """Nothing in the page points outside or imports, and no more runs than the policy allows."""
     found = Reader(text)
     assert found.outside == []
-    assert "script" not in found.tags
+    assert found.tags.count("script") == text.count("script-src 'sha256-") == scripts
     styles = "".join(re.findall(r"<style>(.*?)</style>", text, re.DOTALL))
     assert not re.search(r"@import|url\(", styles)
     addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
@@ -315,11 +319,34 @@ def test_a_page_says_how_much_it_tells_of_what() -> None:
 
 
 def test_a_page_of_a_report_that_grows_loads_itself_anew() -> None:
-    text = report_page(report(), refresh=5)
-    require_self_contained(text)
+    text = report_page(report(), growing=Growing(5, silence=120, written=1_700_000_000.6))
+    require_self_contained(text, scripts=1)
     assert text.count('<meta http-equiv="refresh" content="5">') == 1
-    assert "Still running: the page loads itself anew every 5 seconds." in text
-    assert "refresh" not in report_page(report())
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1_700_000_000))
+    assert re.search(
+        rf"Still running when this page was written, {when}.*\. It loads itself anew every 5 seconds\.", text
+    )
+    assert 'data-from="1700000121" hidden>No news since' in text
+    last = report_page(report())
+    require_self_contained(last)
+    assert "refresh" not in last
+    assert "No news" not in last
+
+
+def test_a_page_waits_for_news_as_long_as_they_took_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waits = [0.0], []
+
+    def made(_: Report, *, growing: Growing) -> str:
+        waits.append(growing.silence)
+        return ""
+
+    monkeypatch.setattr("twofour.report.live.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("twofour.report.html.report_page", made)
+    live = LivePage(tmp_path / "page.html")
+    for seconds in (10, 50, 20):
+        clock[0] += seconds
+        live.show(report)
+    assert waits == [120, 4 * 50, 4 * 50]
 
 
 def test_an_empty_report_is_a_page() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tests.browser import answer, ask, find
 
 from twofour.report import Column, Report
+from twofour.report.html import Growing, report_page
 from twofour.report.live import LivePage
 from twofour.report.plots import VERMILION
 
@@ -134,6 +136,14 @@ def test_no_bar_reaches_the_numbers(browser: str, tmp_path: Path, width: int) ->
     bar, number, count = laid_out(browser, compressed(), tmp_path, width, script)
     assert count == len(LAYERS)
     assert bar < number
+
+
+@pytest.mark.parametrize("age", [10, 1000])
+def test_a_page_tells_when_its_run_seems_to_have_been_killed(browser: str, tmp_path: Path, age: int) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(report_page(compressed(), growing=Growing(60, 120, time.time() - age)), encoding="utf-8")
+    seen = ask(browser, path, 1280, "return ['news', 'silence'].map(id => d.getElementById(id).offsetHeight > 0);")
+    assert seen == ([True, False] if age < 120 else [False, True])
 
 
 @pytest.mark.parametrize("running", [True, False])

@@ -1,12 +1,16 @@
-"""Report -> one self-contained HTML page: no scripts, nothing fetched, for file://, paper and phones."""
+"""Report -> one self-contained HTML page: nothing fetched, for file://, paper and phones; no script but while it grows."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
 
@@ -156,22 +160,44 @@ class Section:
     blocks: tuple[Block, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """Of a page that its run writes again and again: how a browser sees that it goes on, and that it does not.
+
+    Args:
+        refresh: seconds after which a browser loads the page anew.
+        silence: seconds without a new page after which this one says that its run seems to have been killed.
+        written: when the page was made, in seconds since 1970.
+    """
+
+    refresh: int
+    silence: float
+    written: float = field(default_factory=time.time)
+
+    @property
+    def when(self) -> str:
+        """`written` on the clock of the machine that writes."""
+        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(self.written)).rstrip()
+
+
 def page(
-    title: str, subtitle: str, sections: Sequence[Section], *, footer: str = "", refresh: int | None = None
+    title: str, subtitle: str, sections: Sequence[Section], *, footer: str = "", growing: Growing | None = None
 ) -> str:
     """One HTML document as text. All texts are escaped; styles and plots are inside; a policy forbids fetching.
+
+    The one script that the policy allows is in growing pages: it compares the clock with the time when the page was made.
 
     Args:
         title: the heading and the name of the window.
         subtitle: one or two sentences below it.
         sections: the content, in order.
         footer: a line at the end, for instance when and where the numbers were made.
-        refresh: seconds after which a browser loads the page anew; None: never.
+        growing: of a page that will be written anew; None: this is the last.
     Raises:
         FormatError: a plot that is not harmless SVG.
     """
     return _template("page.html").render(
-        title=title, subtitle=subtitle, sections=sections, footer=footer, refresh=refresh
+        title=title, subtitle=subtitle, sections=sections, footer=footer, growing=growing
     )
 
 
@@ -182,14 +208,14 @@ def table_html(report: Report) -> str:
     return _template("fragment.html").render(table=table, facts=facts, notes=report.notes)
 
 
-def report_page(report: Report, *, refresh: int | None = None) -> str:
+def report_page(report: Report, *, growing: Growing | None = None) -> str:
     """A report as a page: summary, notes, pictures (where altair is installed), rows, machine.
 
     Pictures are bars of the first ratio column, or the curves of a report whose rows are steps. Of very many steps the table
     has every n-th.
 
     Args:
-        refresh: of a report that still grows, see `page`.
+        growing: of a report that still grows, see `page`.
     """
     sections = []
     overview: list[Block] = []
@@ -213,10 +239,7 @@ def report_page(report: Report, *, refresh: int | None = None) -> str:
         sections.append(Section("Where this was made", (Facts(report.environment),)))
     version = report.environment.get("twofour")
     footer = f"Made by twofour {version}." if version else "Made by twofour."
-    subtitle = _told(report)
-    if refresh is not None:
-        subtitle += f". Still running: the page loads itself anew every {_count(refresh, 'second')}."
-    return page(f"twofour {report.verb}", subtitle, sections, footer=footer, refresh=refresh)
+    return page(f"twofour {report.verb}", _told(report), sections, footer=footer, growing=growing)
 
 
 def safe_svg(svg: str, prefix: str, alt: str) -> str:
@@ -408,6 +431,10 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["shown"] = format_value
     environment.globals["short"] = lambda name, value: _short(str(name), value)
+    script = (Path(__file__).parent / "templates" / "growing.js").read_text(encoding="utf-8")
+    environment.globals["script"] = Markup(script)
+    environment.globals["digest"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals["count"] = _count
     environment.globals["svg"] = lambda text, prefix, alt: Markup(safe_svg(text, prefix, alt))
     return environment
 

@@ -14,10 +14,15 @@ from .record import Report, write_text
 _SHARE = 0.05
 """Of the time that may go into pages."""
 
+_SILENCE_SECONDS = 120.0
+_SILENCE = 4.0
+"""No page for as long as this, and for so many times the longest time between two: the run is no more."""
+
 
 class LivePage:
     """Writes reports to one HTML page as they grow; the page loads itself anew until the last one.
 
+    Where no last one comes, because the run was killed, the page says after some time that there are no more news.
     A page that cannot be written on the way is told in the notes of the next; only for the last it is an error.
 
     Args:
@@ -40,6 +45,7 @@ class LivePage:
     def __init__(self, path: str | os.PathLike[str], every: float = 5.0) -> None:
         self.path, self.every = Path(path), every
         self._next = 0.0
+        self._last, self._longest = time.monotonic(), 0.0
         self._fault = ""
 
     def show(self, report: Callable[[], Report], *, running: bool = True) -> None:
@@ -47,17 +53,20 @@ class LivePage:
         began = time.monotonic()
         if running and began < self._next:
             return
-        from .html import report_page
+        from .html import Growing, report_page
 
+        self._longest = max(self._longest, began - self._last)
+        silence = max(_SILENCE_SECONDS, _SILENCE * self._longest)
+        growing = Growing(max(1, round(self.every)), silence) if running else None
         try:
             found = report()
             if self._fault:
                 found = replace(found, notes=(*found.notes, self._fault))
-            write_text(self.path, report_page(found, refresh=max(1, round(self.every)) if running else None))
+            write_text(self.path, report_page(found, growing=growing))
         except TwofourError as error:
             if not running:
                 raise
             self._fault = f"This page could not be written for some time: {error}"
-        ended = time.monotonic()
+        ended = self._last = time.monotonic()
         cost = 0.0 if self._next == 0 else ended - began  # the first page loads libraries
         self._next = ended + max(self.every, cost / _SHARE)
