@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from twofour.demo import noise, page, search, text, words
+from twofour.demo import noise, page, search, text, walk, words
 from twofour.demo.findings import Findings
 from twofour.demo.model import is_encoder_weight, model_folder, short_name
 from twofour.demo.noise import Quiet
@@ -137,9 +138,25 @@ def test_words_about_kernels_give_the_reason() -> None:
         },
     ]
     assert words.kernels(Findings(timed=["float32"], kernels=kernels)) == [
-        "float32: 1 of 2 encoder layers run on a sparse kernel (cpu avx2); 1 stay dense, for instance"
-        " because cpu avx2 would run at 0.9x of dense."
+        "float32: 1 of 2 encoder layers run on a sparse kernel (cpu avx2); 1 stay dense because cpu avx2 would run at 0.9x of"
+        " dense."
     ]
+    others = [{**kernels[1], "reason": f"cpu avx2 would run at {ratio}x of oneDNN"} for ratio in (0.8, 0.7, 0.8)]
+    assert words.kernels(Findings(timed=["float32"], kernels=[kernels[0], *others])) == [
+        "float32: 1 of 4 encoder layers run on a sparse kernel (cpu avx2); 3 stay dense: 2 because cpu avx2 would run at 0.8x"
+        " of oneDNN; 1 because cpu avx2 would run at 0.7x of oneDNN."
+    ]
+
+
+def test_the_notes_of_the_page_are_told_on_the_way_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = "bfloat16: compared with torch as it comes only, because oneDNN is missing."
+    monkeypatch.setattr(walk.model, "model_folder", lambda: tmp_path)
+    monkeypatch.setattr(walk.plots, "require", lambda: None)
+    monkeypatch.setattr(walk, "_measure", lambda extent, findings, folder, say: findings.notes.append(note))
+    said: list[str] = []
+    result = walk.run(tmp_path, progress=said.append)
+    assert note in result.html_path.read_text(encoding="utf-8")
+    assert f"note: {note}\n" in said
 
 
 def measured(rounds: int, disturbed: bool = False) -> dict[str, Any]:

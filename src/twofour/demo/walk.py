@@ -123,6 +123,8 @@ def run(folder: Path, *, quick: bool = False, threads: int | None = None, progre
         machine = environment()
         progress(f"{model.NAME} on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}\n")
         _measure(extent, findings, folder, progress)
+    for note in findings.notes:
+        progress(f"note: {note}\n")
     findings.facts["seconds"] = round(time.perf_counter() - start, 1)
     report = _report(findings, machine)
     html_path, json_path = folder / "index.html", folder / "result.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ..report.html import Tone
@@ -78,10 +79,12 @@ def kernels(findings: Findings) -> list[str]:
         names = ", ".join(sorted({str(row["kernel"]) for row in sparse}))
         text = f"{dtype}: {len(sparse)} of {len(rows)} encoder layers run on a sparse kernel"
         text += f" ({names})" if names else ""
-        reasons = sorted({str(row["reason"] or "") for row in rows if not row["sparse"]})
-        if len(sparse) < len(rows):
-            text += f"; {len(rows) - len(sparse)} stay dense"
-            text += f", for instance because {reasons[0]}" if reasons[0] else ""
+        text += f"; {len(rows) - len(sparse)} stay dense" if len(sparse) < len(rows) else ""
+        reasons = Counter(str(row["reason"]) for row in rows if row["reason"] and not row["sparse"])
+        if len(reasons) == 1:
+            text += f" because {next(iter(reasons))}"
+        elif reasons:
+            text += ": " + "; ".join(f"{count} because {reason}" for reason, count in reasons.items())
         if not sparse:
             text += ". What is called sparse below is the pruned model run dense by torch"
         said.append(text + ".")
