@@ -106,6 +106,10 @@ bool pack_masked(uintptr_t weight, uintptr_t mask, uintptr_t values, uintptr_t m
   return cpu::pack_masked(args, threads, isa ? isa->c_str() : nullptr);
 }
 
+void check_activation(int activation) {
+  if (activation < 0 || activation > 4) throw std::invalid_argument("activation is 0..4");
+}
+
 void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, uintptr_t y, int64_t tokens,
             int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride, int dtype, int threads,
             int kernel, const std::optional<std::string>& isa, int bias_dtype, int shared, int activation,
@@ -118,7 +122,7 @@ void linear(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t bias, u
   if (dtype < 0 || dtype >= cpu::kDTypes || bias_dtype < 0 || bias_dtype > 1 || kernel < 0 || kernel > 2) {
     throw std::invalid_argument("dtype is 0..4, bias_dtype 0..1, kernel 0..2");
   }
-  if (activation < 0 || activation > 4) throw std::invalid_argument("activation is 0..4");
+  check_activation(activation);
   if (residual != 0 && tokens > 1 && residual_stride < 0) throw std::invalid_argument("residual_stride must not be negative");
   cpu::LinearArgs args = {at<const void>(x), at<const void>(values), at<const uint8_t>(metadata), nullptr,
                           at<void>(y),       tokens,                 out_features,                in_features,
@@ -189,8 +193,9 @@ void unpack_linear_int8(uintptr_t packed_values, uintptr_t packed_metadata, uint
 
 void linear_int8(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t scales, uintptr_t bias, uintptr_t y,
                  int64_t tokens, int64_t out_features, int64_t in_features, int64_t x_stride, int64_t y_stride,
-                 int dtype, int threads, int kernel, const std::optional<std::string>& isa) {
+                 int dtype, int threads, int kernel, const std::optional<std::string>& isa, int activation) {
   check_weight(out_features, in_features);
+  check_activation(activation);
   if (in_features > cpu::kInt8MostInputs) throw std::invalid_argument("in_features above 2^18 overflow int32 sums");
   if (tokens < 0 || (tokens > 1 && (x_stride < in_features || y_stride < out_features))) {
     throw std::invalid_argument("tokens must not be negative, nor rows overlap");
@@ -207,7 +212,8 @@ void linear_int8(uintptr_t x, uintptr_t values, uintptr_t metadata, uintptr_t sc
                                     out_features,
                                     in_features,
                                     x_stride,
-                                    y_stride};
+                                    y_stride,
+                                    static_cast<cpu::Activation>(activation)};
   const nb::gil_scoped_release nogil;
   last_kernel = cpu::linear_int8(args, threads, isa ? isa->c_str() : nullptr, static_cast<cpu::Family>(kernel));
 }
@@ -372,7 +378,7 @@ NB_MODULE(_native, m) {
         "out_features"_a, "in_features"_a);
   m.def("linear_int8", &linear_int8, "x"_a, "values"_a, "metadata"_a, "scales"_a, "bias"_a, "y"_a, "tokens"_a,
         "out_features"_a, "in_features"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "threads"_a, "kernel"_a = 0,
-        "isa"_a = nb::none());
+        "isa"_a = nb::none(), "activation"_a = 0);
   m.def("pack_masked_isas", &pack_masked_isas, "Instruction sets that pack masked weights and run here, plainest first.");
   m.def("pack_masked", &pack_masked, "weight"_a, "mask"_a, "values"_a, "metadata"_a, "turned_values"_a,
         "turned_metadata"_a, "out_features"_a, "in_features"_a, "stride"_a, "itemsize"_a, "threads"_a,

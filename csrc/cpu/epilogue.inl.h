@@ -89,6 +89,36 @@ TWOFOUR_INLINE inline F tanh_argument(F x) { return mul(x, fma(mul(x, x), all(0.
 
 TWOFOUR_INLINE inline F relu(F x) { return select_less(x, zero(), zero(), x); }
 
+// Gives body the function of an activation, for y of Output.
+template <class Output, class Body>
+TWOFOUR_INLINE inline void with_function_of(Activation activation, Body&& body) {
+  constexpr bool kRough = sizeof(Output) == sizeof(bf16);
+  switch (activation) {
+    case Activation::kNone: return body([](F v) TWOFOUR_INLINE { return v; });
+    case Activation::kRelu: return body([](F v) TWOFOUR_INLINE { return relu(v); });
+    case Activation::kGelu: return body([](F v) TWOFOUR_INLINE { return kRough ? rough_gelu(v) : gelu(v); });
+    case Activation::kGeluTanh:
+      return body([](F v) TWOFOUR_INLINE {
+        const F z = tanh_argument(v);
+        return kRough ? rough_times_sigmoid(v, z) : times_sigmoid(v, z);
+      });
+    case Activation::kSilu:
+      return body([](F v) TWOFOUR_INLINE { return kRough ? rough_times_sigmoid(v, v) : times_sigmoid(v, v); });
+  }
+}
+
+// activation(v) for one vector of y of fp32 or bf16; a function of its own, for the same reason as `finish`.
+TWOFOUR_OWN_REGISTERS inline F activated(F v, Activation activation, DType of_y) {
+  F found = v;
+  const auto body = [&](auto function) TWOFOUR_INLINE { found = function(v); };
+  if (of_y == DType::kFp32) {
+    with_function_of<float>(activation, body);
+  } else {
+    with_function_of<bf16>(activation, body);
+  }
+  return found;
+}
+
 template <class Output, int W, class Function>
 TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, const F* bias, int64_t token0, int tokens,
                                        int64_t row, int rows, Function&& function) {
@@ -113,22 +143,9 @@ TWOFOUR_INLINE inline void finish_each(const LinearArgs& args, const F* sums, co
 template <class Output, int W>
 TWOFOUR_OWN_REGISTERS void finish(const LinearArgs& args, const F* sums, const F* bias, int64_t token0, int tokens,
                                   int64_t row, int rows) {
-  const auto each = [&](auto function) TWOFOUR_INLINE {
+  with_function_of<Output>(args.activation, [&](auto function) TWOFOUR_INLINE {
     finish_each<Output, W>(args, sums, bias, token0, tokens, row, rows, function);
-  };
-  constexpr bool kRough = sizeof(Output) == sizeof(bf16);
-  switch (args.activation) {
-    case Activation::kNone: return each([](F v) TWOFOUR_INLINE { return v; });
-    case Activation::kRelu: return each([](F v) TWOFOUR_INLINE { return relu(v); });
-    case Activation::kGelu: return each([](F v) TWOFOUR_INLINE { return kRough ? rough_gelu(v) : gelu(v); });
-    case Activation::kGeluTanh:
-      return each([](F v) TWOFOUR_INLINE {
-        const F z = tanh_argument(v);
-        return kRough ? rough_times_sigmoid(v, z) : times_sigmoid(v, z);
-      });
-    case Activation::kSilu:
-      return each([](F v) TWOFOUR_INLINE { return kRough ? rough_times_sigmoid(v, v) : times_sigmoid(v, v); });
-  }
+  });
 }
 
 // The same for places [place, place + rows) of the tiles, whose rows args.order names: what finish would write side by side

@@ -1,12 +1,13 @@
-// y[tokens, out] = quantized(x)[tokens, in] @ W[out, in].T, scaled, + bias, for a 2:4 matrix W of int8 in the int8
-// layout below; inputs are quantized here, symmetrically, each token by itself.
+// y[tokens, out] = activation(quantized(x)[tokens, in] @ W[out, in].T, scaled, + bias) for a 2:4 matrix W of int8 in the
+// int8 layout below; inputs are quantized here, symmetrically, each token by itself.
 //
 //   largest = max |x[t, :]|                     x_scale[t] = largest / 127
 //   q[t, i] = nearest even of x[t, i] * (127 / largest)
-//   y[t, r] = ((float(sum_i q[t, i] * W[r, i]) * x_scale[t]) * scale[r]) + bias[r]
+//   y[t, r] = activation(((float(sum_i q[t, i] * W[r, i]) * x_scale[t]) * scale[r]) + bias[r])
 //
 // Sums are exact int32, every operation on floats is one rounding in fp32, in this order: all instruction sets, cuts and
-// kernels/reference.py give the same bits. bf16 y is rounded once more, to nearest even. A token whose largest input is
+// kernels/reference.py give the same bits, but for what an activation errs (epilogue.inl.h; ReLU nothing). bf16 y is rounded
+// once more, to nearest even. A token whose largest input is
 // below 2^-119 counts as zero (its scale would be subnormal). A token with NaN or inf at any place, dropped ones too,
 // gives NaN in all its outputs.
 //
@@ -49,6 +50,7 @@ struct LinearInt8Args {
   int64_t in_features;  // a multiple of 4
   int64_t x_stride;
   int64_t y_stride;
+  Activation activation = Activation::kNone;
 };
 
 // One instruction set: pure workers, called from several threads at once; linear_int8.cpp cuts the work.

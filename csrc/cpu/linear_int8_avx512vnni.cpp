@@ -8,6 +8,10 @@ namespace twofour::cpu {
 namespace {
 
 #include "cpu/linear_support.inl.h"
+namespace floats {
+#include "cpu/simd_avx512.inl.h"
+#include "cpu/epilogue.inl.h"
+}  // namespace floats
 #include "cpu/simd_int8_avx512vnni.inl.h"
 #include "cpu/linear_int8_kernels.inl.h"
 

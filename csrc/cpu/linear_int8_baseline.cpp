@@ -7,6 +7,10 @@ namespace twofour::cpu {
 namespace {
 
 #include "cpu/linear_support.inl.h"
+namespace floats {
+#include "cpu/simd_baseline.inl.h"
+#include "cpu/epilogue.inl.h"
+}  // namespace floats
 
 constexpr int kBlockTokens = 16;
 
@@ -70,6 +74,9 @@ void write(const LinearInt8Args& args, int32_t sum, float x_scale, int64_t token
   float value = static_cast<float>(sum) * x_scale;
   value = value * args.scales[row];
   if (args.bias != nullptr) value = value + args.bias[row];
+  if (args.activation != Activation::kNone) {
+    value = floats::activated(floats::all(value), args.activation, args.dtype)[0];
+  }
   const int64_t at = token * args.y_stride + row;
   if (args.dtype == DType::kFp32) {
     static_cast<float*>(args.y)[at] = value;

@@ -93,8 +93,8 @@ TWOFOUR_INLINE inline void write(const LinearInt8Args& args, Ints sum, Ints offs
   const int64_t left = args.out_features - row;
   if (left <= 0) return;
   const float* bias = args.bias == nullptr ? nullptr : args.bias + row;
-  store_outputs(sum, offsets, x_scales[token], args.scales + row, bias, y_at(args, token, row), args.dtype,
-                static_cast<int>(smaller(left, kRows)));
+  store_outputs(sum, offsets, x_scales[token], args.scales + row, bias, args.activation, y_at(args, token, row),
+                args.dtype, static_cast<int>(smaller(left, kRows)));
 }
 
 // ---- few tokens --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,10 @@ namespace twofour::cpu {
 namespace {
 
 #include "cpu/linear_support.inl.h"
+namespace floats {
+#include "cpu/simd_neon.inl.h"
+#include "cpu/epilogue.inl.h"
+}  // namespace floats
 
 constexpr int kBlockTokens = 4;  // 16 sums and 8 registers of weights; the products take three more
 constexpr int kFewWide = 3;      // 12 sums; 16 go to the stack

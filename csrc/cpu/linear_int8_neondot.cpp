@@ -8,6 +8,10 @@ namespace twofour::cpu {
 namespace {
 
 #include "cpu/linear_support.inl.h"
+namespace floats {
+#include "cpu/simd_neon.inl.h"
+#include "cpu/epilogue.inl.h"
+}  // namespace floats
 
 constexpr int kBlockTokens = 5;  // 20 sums and 8 registers of weights
 constexpr int kFewWide = 4;      // 16 sums

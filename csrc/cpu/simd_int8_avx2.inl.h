@@ -63,13 +63,14 @@ TWOFOUR_INLINE inline Ints dot(Ints sum, const Weights& w, Inputs x) {
 TWOFOUR_INLINE inline Ints add_offsets(Ints offsets, const Weights&) { return offsets; }  // inputs are signed here
 
 // y of one token and 8 rows, of which the first `rows` are written.
-TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints, float x_scale, const float* scales, const float* bias, void* y,
-                                         DType dtype, int rows) {
+TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints, float x_scale, const float* scales, const float* bias,
+                                         Activation activation, void* y, DType dtype, int rows) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(rows), lanes);
   __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(x_scale));
   value = _mm256_mul_ps(value, _mm256_maskload_ps(scales, mask));
   if (bias != nullptr) value = _mm256_add_ps(value, _mm256_maskload_ps(bias, mask));
+  if (activation != Activation::kNone) value = floats::activated(value, activation, dtype);
   if (dtype == DType::kFp32) {
     if (rows == kRows) {
       _mm256_storeu_ps(static_cast<float*>(y), value);

@@ -59,12 +59,13 @@ TWOFOUR_INLINE inline Ints add_offsets(Ints offsets, const Weights& w) {
 
 // y of one token and 16 rows, of which the first `rows` are written.
 TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints offsets, float x_scale, const float* scales, const float* bias,
-                                         void* y, DType dtype, int rows) {
+                                         Activation activation, void* y, DType dtype, int rows) {
   const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
   __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offsets));
   value = _mm512_mul_ps(value, _mm512_set1_ps(x_scale));
   value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, scales));
   if (bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias));
+  if (activation != Activation::kNone) value = floats::activated(value, activation, dtype);
   if (dtype == DType::kFp32) {
     _mm512_mask_storeu_ps(y, mask, value);
     return;

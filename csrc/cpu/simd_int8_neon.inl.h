@@ -60,11 +60,12 @@ TWOFOUR_INLINE inline float32x4_t load_first(const float* p, int n) {
 }
 
 // y of one token and 4 rows, of which the first `rows` are written.
-TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints, float x_scale, const float* scales, const float* bias, void* y,
-                                         DType dtype, int rows) {
+TWOFOUR_INLINE inline void store_outputs(Ints sum, Ints, float x_scale, const float* scales, const float* bias,
+                                         Activation activation, void* y, DType dtype, int rows) {
   float32x4_t value = vmulq_f32(vcvtq_f32_s32(sum), vdupq_n_f32(x_scale));
   value = vmulq_f32(value, load_first(scales, rows));
   if (bias != nullptr) value = vaddq_f32(value, load_first(bias, rows));
+  if (activation != Activation::kNone) value = floats::activated(value, activation, dtype);
   if (dtype == DType::kFp32) {
     if (rows == kRows) return vst1q_f32(static_cast<float*>(y), value);
     float items[4];

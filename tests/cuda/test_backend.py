@@ -238,6 +238,28 @@ def test_float8_layers_give_what_the_reference_gives(
     assert torch.equal(mine(x), plain(x))
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_layers_of_8_bits_apply_activations(dtype: torch.dtype, weights: str, activation: str, gpu: list[str]) -> None:
+    scaled = SparseMatrix.from_dense(torch.randn(40, 128), prune=True)
+    for of_bias in (torch.float32, dtype):
+        bias = torch.randn(40).to(of_bias)
+        mine, plain = (
+            QuantizedSparseLinear.from_matrix(scaled, bias, backend=name, weights=weights)
+            for name in ("cuda", "reference")
+        )
+        mine.activation = plain.activation = activation
+        for tokens in (3, 70):
+            x = torch.randn(tokens, 128).to(dtype)
+            with torch.no_grad():
+                found, wanted = mine(x), plain(x)
+            if (weights, activation) == ("int8", "relu"):
+                assert torch.equal(found, wanted)
+            near = max(2 * torch.finfo(dtype).eps, 1e-5)
+            torch.testing.assert_close(found, wanted, rtol=near, atol=4 * near)
+
+
 def test_it_compiles_and_batches(gpu: list[str]) -> None:
     layer = SparseLinear(matrix((16, 64), torch.bfloat16), backend="cuda")
     x = inputs(3, 2, 64).bfloat16()

@@ -7,14 +7,17 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from tests.kernels.test_epilogue import NAMES, assert_finished, exact_activation
 from torch import Tensor
 
 from twofour.errors import ShapeError, UnsupportedError
 from twofour.format import SparseMatrix
 from twofour.kernels import cpu, int8, reference
+from twofour.kernels.epilogue import ACTIVATIONS
 from twofour.pattern import Pattern
 
 if os.environ.get("TWOFOUR_NO_NATIVE"):
@@ -27,6 +30,8 @@ pytestmark = pytest.mark.of_cpu
 DTYPES = (torch.float32, torch.bfloat16)
 FAMILIES: tuple[cpu.Family, ...] = ("few", "many")
 PATTERN = Pattern.parse("2:4")
+VANISHES = 2.0**-98
+"""Times |y|, as errors of one term of 2^-24: activations that are smaller than 2^-122 |y| may become 0."""
 
 every_kernel = pytest.mark.parametrize(
     ("isa", "family", "dtype"),
@@ -90,6 +95,46 @@ def test_bits_are_those_of_the_reference(isa: str, family: cpu.Family, dtype: to
         for count in tokens:
             x = torch.randn(count, in_features + 4, generator=generator).to(dtype)[:, :in_features]  # strided rows
             assert same_bits(run(x, weight, bias, isa, family), specified(x, weight, bias)), (count, weight.shape)
+
+
+@every_kernel
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_activations_are_within_their_bound_and_relu_exact(
+    name: str, isa: str, family: cpu.Family, dtype: torch.dtype
+) -> None:
+    for count, out_features, in_features in ((1, 17, 12), (5, 31, 60), (8, 16, 516), (37, 97, 128)):
+        weight = make_weight(out_features, in_features)
+        x, bias = torch.randn(count, in_features).to(dtype), torch.randn(out_features)
+        found = int8.linear_cpu(
+            x, *weight.packed, weight.scales, bias, *weight.shape, isa=isa, kernel=family, activation=name
+        )
+        before = specified(x.float(), weight, bias)  # exact, and not rounded to x's dtype
+        if name == "relu":
+            assert same_bits(found, before.relu().to(dtype))
+        assert_finished(found, name, before.double(), before.double().abs() * VANISHES, 1, torch.zeros_like(before))
+
+
+@every_kernel
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_activations_of_any_number(name: str, isa: str, family: cpu.Family, dtype: torch.dtype) -> None:
+    """The bias alone reaches them."""
+    bits = torch.arange(0, 2**32, 2**21 + 1).to(torch.int32).view(torch.float32)
+    bias = torch.cat([torch.linspace(-17, 17, 2001), bits[bits.isfinite()]])
+    matrix = SparseMatrix.from_dense(torch.zeros(len(bias), 4, dtype=torch.int8), prune=True)
+    packed = int8.pack(matrix.values, matrix.metadata, *matrix.shape)
+    x, scales = torch.zeros(1, 4, dtype=dtype), torch.ones(len(bias))
+
+    def run(bias: Tensor) -> Tensor:
+        return int8.linear_cpu(x, *packed, scales, bias, *matrix.shape, isa=isa, kernel=family, activation=name)[0]
+
+    finite = exact_activation(name, bias.double()).to(dtype).isfinite()
+    zeros = torch.zeros_like(bias)[finite]
+    before = bias.double()[finite]
+    assert_finished(run(bias)[finite], name, before, before.abs() * VANISHES, 1, zeros)
+    for value in (torch.inf, -torch.inf, torch.nan):
+        theirs = ACTIVATIONS[name](torch.tensor([value], dtype=torch.float64))
+        ours = run(torch.full_like(bias, value)).double()
+        torch.testing.assert_close(ours, theirs.expand_as(ours), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("isa", int8.isas())
@@ -276,23 +321,31 @@ def test_operations_of_both_backends_agree(dtype: torch.dtype) -> None:
     assert torch.equal(native, plain)
 
 
-def test_gradients_go_straight_through() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_go_straight_through(name: str) -> None:
     weight = make_weight(20, 24)
     x, bias = torch.randn(3, 24, requires_grad=True), torch.randn(20, requires_grad=True)
     canonical = (weight.matrix.values, weight.matrix.metadata)
     dense = weight.matrix.to_dense().float() * weight.scales[:, None]
     grad = torch.randn(3, 20)
     for backend, operands in (("cpu", weight.packed), ("reference", canonical)):
-        x.grad = bias.grad = None
-        int8.linear(backend, x, operands, weight.scales, bias, "2:4", 20, 24).backward(grad)  # type: ignore[arg-type]
-        torch.testing.assert_close(x.grad, grad @ dense)
-        torch.testing.assert_close(bias.grad, grad.sum(0))
+        before = int8.linear(backend, x, operands, weight.scales, bias, "2:4", 20, 24).detach().requires_grad_()  # type: ignore[arg-type]
+        ACTIVATIONS[name](before).backward(grad)
+        assert before.grad is not None
+        operation = getattr(torch.ops.twofour, f"linear_int8_{backend}").default
+        for run in (partial(int8.linear, backend, x, operands), partial(operation, x, *operands)):
+            x.grad = bias.grad = None
+            run(weight.scales, bias, "2:4", 20, 24, name).backward(grad)
+            torch.testing.assert_close(x.grad, before.grad @ dense)
+            torch.testing.assert_close(bias.grad, before.grad.sum(0))
 
 
 def test_operation_passes_torchs_own_check() -> None:
     weight = make_weight(20, 24)
     arguments = (torch.randn(3, 24), *weight.packed, weight.scales, torch.randn(20), "2:4", 20, 24)
     torch.library.opcheck(torch.ops.twofour.linear_int8_cpu.default, arguments)
+    inputs = (arguments[0].clone().requires_grad_(), *arguments[1:], "gelu")
+    torch.library.opcheck(torch.ops.twofour.linear_int8_cpu.default, inputs)
 
 
 def test_wrong_arguments_are_named() -> None:

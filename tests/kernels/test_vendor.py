@@ -539,9 +539,12 @@ def test_int8_layers_give_the_bits_of_the_reference(nvidia: FakeNvidia, library:
     x = torch.randn(2, 5, 68).to(dtype)
     x[1, 2, 3] = float("nan")
     for bias in (None, torch.randn(33), torch.randn(33).to(dtype)):
-        found = vendor.linear_int8(x, *vendor.pack(matrix), scales, bias, matrix.pattern, *matrix.shape)
-        wanted = reference.linear_int8(x, matrix.values, matrix.metadata, scales, bias, matrix.pattern, 68)
-        assert_same_bits(found, wanted)
+        for activation in ("none", "gelu"):
+            found = vendor.linear_int8(x, *vendor.pack(matrix), scales, bias, matrix.pattern, *matrix.shape, activation)
+            wanted = reference.linear_int8(
+                x, matrix.values, matrix.metadata, scales, bias, matrix.pattern, 68, activation
+            )
+            assert_same_bits(found, wanted)
     assert (
         int8.KERNELS["vendor"].why_not(spec(torch.int8, (33, (1 << 18) + 4)))
         == "in_features 262148 is not in 1 .. 262144"

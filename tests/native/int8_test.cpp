@@ -11,6 +11,7 @@
 
 #include "cpu/linear_int8.h"
 #include "cpu/threads.h"
+#include "activations.h"
 #include "support.h"
 
 namespace twofour::test {
@@ -130,7 +131,7 @@ Rows reference(const Weight& weight, const Rows& x, const Rows* bias) {
 
 // Runs y.rows() tokens and returns what ran.
 std::string call(const char* isa, cpu::Family family, const Mode& mode, const Weight& weight, const Rows& x,
-                 const Rows* bias, Rows& y, int threads) {
+                 const Rows* bias, Rows& y, int threads, cpu::Activation activation = cpu::Activation::kNone) {
   const cpu::LinearInt8Args args = {
       x.data(),
       values_of(weight.packed_values),
@@ -143,7 +144,8 @@ std::string call(const char* isa, cpu::Family family, const Mode& mode, const We
       weight.out_features,
       weight.in_features,
       x.stride(),
-      y.stride()};
+      y.stride(),
+      activation};
   return cpu::linear_int8(args, threads, isa, family);
 }
 
@@ -456,6 +458,39 @@ void several_callers_at_once(const Mode& mode) {
   }
 }
 
+// What they are given is exact: the bits of the reference in fp32.
+void activations_stay_within_their_bound(const Mode& mode) {
+  const Weight weight = make_weight(37, 60);
+  Random random(11);
+  Rows bias(kFp32, 1, 37), x(mode.tokens, 25, 60), same(kFp32, 25, 60);
+  bias.fill([&] { return random.real(); });
+  x.fill([&] { return random.real(); });
+  for (int64_t t = 0; t < x.rows(); ++t) {
+    for (int64_t k = 0; k < x.columns(); ++k) same.set(t, k, x.get(t, k));
+  }
+  const Rows before = reference(weight, same, &bias);
+  for (const Function& function : kFunctions) {
+    for (const int64_t tokens : {1, 5, 8, 25}) {
+      for (const Kernel& kernel : kernels(tokens)) {
+        Rows y(mode.tokens, tokens, 37);
+        call(kernel.isa.c_str(), kernel.family, mode, weight, x, &bias, y, 2, function.code);
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t row = 0; row < 37; ++row) {
+            const double given = before.get(t, row), exact = function.of(given), found = y.get(t, row);
+            const double error = function.code == cpu::Activation::kRelu
+                                     ? 0
+                                     : function_error(mode.tokens, function.condition(given));
+            const double bound = (mode.tokens.unit * 1.001 + error) * std::fabs(exact) +
+                                 std::fabs(given) * 0x1p-122 + 0x1p-126;
+            check(std::fabs(found - exact) <= bound, "%s, %s %s: %a of %a, not %a", function.name, kernel.name().c_str(),
+                  mode.name, found, given, exact);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Up to eight tokens take the few-token kernel unless told otherwise, more always the other, and none touch nothing.
 void family_follows_the_number_of_tokens(const Mode& mode) {
   const Weight weight = make_weight(20, 32);
@@ -504,6 +539,7 @@ constexpr Test<Mode> kTests[] = {
     {"nothing outside the tensors is touched", nothing_outside_is_touched},
     {"bits do not depend on threads", bits_do_not_depend_on_threads},
     {"several callers at once", several_callers_at_once},
+    {"activations stay within their bound", activations_stay_within_their_bound},
     {"family follows the number of tokens", family_follows_the_number_of_tokens},
 };
 

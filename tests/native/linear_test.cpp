@@ -18,6 +18,7 @@
 #include "cpu/pack.h"
 #include "cpu/threads.h"
 #include "nm/layout.h"
+#include "activations.h"
 #include "support.h"
 
 namespace twofour::test {
@@ -210,32 +211,6 @@ struct Epilogue {
   cpu::Activation activation = cpu::Activation::kNone;
   const Rows* residual = nullptr;  // of y's type
 };
-
-struct Function {
-  const char* name;
-  cpu::Activation code;
-  double (*of)(double);
-  double (*condition)(double);  // how many times the rounding of an intermediate result may grow
-};
-double relu_of(double x) { return x < 0 ? 0 : x; }
-double times_sigmoid_of(double x, double z) {
-  const double e = std::exp(-std::fabs(z));
-  return x * ((z < 0 ? e : 1) / (1 + e));
-}
-double tanh_argument_of(double x) { return 2 * std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x); }
-double always_one(double) { return 1; }
-constexpr Function kFunctions[] = {
-    {"relu", cpu::Activation::kRelu, relu_of, always_one},
-    {"gelu", cpu::Activation::kGelu, [](double x) { return x * (0.5 * std::erfc(-x * std::sqrt(0.5))); }, always_one},
-    {"gelu_tanh", cpu::Activation::kGeluTanh, [](double x) { return times_sigmoid_of(x, tanh_argument_of(x)); },
-     [](double x) { return 1 + std::min(std::fabs(tanh_argument_of(x)), 110.0); }},
-    {"silu", cpu::Activation::kSilu, [](double x) { return times_sigmoid_of(x, x); }, always_one},
-};
-// What an activation may err, relative: 8 units of 2^-24, of which 4 to 7.6 were seen; 2^-12.5 more where y is bf16: rcp14 may
-// err by 2^-14 and less (2^-13.06 in all was seen on Zen 5).
-double function_error(const Mode& mode, double condition) {
-  return 8 * 0x1p-24 * condition + (&mode.tokens == &kBf16 ? 0x1.6p-13 : 0);
-}
 
 // Runs y.rows() tokens and returns what ran.
 std::string call(const char* isa, cpu::Family family, const Mode& mode, const Weight& weight, const Rows& x,
@@ -541,7 +516,8 @@ void functions_stay_in_bound(const Mode& mode) {
       check(same, "%s, %s %s: the bits depend on the token", function.name, cpu::isa_name(i), mode.name);
       for (int64_t row = 0; row < kCount; ++row) {
         const double input = bias.get(0, row) + 0.0, exact = function.of(input), is = few.get(0, row);
-        const double bound = (mode.tokens.unit * 1.001 + function_error(mode, function.condition(input))) * std::fabs(exact) +
+        const double error = function_error(mode.tokens, function.condition(input));
+        const double bound = (mode.tokens.unit * 1.001 + error) * std::fabs(exact) +
                              std::fabs(input) * 0x1p-122 + mode.tokens.unit * 0x1p-126 + 0x1p-149;
         const double written = rounded(mode.tokens, exact);
         const bool holds = std::isfinite(written) ? std::fabs(is - exact) <= bound
@@ -570,7 +546,7 @@ void finished_reals_stay_in_bound(const Mode& mode) {
           const double sum = exact.at(t, row), value = function.of(sum), should = value + residual.get(t, row);
           const double before = 2 * 131 * 0x1p-24 * exact.magnitude_at(t, row) + 131 * 0x1p-126;
           const double bound = mode.tokens.unit * std::fabs(should) * 1.01 + 1.13 * before + 0x1p-24 * std::fabs(should) +
-                               function_error(mode, function.condition(sum)) * std::fabs(value) + 0x1p-126;
+                               function_error(mode.tokens, function.condition(sum)) * std::fabs(value) + 0x1p-126;
           const double error = std::fabs(y.get(t, row) - should) / bound;
           worst = error <= worst ? worst : error;
         }

@@ -27,8 +27,9 @@ def _linear_reference(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    return reference.linear_float8(x, values, metadata, scales, bias, Pattern.parse(pattern), in_features)
+    return reference.linear_float8(x, values, metadata, scales, bias, Pattern.parse(pattern), in_features, activation)
 
 
 def _linear_cpu(
@@ -40,15 +41,16 @@ def _linear_cpu(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
     if x.dtype == torch.float64:
         canonical = cpu.unpack(values, metadata, out_features, in_features)
-        return _linear_reference(x, *canonical, scales, bias, pattern, out_features, in_features)
+        return _linear_reference(x, *canonical, scales, bias, pattern, out_features, in_features, activation)
     rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     rows = rows if x.dtype in (torch.float32, torch.bfloat16) else rows.to(torch.float32)
     if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
         bias = bias.to(torch.float32)
-    y = cpu.linear(rows, values, metadata, bias, out_features, in_features, scales=scales)
+    y = cpu.linear(rows, values, metadata, bias, out_features, in_features, activation=activation, scales=scales)
     y = y if y.dtype == x.dtype else y.to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 

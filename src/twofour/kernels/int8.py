@@ -105,8 +105,9 @@ def linear_cpu(
     *,
     isa: str | None = None,
     kernel: cpu.Family | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """`reference.linear_int8` on the native kernels and torch.get_num_threads() threads, the same bits.
+    """`reference.linear_int8` on the native kernels and torch.get_num_threads() threads, the same bits without GELU and SiLU.
 
     Args:
         x: [tokens, in_features] float32 or bfloat16.
@@ -115,6 +116,7 @@ def linear_cpu(
         bias: [out_features] float32 or bfloat16, or None.
         isa: one of `isas()`; None for `isa()`.
         kernel: "few" (up to 8 tokens; more run "many"), "many", or None for the faster one.
+        activation: as for `cpu.linear`, and as near to the exact function.
     Returns:
         [tokens, out_features], contiguous, of x's dtype.
     Raises:
@@ -143,6 +145,8 @@ def linear_cpu(
         and (bias is None or (bias.is_cpu and bias.numel() == out_features and bias.dtype in _DTYPES))
     ):
         _explain(x, values, metadata, scales, bias, out_features, in_features)
+    if activation != "none":
+        cpu._require_epilogue(x, activation, None, out_features)
     if bias is not None and not (bias.dtype == torch.float32 and bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
     scales = scales.contiguous()
@@ -169,6 +173,7 @@ def linear_cpu(
             torch.get_num_threads(),
             cpu._FAMILIES[kernel],
             isa,
+            cpu._ACTIVATIONS[activation],
         )
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
@@ -229,8 +234,9 @@ def _linear_reference(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    return reference.linear_int8(x, values, metadata, scales, bias, Pattern.parse(pattern), in_features)
+    return reference.linear_int8(x, values, metadata, scales, bias, Pattern.parse(pattern), in_features, activation)
 
 
 def _linear_cpu(
@@ -242,13 +248,14 @@ def _linear_cpu(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
     rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if x.dtype not in _DTYPES:  # float16, float64: computed in float32 as the reference does
         rows = rows.to(torch.float32)
     if bias is not None and bias.dtype not in _DTYPES:
         bias = bias.to(torch.float32)
-    y = linear_cpu(rows, values, metadata, scales, bias, out_features, in_features)
+    y = linear_cpu(rows, values, metadata, scales, bias, out_features, in_features, activation=activation)
     y = y if y.dtype == x.dtype else y.to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 

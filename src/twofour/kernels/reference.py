@@ -158,14 +158,16 @@ def linear_float8(
     bias: Tensor | None,
     pattern: Pattern,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    """x @ W.T, scaled, + bias: (sum * scale) + bias in float32 (float64 for float64 x), rounded to x's dtype once.
+    """activation(x @ W.T, scaled, + bias): (sum * scale) + bias in float32 (float64 for float64 x), rounded to x's dtype once.
 
     Args:
         x: [..., in_features] floating point.
         values, metadata: as in SparseMatrix, float8_e4m3fn.
         scales: float32 [out_features].
         bias: [out_features], or None.
+        activation: a name of `epilogue.ACTIVATIONS`.
     Returns:
         [..., out_features] of x's dtype. An input at a dropped place never reaches the output, not even NaN or infinity.
     Cost: as `linear`.
@@ -173,7 +175,7 @@ def linear_float8(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = linear(x.to(wide), values, metadata, None, pattern, in_features) * scales.to(wide)
     y = y if bias is None else y + bias.to(wide)
-    return y.to(x.dtype)
+    return epilogue.finish(y, activation, None).to(x.dtype)
 
 
 def linear_int8(
@@ -184,14 +186,16 @@ def linear_int8(
     bias: Tensor | None,
     pattern: Pattern,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    """quantized(x) @ W.T, scaled, + bias: ((sum * x_scale) * scale) + bias, each operation rounded once in float32.
+    """activation(quantized(x) @ W.T, scaled, + bias): ((sum * x_scale) * scale) + bias, each rounded once in float32.
 
     Args:
         x: [..., in_features] floating point; see `quantize_tokens`.
         values, metadata: as in SparseMatrix, int8.
         scales: float32 [out_features].
         bias: [out_features], or None.
+        activation: a name of `epilogue.ACTIVATIONS`, of float32.
     Returns:
         [..., out_features] of x's dtype. Sums are exact for in_features up to 2**18. A token with NaN or infinity at
         any place, dropped ones too, is NaN in every output.
@@ -202,4 +206,4 @@ def linear_int8(
         sums = (q.double() @ weight.double().T).float()  # exact in float64, then rounded once
         y = sums * x_scales[:, None] * scales
         y = y if bias is None else y + bias.to(torch.float32)
-        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return epilogue.finish(y, activation, None).to(x.dtype).view(*x.shape[:-1], weight.shape[0])

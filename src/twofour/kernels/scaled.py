@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
 from ..pattern import Pattern
-from . import direct, reference
+from . import direct, epilogue, reference
 from .cuda import backend as cuda
 from .cuda import layout
 from .registry import Kernel, LinearSpec
@@ -28,7 +28,8 @@ class Backend:
 
     Args:
         key: the dispatch key it is registered for.
-        linear: of (x, values, metadata, scales, bias, pattern, out_features, in_features), [..., out_features] of x's dtype.
+        linear: of (x, values, metadata, scales, bias, pattern, out_features, in_features, activation), [..., out_features]
+            of x's dtype.
         to_dense: of (values, metadata, pattern, out_features, in_features), the weight without its scales.
     """
 
@@ -99,8 +100,11 @@ class Kind:
         pattern: str,
         out_features: int,
         in_features: int,
+        activation: str = "none",
     ) -> Tensor:
-        """x @ W.T, scaled, + bias through one backend; gradients of x go straight through where x is rounded.
+        """activation(x @ W.T, scaled, + bias) through one backend; gradients of x go straight through where x is rounded.
+
+        With gradients torch's own function follows what the kernel writes, rounded to x's dtype.
 
         Args:
             backend: a row of the table; `operands` are what its `pack` makes of a matrix.
@@ -108,6 +112,7 @@ class Kind:
             scales: float32 [out_features].
             bias: [out_features] or None.
             pattern: "2:4", "4:8", ...
+            activation: as `ops.linear`.
         Returns:
             [..., out_features] of x's dtype.
         Raises:
@@ -116,9 +121,14 @@ class Kind:
         require_input(x, scales, bias, out_features, in_features)
         if operands[0].device != x.device:
             raise UnsupportedError(f"x is on {x.device} and the weight on {operands[0].device}: move one of them.")
-        direct_here = not torch.compiler.is_compiling() and direct.applies(x, operands[0], bias, scales)
-        run = self._direct[backend] if direct_here else self._linear[backend]
-        return cast(Tensor, run(x, *operands, scales, bias, pattern, out_features, in_features))
+        given = (x, *operands, scales, bias, pattern, out_features, in_features)
+        if activation != "none":
+            epilogue.require(x, activation, None, out_features)
+            if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+                return epilogue.finish(cast(Tensor, self._linear[backend](*given)), activation, None)
+        unheard = not torch.compiler.is_compiling() and direct.applies(x, operands[0], bias, scales)
+        run = self._direct[backend] if unheard else self._linear[backend]
+        return cast(Tensor, run(*given, activation))
 
 
 def require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
@@ -140,7 +150,7 @@ def _register(kind: str, backend: str, row: Backend) -> Any:
     linear, to_dense = f"linear_{kind}_{backend}", f"to_dense_{kind}_{backend}"
     _LIBRARY.define(
         f"{linear}(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? bias, str pattern,"
-        " int out_features, int in_features) -> Tensor"
+        " int out_features, int in_features, str activation='none') -> Tensor"
     )
     _LIBRARY.define(
         f"{to_dense}(Tensor values, Tensor metadata, str pattern, int out_features, int in_features) -> Tensor"
@@ -149,13 +159,14 @@ def _register(kind: str, backend: str, row: Backend) -> Any:
     _LIBRARY.impl(to_dense, row.to_dense, row.key)
     torch.library.register_fake(f"twofour::{linear}", _linear_fake, lib=_LIBRARY)
     torch.library.register_fake(f"twofour::{to_dense}", _to_dense_fake, lib=_LIBRARY)
+    operation = getattr(torch.ops.twofour, linear).default
     torch.library.register_autograd(
         f"twofour::{linear}",
-        _backward(getattr(torch.ops.twofour, to_dense).default),
+        _backward(operation, getattr(torch.ops.twofour, to_dense).default),
         setup_context=_setup_context,
         lib=_LIBRARY,
     )
-    return getattr(torch.ops.twofour, linear).default
+    return operation
 
 
 def _linear_fake(
@@ -167,6 +178,7 @@ def _linear_fake(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -176,23 +188,32 @@ def _to_dense_fake(values: Tensor, metadata: Tensor, pattern: str, out_features:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, values, metadata, scales, bias, pattern, out_features, in_features = inputs
-    ctx.save_for_backward(values, metadata, scales)
-    ctx.arguments = (pattern, out_features, in_features)
+    x, values, metadata, scales, bias, *arguments, activation = inputs
+    activated = activation != "none"
+    ctx.save_for_backward(values, metadata, scales, x if activated else None, bias if activated else None)
+    ctx.arguments = tuple(arguments)
+    ctx.activation = activation
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(to_dense: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Straight through: the gradient of x is that of the layer without the rounding of x; weights are constants."""
+def _backward(
+    linear: Callable[..., Tensor], to_dense: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Straight through: the gradient of x is that of the layer without the rounding of x; weights are constants.
+
+    What came before an activation is computed again, as in `ops._backward`.
+    """
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, metadata, scales = ctx.saved_tensors
+        values, metadata, scales, x, bias = ctx.saved_tensors
+        if ctx.activation != "none":
+            grad = epilogue.grad_before(ctx.activation, grad, linear(x, values, metadata, scales, bias, *ctx.arguments))
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = to_dense(values, metadata, *ctx.arguments).to(torch.float32) * scales[:, None]
             grad_x = (grad.to(torch.float32) @ weight).to(grad.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias, None, None, None
+        return grad_x, None, None, None, grad_bias, None, None, None, None
 
     return backward

@@ -162,14 +162,17 @@ class SparseLinear(nn.Module):
         Raises:
             UnsupportedError: the layer applies an activation, which an nn.Linear cannot.
         """
-        if self.activation is not None:
-            raise UnsupportedError(
-                f"the layer applies {self.activation!r} itself: take that out first, with twofour.unfuse(model)."
-            )
+        self._require_no_activation()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.values.dtype)
         linear.weight = nn.Parameter(self.matrix.to_dense())
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
+
+    def _require_no_activation(self) -> None:
+        if self.activation is not None:
+            raise UnsupportedError(
+                f"the layer applies {self.activation!r} itself: take that out first, with twofour.unfuse(model)."
+            )
 
     @property
     def matrix(self) -> SparseMatrix:

@@ -147,7 +147,16 @@ class QuantizedSparseLinear(SparseLinear):
         """Another layer on the same weight tensors, with its own bias."""
         other = QuantizedSparseLinear.__new__(QuantizedSparseLinear)
         nn.Module.__init__(other)
-        for name in ("in_features", "out_features", "pattern", "_pattern_text", "backend", "_wanted_backend", "dtype"):
+        for name in (
+            "in_features",
+            "out_features",
+            "pattern",
+            "_pattern_text",
+            "backend",
+            "_wanted_backend",
+            "activation",
+            "dtype",
+        ):
             setattr(other, name, getattr(self, name))
         other.register_parameter("bias", bias)
         for name in ("values", "metadata", "scales"):
@@ -162,11 +171,19 @@ class QuantizedSparseLinear(SparseLinear):
             )
         return self
 
+    def to_dense(self) -> Tensor:
+        """[out_features, in_features] of `dtype`: values times scales, zeros written out."""
+        return (self.matrix.to_dense().to(torch.float32) * self.scales[:, None]).to(self.dtype)
+
     def to_linear(self) -> nn.Linear:
-        """The dense twin in `dtype`: an nn.Linear of values times scales, zeros written out. Shares the bias."""
+        """The dense twin in `dtype`: an nn.Linear of values times scales, zeros written out. Shares the bias.
+
+        Raises:
+            UnsupportedError: the layer applies an activation, which an nn.Linear cannot.
+        """
+        self._require_no_activation()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
-        weight = self.matrix.to_dense().to(torch.float32) * self.scales[:, None]
-        linear.weight = nn.Parameter(weight.to(self.dtype))
+        linear.weight = nn.Parameter(self.to_dense())
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
@@ -202,6 +219,7 @@ class QuantizedSparseLinear(SparseLinear):
             self._pattern_text,
             self.out_features,
             self.in_features,
+            self.activation or "none",
         )
 
     def extra_repr(self) -> str:

@@ -307,7 +307,7 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
     rounding: float | None = None
     exact: SparseMatrix | None = None  # the weight before it was rounded, or what its rounding stands for
     if isinstance(sparse, QuantizedSparseLinear):
-        exact = SparseMatrix.from_dense(sparse.to_linear().weight, pattern)
+        exact = SparseMatrix.from_dense(sparse.to_dense(), pattern)
     if weights in WEIGHTS and not isinstance(sparse, QuantizedSparseLinear):
         exact = sparse.matrix
         try:

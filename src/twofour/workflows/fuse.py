@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from ..nn import SparseLinear
+from ..nn import QuantizedSparseLinear, SparseLinear
 from ..nn.fused import FusedActivation
 from ..nn.swap import _HOOKS
 from ..report import Column, Report, environment
@@ -113,7 +113,7 @@ def _activation_after(
         return f"it applies {layer.activation} already"
     if layer is model:
         return "the model is this layer itself"
-    if type(layer) is not SparseLinear or "forward" in vars(layer) or _is_watched(layer):
+    if type(layer) not in (SparseLinear, QuantizedSparseLinear) or "forward" in vars(layer) or _is_watched(layer):
         return "it has hooks, or a forward of its own"
     if _places(model, layer) != 1:
         return "it is used in several places"

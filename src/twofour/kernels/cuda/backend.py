@@ -99,8 +99,9 @@ def linear_int8(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
-    """`reference.linear_int8`, the same bits."""
+    """`reference.linear_int8`, the same bits without GELU and SiLU."""
     packed = PackedMatrix(values, metadata, (out_features, in_features))
     rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     q, x_scales = tokens.quantize(rows.float() if x.dtype == torch.float64 else rows)
@@ -111,6 +112,7 @@ def linear_int8(
         None if bias is None else (bias if fits else bias.float()).contiguous(),
         row_scale=scales.contiguous(),
         token_scale=x_scales,
+        activation=activation,
         out_dtype=x.dtype if fits else torch.float32,
     )
     y = y if y.dtype == x.dtype else y.to(x.dtype)
@@ -126,6 +128,7 @@ def linear_float8(
     pattern: str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
     """`reference.linear_float8` for x of 16 bits.
 
@@ -140,11 +143,13 @@ def linear_float8(
             packed,
             None if bias is None else (bias if fits else bias.float()).contiguous(),
             row_scale=scales.contiguous(),
+            activation=activation,
             out_dtype=x.dtype if fits else torch.float32,
         )
     else:
         y = x @ packing.expand(packed).to(x.dtype).t() * scales.to(x.dtype)
         y = y if bias is None else y + bias.to(x.dtype)
+        y = epilogue.finish(y, activation, None)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 

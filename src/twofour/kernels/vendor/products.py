@@ -104,13 +104,14 @@ def linear_int8(
     pattern: Pattern | str,
     out_features: int,
     in_features: int,
+    activation: str = "none",
 ) -> Tensor:
     """`reference.linear_int8`, the same bits: exact sums by `products`, all else in torch."""
     with torch.autocast(x.device.type, enabled=False):
         q, x_scales = reference.quantize_tokens(x.reshape(-1, in_features))
         y = products(q, values, metadata, out_features, in_features).float() * x_scales[:, None] * scales
         y = y if bias is None else y + bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], out_features)
+        return epilogue.finish(y, activation, None).to(x.dtype).view(*x.shape[:-1], out_features)
 
 
 def _product(
