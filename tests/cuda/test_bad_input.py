@@ -612,6 +612,7 @@ class Memory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
         self.left = left
         self.made: list[weakref.ref[Tensor]] = []
+        monkeypatch.setattr(resources, "_EMPTY", None)
         for name in ("empty", "zeros", "empty_like", "empty_strided"):
             monkeypatch.setattr(torch, name, self._giving(getattr(torch, name)))
 

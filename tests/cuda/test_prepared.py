@@ -258,6 +258,7 @@ def test_no_more_are_kept_than_are_many(launched: list[str], monkeypatch: pytest
 
 
 def test_results_are_made_on_the_device_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of what all tests here begin with
     made: list[tuple[Any, ...]] = []
 
     def fast(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.on_device import DEVICE
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import twofour
 from twofour.errors import FormatError, ModelError, UnsupportedError
@@ -36,6 +37,22 @@ def specified(layer: QuantizedSparseLinear, x: Tensor) -> Tensor:
     matrix = layer.matrix
     run = reference.linear_int8 if matrix.dtype == torch.int8 else reference.linear_float8
     return run(x, matrix.values, matrix.metadata, layer.scales, layer.bias, matrix.pattern, matrix.in_features)
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_tangents_and_what_is_no_tensor_are_refused(weights: str) -> None:
+    """Operations of a Library would drop tangents without a word."""
+    matrix = SparseMatrix.from_dense(torch.randn(16, 32), prune=True)
+    layer = QuantizedSparseLinear.from_matrix(matrix, torch.randn(16), weights=weights).requires_grad_(False)
+    x = torch.randn(3, 32)
+    with pytest.raises(UnsupportedError, match=f"{weights} weights have no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (x,))
+    with forward_ad.dual_level():
+        assert torch.equal(layer(x), layer(x.clone()))
+        with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+            layer(forward_ad.make_dual(x, x))
+    with pytest.raises(TypeError, match="x, bias and residual are tensors, not ndarray"):
+        layer(x.numpy())
 
 
 def test_rows_are_quantized_to_half_a_scale() -> None:

@@ -102,7 +102,7 @@ def _option(found: re.Match[str]) -> str:
         name, value = "--minutes", f"{float(value) / 60:g}" if value[:1].isdigit() else value
     if value in ("", "True"):
         return name
-    if value == "None":
+    if value in ("None", "False", "[]"):
         return f"no {name}"
     if value.startswith("["):
         values = [part.strip(" '\"") for part in value[1:-1].split(",")]

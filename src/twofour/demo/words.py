@@ -81,7 +81,7 @@ def kernels(findings: Findings) -> list[str]:
         text += f" ({names})" if names else ""
         text += f"; {len(rows) - len(sparse)} stay dense" if len(sparse) < len(rows) else ""
         reasons = Counter(str(row["reason"]) for row in rows if row["reason"] and not row["sparse"])
-        if len(reasons) == 1:
+        if len(reasons) == 1 and sum(reasons.values()) == len(rows) - len(sparse):
             text += f" because {next(iter(reasons))}"
         elif reasons:
             text += ": " + "; ".join(f"{count} because {reason}" for reason, count in reasons.items())

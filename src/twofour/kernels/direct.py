@@ -66,3 +66,10 @@ def applies(x: Tensor, values: Tensor, bias: Tensor | None, other: Tensor | None
         and forward_ad._current_level < 0
         and not _profiled()  # profilers show operations by name
     )
+
+
+def require_tensors(*given: object) -> None:
+    """Raises TypeError unless all that is given is a tensor or None."""
+    others = [type(each).__name__ for each in given if each is not None and not isinstance(each, Tensor)]
+    if others:
+        raise TypeError(f"x, bias and residual are tensors, not {' and '.join(others)}.")

@@ -284,7 +284,7 @@ def linear(
         if y is not None:
             return y
     if not unheard:
-        _require_tensors(x, bias, residual)
+        direct.require_tensors(x, bias, residual)
     _require_input(backend, x, values, bias, out_features, in_features)
     if activation != "none" or residual is not None:
         epilogue.require(x, activation, residual, out_features)
@@ -339,13 +339,6 @@ def to_dense(
     """
     with torch.no_grad():
         return cast(Tensor, _TO_DENSE[backend](*operands, pattern, out_features, in_features))
-
-
-def _require_tensors(*given: object) -> None:
-    """Raises TypeError unless all that is given is a tensor or None."""
-    others = [type(each).__name__ for each in given if each is not None and not isinstance(each, Tensor)]
-    if others:
-        raise TypeError(f"x, bias and residual are tensors, not {' and '.join(others)}.")
 
 
 def _unpack_dual(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import ShapeError, UnsupportedError
 from ..format import SparseMatrix
@@ -116,9 +117,14 @@ class Kind:
         Returns:
             [..., out_features] of x's dtype.
         Raises:
-            ShapeError, UnsupportedError: an input that does not fit.
+            ShapeError, UnsupportedError, TypeError: an input that does not fit, or that has a tangent.
         """
+        direct.require_tensors(x, bias)
         require_input(x, scales, bias, out_features, in_features)
+        if forward_ad._current_level >= 0 and _has_tangent(x, bias):
+            raise UnsupportedError(
+                f"layers with {self.name} weights have no forward-mode derivative: take the reverse mode, or layer.to_linear()."
+            )
         if operands[0].device != x.device:
             raise UnsupportedError(f"x is on {x.device} and the weight on {operands[0].device}: move one of them.")
         given = (x, *operands, scales, bias, pattern, out_features, in_features)
@@ -129,6 +135,10 @@ class Kind:
         unheard = not torch.compiler.is_compiling() and direct.applies(x, operands[0], bias, scales)
         run = self._direct[backend] if unheard else self._linear[backend]
         return cast(Tensor, run(*given, activation))
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def require_input(x: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:

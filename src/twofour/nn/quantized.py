@@ -62,7 +62,8 @@ class QuantizedSparseLinear(SparseLinear):
 
     With int8 inputs are quantized inside, each token by itself (`kernels.reference.linear_int8` says exactly how); no
     calibration. A token with NaN or infinity in it is NaN in every output. Gradients of the input go straight through the
-    rounding. With float8 inputs are taken as they are (`kernels.reference.linear_float8`).
+    rounding; there is no forward-mode derivative. With float8 inputs are taken as they are
+    (`kernels.reference.linear_float8`). `activation` follows in the same pass, as in a SparseLinear.
 
     The state dict has `weight.values` (int8 or float8_e4m3fn), `weight.metadata`, `weight.scales` (float32) and `bias`; a
     dense `weight` that holds the pattern is quantized when it is loaded. Scales stay float32 whatever the layer is
@@ -171,7 +172,7 @@ class QuantizedSparseLinear(SparseLinear):
             )
         return self
 
-    def to_dense(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """[out_features, in_features] of `dtype`: values times scales, zeros written out."""
         return (self.matrix.to_dense().to(torch.float32) * self.scales[:, None]).to(self.dtype)
 
@@ -183,7 +184,7 @@ class QuantizedSparseLinear(SparseLinear):
         """
         self._require_no_activation()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype)
-        linear.weight = nn.Parameter(self.to_dense())
+        linear.weight = nn.Parameter(self.dequantized())
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 

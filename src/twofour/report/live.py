@@ -45,7 +45,8 @@ class LivePage:
     def __init__(self, path: str | os.PathLike[str], every: float = 5.0) -> None:
         self.path, self.every = Path(path), every
         self._next = 0.0
-        self._last, self._longest = time.monotonic(), 0.0
+        self._last: float | None = None
+        self._longest = every
         self._fault = ""
 
     def show(self, report: Callable[[], Report], *, running: bool = True) -> None:
@@ -55,7 +56,8 @@ class LivePage:
             return
         from .html import Growing, report_page
 
-        self._longest = max(self._longest, began - self._last)
+        if self._last is not None:
+            self._longest = max(self._longest, began - self._last)
         silence = max(_SILENCE_SECONDS, _SILENCE * self._longest)
         growing = Growing(max(1, round(self.every)), silence) if running else None
         try:

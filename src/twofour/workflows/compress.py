@@ -256,12 +256,12 @@ def _collect_tokens(
             f"the inputs bring no tokens to {_some(empty)}" if empty else f"tokens={list(tokens or ())} has no tokens"
         )
         notes.append(f"{what}: measured at {DEFAULT_TOKENS} tokens")
-    counts = [candidate.tokens for candidate in candidates] if inputs is not None else [tokens or DEFAULT_TOKENS]
-    if max(map(len, counts)) > 1:
-        notes.append(f"times are sums over all calls of a layer{calls}")
+    alike = inputs is None or all(any(candidate.tokens) for candidate in candidates)
     for candidate in candidates:
         if not any(candidate.tokens):
             candidate.tokens = list(tokens if tokens is not None and any(tokens) else DEFAULT_TOKENS)
+    if max((len(candidate.tokens) for candidate in candidates), default=0) > 1:
+        notes.append(f"times are sums over all calls of a layer{calls if alike else ''}")
 
 
 def _some(names: list[str]) -> str:
@@ -307,7 +307,7 @@ def _decide(candidate: _Candidate, pattern: Pattern, comparison: Comparison | No
     rounding: float | None = None
     exact: SparseMatrix | None = None  # the weight before it was rounded, or what its rounding stands for
     if isinstance(sparse, QuantizedSparseLinear):
-        exact = SparseMatrix.from_dense(sparse.to_dense(), pattern)
+        exact = SparseMatrix.from_dense(sparse.dequantized(), pattern)
     if weights in WEIGHTS and not isinstance(sparse, QuantizedSparseLinear):
         exact = sparse.matrix
         try:

@@ -21,7 +21,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def fuse(model: nn.Module) -> Report:
-    """Lets each SparseLinear that feeds nothing but an activation apply it in the same pass, in place.
+    """Lets each SparseLinear, of any weights, that feeds nothing but an activation apply it in the same pass, in place.
 
     The activation's place is taken by an identity, so names and state dicts stay. What is fused is proven by tracing the
     forward of the module that holds both (torch.fx, everything below it as a leaf, in training and in evaluation, with

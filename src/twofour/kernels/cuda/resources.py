@@ -44,9 +44,13 @@ def current_stream(number: int) -> int:
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As torch.empty_strided, which takes twice the time."""
-    if _EMPTY is not None and device.index is not None and device.index == current_device():
-        return _EMPTY(shape, strides, dtype)
+    if _EMPTY is not None and _is_current(device):
+        return _EMPTY(tuple(shape), tuple(strides), dtype)
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.index is not None and device.index == current_device()
 
 
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -110,4 +110,4 @@ def recover(
 
 def _weight(module: nn.Module) -> Tensor:
     """[out_features, in_features]; of an int8 or float8 layer what its numbers stand for."""
-    return module.to_dense() if isinstance(module, QuantizedSparseLinear) else matrix_of(module)
+    return module.dequantized() if isinstance(module, QuantizedSparseLinear) else matrix_of(module)

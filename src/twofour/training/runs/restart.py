@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -133,6 +134,11 @@ class Interruption:
         tqdm.write("saving after this step; Ctrl-C once more ends without it", file=sys.stderr)
 
 
+_FINGERPRINTED = ("model", "teacher", "text")
+_FINGERPRINT = re.compile(r"\d{4,10}|[0-9a-f]{16}")
+"""What stands for them in settings: `digest`, or the beginning of a hash; numbers that tell a reader nothing."""
+
+
 class Checkpoint:
     """The file of a run, of the verb of that name, that goes on where it was."""
 
@@ -171,11 +177,13 @@ class Checkpoint:
                 f"{self.path} is no checkpoint of {self._verb} ({type(error).__name__}). {way_out}"
             ) from error
         for key, value in settings.items():
-            if theirs.get(key) != value:
-                raise ModelError(
-                    f"the checkpoint {self.path} was made with {key}={theirs.get(key)!r}, this run with {key}={value!r}."
-                    f" {way_out}"
-                )
+            was = theirs.get(key)
+            if was == value:
+                continue
+            told = f"{key}={was!r}, this run with {key}={value!r}"
+            if key in _FINGERPRINTED and all(_FINGERPRINT.fullmatch(str(each)) for each in (was, value)):
+                told = f"another {key}"
+            raise ModelError(f"the checkpoint {self.path} was made with {told}. {way_out}")
         return state
 
 
