@@ -52,7 +52,7 @@ def test_tangents_and_what_is_no_tensor_are_refused(weights: str) -> None:
         with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
             layer(forward_ad.make_dual(x, x))
     with pytest.raises(TypeError, match="x, bias and residual are tensors, not ndarray"):
-        layer(x.numpy())
+        layer(x.cpu().numpy())
 
 
 def test_rows_are_quantized_to_half_a_scale() -> None:
