@@ -222,6 +222,7 @@ def test_rows_that_share_masks_in_any_order(weights: str) -> None:
     layer = QuantizedSparseLinear.from_matrix(matrix, torch.randn(64), weights=weights)
     x = torch.randn(40, 24)
     torch.testing.assert_close(layer(x), specified(layer, x), rtol=1e-5, atol=1e-5)
+    layer.activation = "relu"
     twin = layer.twin(layer.bias)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), twin):
         assert_same_bits(other.matrix.values, layer.matrix.values)

@@ -110,6 +110,13 @@ class SparseLinear(nn.Module):
         """Another layer on the same weight tensors, with its own bias: for weights that are shared between layers."""
         other = SparseLinear.__new__(SparseLinear)
         nn.Module.__init__(other)
+        self._tell(other)
+        other.register_parameter("bias", bias)
+        other._hold(self.values, self.metadata)
+        return other.train(self.training)
+
+    def _tell(self, other: SparseLinear) -> None:
+        """Gives a twin what is no tensor."""
         for name in (
             "in_features",
             "out_features",
@@ -120,9 +127,6 @@ class SparseLinear(nn.Module):
             "activation",
         ):
             setattr(other, name, getattr(self, name))
-        other.register_parameter("bias", bias)
-        other._hold(self.values, self.metadata)
-        return other.train(self.training)
 
     def requires_grad_values(self, requires_grad: bool = True) -> SparseLinear:
         """Makes the kept values a Parameter, `values`, that optimizers train; with False constants again. Returns the layer.

@@ -148,17 +148,8 @@ class QuantizedSparseLinear(SparseLinear):
         """Another layer on the same weight tensors, with its own bias."""
         other = QuantizedSparseLinear.__new__(QuantizedSparseLinear)
         nn.Module.__init__(other)
-        for name in (
-            "in_features",
-            "out_features",
-            "pattern",
-            "_pattern_text",
-            "backend",
-            "_wanted_backend",
-            "activation",
-            "dtype",
-        ):
-            setattr(other, name, getattr(self, name))
+        self._tell(other)
+        other.dtype = self.dtype
         other.register_parameter("bias", bias)
         for name in ("values", "metadata", "scales"):
             other.register_buffer(name, getattr(self, name), persistent=False)

@@ -1,6 +1,6 @@
 """What products on a GPU start: chosen once for their shapes and dtypes, then started with the addresses of each call.
 
-A call that finds its product here is checked for what its shapes and dtypes do not say, and takes a quarter of the time
+A call that finds its product here is checked for what its shapes and dtypes do not say, and takes a third of the time
 that the checks of `arguments.check` and the choice of kernels take: with a few tokens, Python is slower than the GPU.
 """
 
