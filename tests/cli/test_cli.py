@@ -278,6 +278,7 @@ def test_more_threads_than_cores_are_noted(
             "made with no --teacher, this run with --include '*.h'",
         ),
         ("made with seconds=90.0, this run with seconds=None.", "made with --minutes 1.5, this run with no --minutes."),
+        ("made with include=[], this run with dry_run=False", "made with no --include, this run with no --dry-run"),
         ("no budget: give steps= or seconds=.", "no budget: give --steps or --minutes."),
         ("pass against= to compare", "pass --against to compare"),
         ("remeasure=True times again", "--remeasure times again"),

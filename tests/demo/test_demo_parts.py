@@ -146,6 +146,11 @@ def test_words_about_kernels_give_the_reason() -> None:
         "float32: 1 of 4 encoder layers run on a sparse kernel (cpu avx2); 3 stay dense: 2 because cpu avx2 would run at 0.8x"
         " of oneDNN; 1 because cpu avx2 would run at 0.7x of oneDNN."
     ]
+    silent = {**kernels[1], "reason": None}
+    assert words.kernels(Findings(timed=["float32"], kernels=[*kernels, silent])) == [
+        "float32: 1 of 3 encoder layers run on a sparse kernel (cpu avx2); 2 stay dense: 1 because cpu avx2 would run at 0.9x"
+        " of dense."
+    ]
 
 
 def test_the_notes_of_the_page_are_told_on_the_way_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

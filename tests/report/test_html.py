@@ -347,6 +347,8 @@ def test_a_page_waits_for_news_as_long_as_they_took_before(tmp_path: Path, monke
         clock[0] += seconds
         live.show(report)
     assert waits == [120, 4 * 50, 4 * 50]
+    LivePage(tmp_path / "page.html", every=600).show(report)
+    assert waits[3:] == [4 * 600]
 
 
 def test_an_empty_report_is_a_page() -> None:

@@ -312,6 +312,15 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=words):
             finetune(Net(), batches(8), **{"schedule": "s-ste", "settings": {"text": "a"}, **options, **changed})
+    run = {**options, "checkpoint": tmp_path / "of_other_things.pt", "schedule": "s-ste"}
+    with pytest.raises(Killed):
+        finetune(Net(), Killing(batches(8), 3), **{**run, "settings": {"model": 3735928559}})
+    for changed, words in (
+        ({"model": 305419896}, r"of_other_things\.pt was made with another model\. Give it another path"),
+        ({"model": None}, r"was made with model=3735928559, this run with model=None"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            finetune(Net(), batches(8), **{**run, "settings": changed})
     with pytest.raises(ModelError, match=r"was made with verb='finetune', this run with verb='distill'"):
         twofour.training.distill(pruned(), Net(), [batch["x"] for batch in batches(2)], steps=8, checkpoint=path)
     path.write_bytes(b"no")
